@@ -1,0 +1,69 @@
+# One command a task: `make` lists them. What has been installed is remembered in .venv, so a second run starts at once.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NPM := $(shell command -v npm 2>/dev/null)
+BROWSER_MODULES := $(if $(NPM),tests/browser/node_modules/.installed)
+
+# Scripts lint sees only when they are named: they have no .py in their names.
+SCRIPTS := .ci/can-install .ci/wheel-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install up test check format wheel-check clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## make the virtual environment .venv and install everything into it
+
+up: $(INSTALLED) ## run everything on this machine: make up ARGS="--gateways 2"
+	@exec $(BIN)/tidewire up $(ARGS)
+
+test: check $(BROWSER_MODULES) ## all checks, then all tests with coverage: make test ARGS="tests/unit -x"
+	@rm -f .coverage .coverage.*
+	@status=0; \
+	$(BIN)/coverage run -m pytest $(ARGS) || status=$$?; \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report || status=1; \
+	exit $$status
+
+check: $(INSTALLED) ## lint, format, types, import contracts
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/ruff format --check . $(SCRIPTS)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by itself
+	$(BIN)/ruff check --fix-only . $(SCRIPTS)
+	$(BIN)/ruff format . $(SCRIPTS)
+
+wheel-check: $(INSTALLED) ## build the wheel and use it as a stranger would, in an empty environment
+	@$(BIN)/python .ci/wheel-check
+
+clean: ## remove what these commands made, except the data of `make up` in .tidewire
+	rm -rf .venv tests/browser/node_modules build dist htmlcov .coverage .coverage.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed anew when pyproject.toml changes; from nothing when the clone was moved or copied (an environment holds the
+# path of its folder) or the Python it was made with has gone.
+ifneq ($(shell test -x $(BIN)/python && cat $(INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+CLEAR := --clear
+endif
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "There is no $(PYTHON) here. Tidewire needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) .ci/can-install $(PYTHON)
+	@echo "Installing Tidewire and its tools into .venv: once, it takes a minute."
+	@$(PYTHON) -m venv $(CLEAR) .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo '$(CURDIR)' > $@
+
+tests/browser/node_modules/.installed: tests/browser/package-lock.json
+	$(NPM) ci --prefix tests/browser
+	@touch $@

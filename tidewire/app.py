@@ -1,0 +1,286 @@
+"""What an application declares: its tables, its memberships, who may read and write them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tidewire.audiences import Audience, AudienceOf, Members, Vacant, nobody
+from tidewire.errors import BadRequest, ConfigurationError
+from tidewire.keys import LARGEST_KEY_NUMBER, Scalar, canonical, sort_bytes
+from tidewire.records import Item
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
+STREAM_VIEWS = ("KEYS_ONLY", "NEW_IMAGE", "OLD_IMAGE", "NEW_AND_OLD_IMAGES")
+CONNECTIONS = "connections"
+
+
+class Write(NamedTuple):
+    """What a `writers` function is asked about. `old` is None for an insert, `new` for a delete."""
+
+    old: Item | None
+    new: Item | None
+    user: str
+    claims: dict[str, Any]
+
+
+Writers = Audience | Callable[[Write], Audience | bool]
+
+
+class ItemKey(NamedTuple):
+    """One item: partition-key value, and sort-key value (None where the table has no sort key)."""
+
+    table: str
+    partition: Scalar
+    sort: Scalar | None
+
+    @property
+    def field(self) -> bytes:
+        return b"" if self.sort is None else sort_bytes(self.sort)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as declared. `key` is its partition attribute, and its sort attribute if it has one."""
+
+    name: str
+    key: tuple[str] | tuple[str, str]
+    readers: AudienceOf
+    writers: Writers
+    stream_view: str
+    hidden: frozenset[str]
+
+    @property
+    def sorted(self) -> bool:
+        return len(self.key) == 2
+
+    def key_of(self, item: Item) -> ItemKey:
+        """The key of an item. Raises BadRequest naming the attribute that is missing or of a wrong kind."""
+        values = [self._key_value(item, attribute) for attribute in self.key]
+        return ItemKey(self.name, values[0], values[1] if self.sorted else None)
+
+    def parse_key(self, given: Any) -> ItemKey:
+        """The key that a request names: an object of the key attributes, or the value where there is only one."""
+        if not isinstance(given, dict):
+            if self.sorted or isinstance(given, list):
+                raise BadRequest(f"key: an object with {self._key_names()} is needed for table {self.name!r}")
+            given = {self.key[0]: given}
+        self._refuse_strangers(given, self.key)
+        return self.key_of(given)
+
+    def parse_partition_key(self, given: Any) -> Scalar:
+        """The partition-key value that a query names: the value itself, or an object of that one attribute."""
+        if isinstance(given, dict):
+            self._refuse_strangers(given, self.key[:1])
+        else:
+            given = {self.key[0]: given}
+        return self._key_value(given, self.key[0])
+
+    def key_object(self, key: ItemKey) -> dict[str, Scalar]:
+        values = (key.partition,) if key.sort is None else (key.partition, key.sort)
+        return dict(zip(self.key, values, strict=True))
+
+    def visible(self, item: Item, role: str) -> Item:
+        """The item without what is hidden from clients."""
+        if not self.hidden or role == "service":
+            return item
+        return {name: value for name, value in item.items() if name not in self.hidden}
+
+    def _key_names(self) -> str:
+        return " and ".join(repr(name) for name in self.key)
+
+    def _refuse_strangers(self, given: dict[str, Any], attributes: Iterable[str]) -> None:
+        for name in given:
+            if name not in attributes:
+                raise BadRequest(f"key: {name!r} is not part of it; table {self.name!r} has {self._key_names()}")
+
+    def _key_value(self, item: Item, attribute: str) -> Scalar:
+        if attribute not in item:
+            raise BadRequest(f"key attribute {attribute!r} of table {self.name!r} is missing")
+        return key_value(item[attribute], f"key attribute {attribute!r} of table {self.name!r}")
+
+
+def key_value(value: Any, what: str) -> Scalar:
+    """A value that can stand in a key. Raises BadRequest saying what is wrong with `what`."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRequest(f"{what} must be a string or a number")
+    if not isinstance(value, str):
+        if not abs(value) <= LARGEST_KEY_NUMBER:
+            raise BadRequest(f"{what} must be a number between -2^53 and 2^53")
+        return canonical(value)
+    if len(value.encode()) > 1024:
+        raise BadRequest(f"{what} is longer than 1024 bytes")
+    return value
+
+
+class Membership(Table):
+    """A table whose items say who belongs to which group: key (group, member)."""
+
+    def of(self, attribute: str, **values: Any) -> Audience:
+        """The members of the group named by that attribute; with values, those whose membership item has them."""
+        return Members(self.name, attribute, tuple(sorted(values.items())))
+
+    def vacant(self, attribute: str) -> Audience:
+        """Anyone, while that group has no members: how the first one gets in."""
+        return Vacant(self.name, attribute)
+
+
+class App:
+    """An application: a name, its tables, and perhaps a folder of static files beside the module that declares it."""
+
+    def __init__(self, name: str, *, static: str | None = None) -> None:
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError("App(name): a name is needed")
+        self.name = name
+        self.tables: dict[str, Table] = {}
+        self.static = _static_folder(static, inspect.stack()[1].filename) if static else None
+        self.connections()
+
+    def table(
+        self,
+        name: str,
+        *,
+        key: str | tuple[str, str],
+        readers: AudienceOf = nobody,
+        writers: Writers = nobody,
+        stream_view: str = "NEW_AND_OLD_IMAGES",
+        hidden: Iterable[str] = (),
+    ) -> Table:
+        """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute)."""
+        attributes: Any = (key,) if isinstance(key, str) else tuple(key)
+        table = Table(name, attributes, readers, writers, stream_view, _hidden(name, hidden))
+        return self._declare(table)
+
+    def membership(
+        self,
+        name: str,
+        *,
+        group: str,
+        member: str,
+        readers: AudienceOf | None = None,
+        writers: Writers = nobody,
+        stream_view: str = "NEW_AND_OLD_IMAGES",
+        hidden: Iterable[str] = (),
+    ) -> Membership:
+        """Declare a membership. Unless `readers` says otherwise, its members may read it."""
+        shown = Members(name, group) if readers is None else readers
+        membership = Membership(name, (group, member), shown, writers, stream_view, _hidden(name, hidden))
+        self._declare(membership)
+        return membership
+
+    def connections(self, *, readers: AudienceOf = nobody) -> Table:
+        """Say who may see who is online: the readers of the table `connections`, which is always there."""
+        hidden = frozenset({"source_ip", "user_agent", "claims"})
+        table = Table(CONNECTIONS, ("user", "connection"), readers, nobody, "NEW_AND_OLD_IMAGES", hidden)
+        self.tables.pop(CONNECTIONS, None)
+        return self._declare(table)
+
+    def __getitem__(self, name: str) -> Table:
+        """The table of that name. Raises BadRequest when there is none."""
+        try:
+            return self.tables[name]
+        except KeyError:
+            raise BadRequest(f"there is no table {name!r}") from None
+
+    def check(self) -> None:
+        """Look at the declarations together, once all are made. Raises ConfigurationError."""
+        for table in self.tables.values():
+            for what, rule in (("readers", table.readers), ("writers", table.writers)):
+                for part in _parts(rule):
+                    known = self.tables.get(part.membership) if isinstance(part, Members | Vacant) else None
+                    if isinstance(part, Members | Vacant) and not isinstance(known, Membership):
+                        raise ConfigurationError(
+                            f"table {table.name!r}: its {what} name the membership {part.membership!r}, "
+                            f"which app {self.name!r} does not declare"
+                        )
+
+    def _declare(self, table: Table) -> Any:
+        if not (isinstance(table.name, str) and NAME.match(table.name)):
+            raise ConfigurationError(f"table name {table.name!r}: letters, digits and _ (at most 64), no digit first")
+        if table.name in self.tables:
+            raise ConfigurationError(f"table {table.name!r} is declared twice")
+        attributes = (*table.key, *table.hidden)
+        for attribute in attributes:
+            if not (isinstance(attribute, str) and NAME.match(attribute)):
+                raise ConfigurationError(
+                    f"table {table.name!r}: attribute {attribute!r}: letters, digits and _ (at most 64), no digit first"
+                )
+        if len(table.key) not in (1, 2) or len(set(table.key)) != len(table.key):
+            raise ConfigurationError(
+                f"table {table.name!r}: key is one attribute, or (partition attribute, sort attribute), not {table.key}"
+            )
+        if set(table.key) & table.hidden:
+            raise ConfigurationError(f"table {table.name!r}: a key attribute cannot be hidden")
+        for what, rule in (("readers", table.readers), ("writers", table.writers)):
+            if not (isinstance(rule, Audience) or callable(rule)):
+                raise ConfigurationError(
+                    f"table {table.name!r}: {what} must be an audience (user(…), members.of(…), everyone, nobody) "
+                    f"or a function that returns one, not {rule!r}"
+                )
+        if table.stream_view not in STREAM_VIEWS:
+            raise ConfigurationError(
+                f"table {table.name!r}: stream_view is one of {', '.join(STREAM_VIEWS)}, not {table.stream_view!r}"
+            )
+        self.tables[table.name] = table
+        return table
+
+
+def _hidden(table: str, hidden: Iterable[str]) -> frozenset[str]:
+    if isinstance(hidden, str):
+        raise ConfigurationError(f"table {table!r}: hidden is a tuple of attribute names, not the string {hidden!r}")
+    return frozenset(hidden)
+
+
+def _parts(rule: Any) -> Iterable[Audience]:
+    if isinstance(rule, Audience):
+        yield rule
+        for side in ("left", "right"):
+            yield from _parts(getattr(rule, side, None))
+
+
+def _static_folder(static: str, declared_in: str) -> Path:
+    folder = Path(declared_in).parent / static
+    if not folder.is_dir():
+        raise ConfigurationError(f"static={static!r}: there is no folder {folder}")
+    return folder
+
+
+def load_app(reference: str) -> App:
+    """Import the application named by `module:attribute`. Raises ConfigurationError with one sentence that says why."""
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise ConfigurationError(f"APP is module:attribute, for example chat.app:app, not {reference!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"APP {reference!r}: {error}") from None
+    except BaseException as error:  # the module is the user's: it can raise anything, SystemExit too
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ConfigurationError(
+            f"APP {reference!r} cannot be imported: {type(error).__name__}: {error}{_place(error, module_name)}"
+        ) from None
+    app = getattr(module, attribute, None)
+    if not isinstance(app, App):
+        found = "has no such attribute" if app is None else f"is a {type(app).__name__}, not an App"
+        raise ConfigurationError(f"APP {reference!r}: {attribute!r} in module {module_name!r} {found}")
+    app.check()
+    return app
+
+
+def _place(error: BaseException, module_name: str) -> str:
+    """Where in the application's own files it went wrong, for example " (shop.py, line 7)"."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says it
+    place, trace = "", error.__traceback__
+    while trace:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if module_name.rpartition(".")[2] in (path.stem, path.parent.name):
+            place = f" ({path.name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return place

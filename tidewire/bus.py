@@ -1,0 +1,120 @@
+"""Request and reply over streams: what the gateway asks the store and the authorizer, and their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+from redis.exceptions import RedisError
+
+from tidewire.backend import Backend
+from tidewire.errors import Overloaded, Timeout, from_wire
+from tidewire.records import JSON, Reply, pack, unpack
+
+log = structlog.get_logger(__name__)
+
+REPLIES_KEPT = 10_000
+REPLIES_TTL_MS = 60_000
+
+
+class Bus:
+    """The asking side. Requests go out in the order they were made; what gathers meanwhile goes in one pipeline."""
+
+    def __init__(self, backend: Backend, name: Callable[[], str], *, timeout_s: float, most_waiting: int = 10_000) -> None:
+        self._backend = backend
+        self._name = name
+        self._timeout_s = timeout_s
+        self._most_waiting = most_waiting
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[JSON]] = {}
+        self._outgoing: list[tuple[bytes, bytes, int]] = []
+        self._ready = asyncio.Event()
+
+    def request(self, stream: bytes, record: Callable[[int], tuple[object, ...]]) -> asyncio.Future[JSON]:
+        """Send the record made for a request number; the future has its result.
+
+        The future raises the RequestError of the answer, or Timeout: then it is unknown whether it was done.
+        Raises Overloaded at once, with nothing sent, when too many wait already.
+        """
+        if len(self._waiting) >= self._most_waiting:
+            raise Overloaded("too many requests are waiting for an answer: try again shortly")
+        number = next(self._numbers)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[JSON] = loop.create_future()
+        self._waiting[number] = future
+        timer = loop.call_later(self._timeout_s, self._fail, number, "no answer in time: it may or may not be done")
+
+        def forget(_: asyncio.Future[JSON]) -> None:
+            timer.cancel()
+            self._waiting.pop(number, None)
+
+        future.add_done_callback(forget)
+        self._outgoing.append((stream, pack(record(number)), number))
+        self._ready.set()
+        return future
+
+    async def run(self) -> None:
+        """Send and receive until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._send())
+            group.create_task(self._receive())
+
+    async def _send(self) -> None:
+        # One pipeline at a time: two could overtake each other, and requests of one connection keep their order.
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            outgoing, self._outgoing = self._outgoing, []
+            try:
+                async with self._backend.commands.pipeline(transaction=False) as pipeline:
+                    for stream, record, _ in outgoing:
+                        pipeline.xadd(stream, {"r": record})
+                    await pipeline.execute()
+            except (RedisError, OSError) as error:
+                log.warning("requests_not_sent", count=len(outgoing), error=str(error))
+                for _, _, number in outgoing:
+                    self._fail(number, "the request could not be passed on: it may or may not be done")
+
+    async def _receive(self) -> None:
+        last: dict[str, bytes | str] = {}
+        while True:
+            name = self._name()  # a gateway that was counted dead goes on under another one
+            try:
+                found = await self._backend.read({self._backend.keys.replies(name): last.get(name, "0-0")})
+            except (RedisError, OSError) as error:
+                log.warning("replies_not_read", error=str(error))
+                await asyncio.sleep(0.2)
+                continue
+            for _, entries in found:
+                for id_, fields in entries:
+                    last = {name: id_}
+                    for raw in unpack(fields[b"r"]):
+                        self._settle(Reply(*raw))
+
+    def _settle(self, reply: Reply) -> None:
+        future = self._waiting.get(reply.number)
+        if future is None or future.done():
+            return
+        if reply.error is None:
+            future.set_result(reply.result)
+        else:
+            future.set_exception(from_wire(reply.error))
+
+    def _fail(self, number: int, message: str) -> None:
+        future = self._waiting.get(number)
+        if future and not future.done():
+            future.set_exception(Timeout(message))
+
+
+async def send_replies(backend: Backend, replies: Mapping[str, Iterable[Reply]]) -> None:
+    """Answer: one entry for each gateway. An answer that is lost is a time-out there, and the request is repeatable."""
+    if not replies:
+        return
+    async with backend.commands.pipeline(transaction=False) as pipeline:
+        for name, answers in replies.items():
+            stream = backend.keys.replies(name)
+            pipeline.xadd(stream, {"r": pack(list(answers))}, maxlen=REPLIES_KEPT, approximate=True)
+            pipeline.pexpire(stream, REPLIES_TTL_MS)
+        await pipeline.execute()

@@ -1,0 +1,120 @@
+"""Every error Tidewire raises.
+
+    TidewireError
+    ├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
+    ├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
+    ├── ConnectionClosed        the client's connection ended for good (carries the close code)
+    └── RequestError            answered to the client: one class for each code of the wire
+        ├── BadRequest  Unauthenticated  PermissionDenied  NotFound  Conflict  UnsupportedAction  TooLarge
+        └── RateLimited  Overloaded  Timeout  Internal          (these say: trying the same again can help)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class TidewireError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigurationError(TidewireError):
+    """Something the operator or the author of the application must change; the message says what and how."""
+
+
+class Fenced(TidewireError):
+    """Another worker has taken the partition since: nothing was read or written by the call."""
+
+
+class ConnectionClosed(TidewireError):
+    """The server closed the connection with a code after which a client does not come back."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"closed by the server with {code}: {reason or 'no reason given'}")
+        self.code = code
+        self.reason = reason
+
+
+class RequestError(TidewireError):
+    """An answer of the wire: `code`, a message, whether to `retry`, and details (JSON values)."""
+
+    code: ClassVar[str] = "internal"
+    retry: ClassVar[bool] = False
+    status: ClassVar[int] = 500  # of the HTTP interface
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details: dict[str, Any] = details
+
+    def as_frame(self, request_id: str | int | None) -> dict[str, Any]:
+        frame: dict[str, Any] = {"type": "error", "id": request_id, "code": self.code, "message": self.message}
+        return frame | {"retry": self.retry, "details": self.details}
+
+
+class BadRequest(RequestError):
+    code, status = "bad_request", 400
+
+
+class Unauthenticated(RequestError):
+    code, status = "unauthenticated", 401
+
+
+class PermissionDenied(RequestError):
+    code, status = "forbidden", 403
+
+
+class NotFound(RequestError):
+    code, status = "not_found", 404
+
+
+class Conflict(RequestError):
+    code, status = "conflict", 409
+
+
+class UnsupportedAction(RequestError):
+    code, status = "unsupported_action", 400
+
+
+class TooLarge(RequestError):
+    code, status = "too_large", 413
+
+
+class RateLimited(RequestError):
+    code, retry, status = "rate_limited", True, 429
+
+
+class Overloaded(RequestError):
+    code, retry, status = "overloaded", True, 503
+
+
+class Timeout(RequestError):
+    code, retry, status = "timeout", True, 504
+
+
+class Internal(RequestError):
+    code, retry, status = "internal", True, 500
+
+
+BY_CODE: dict[str, type[RequestError]] = {
+    kind.code: kind
+    for kind in (
+        BadRequest,
+        Unauthenticated,
+        PermissionDenied,
+        NotFound,
+        Conflict,
+        UnsupportedAction,
+        TooLarge,
+        RateLimited,
+        Overloaded,
+        Timeout,
+        Internal,
+    )
+}
+
+
+def from_wire(frame: dict[str, Any]) -> RequestError:
+    """The error that an `error` frame (or a stored reply) stands for."""
+    kind = BY_CODE.get(str(frame.get("code")), Internal)
+    return kind(str(frame.get("message", "")), **(frame.get("details") or {}))

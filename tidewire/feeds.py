@@ -1,0 +1,89 @@
+"""Feeds seen from the reader's side: cursors, the chain of tags, and what to do with what arrives. Pure.
+
+A feed's entries are numbered 1, 2, 3… without holes. The tag of an entry is a hash of the tag before it and of the
+change it carries: a cursor that has the right tag has had the right entries, all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tidewire.functions import FeedEntry, FeedState
+
+
+class Cursor(NamedTuple):
+    """Where a reader stands. Opaque to clients: `<feed epoch>.<seq>.<tag of the entry>`."""
+
+    epoch: str
+    seq: int
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.seq}.{self.tag}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor | None:
+        """The cursor, or None where the text is none."""
+        epoch, _, rest = text.partition(".")
+        seq, _, tag = rest.partition(".")
+        sound = epoch.isdecimal() and seq.isdecimal() and tag.isalnum() and text.isascii() and len(text) <= 80
+        return cls(epoch, int(seq), tag) if sound else None
+
+
+def chained(tag: str, position: str) -> str:
+    """The tag of the entry that follows the one with `tag`. The same as in lua/tidewire.lua, feed_append."""
+    return hashlib.sha1((tag + position).encode(), usedforsecurity=False).hexdigest()[:10]
+
+
+class Announcement(NamedTuple):
+    """What a feed's channel says of each entry."""
+
+    epoch: str
+    entry: FeedEntry
+
+    @classmethod
+    def parse(cls, data: bytes) -> Announcement:
+        head, _, body = data.partition(b"\n")
+        epoch, seq, tag, position = head.decode().split(" ")
+        return cls(epoch, FeedEntry(int(seq), tag, position, body))
+
+
+@dataclass(frozen=True)
+class Reset:
+    """What cannot be proven complete: the reader must query again, and goes on from `cursor`."""
+
+    reason: str
+    cursor: Cursor
+
+
+def head_of(state: FeedState) -> Cursor:
+    return Cursor(state.epoch, state.seq, state.tag)
+
+
+def follow_on(cursor: Cursor, entry: FeedEntry) -> Cursor | None:
+    """The cursor after the entry, when it is the very next one; else None."""
+    if entry.seq != cursor.seq + 1 or chained(cursor.tag, entry.position) != entry.tag:
+        return None
+    return Cursor(cursor.epoch, entry.seq, entry.tag)
+
+
+def resume(cursor: Cursor, state: FeedState, entries: list[FeedEntry]) -> Reset | None:
+    """Whether `entries` (those after the cursor's seq, as read with `state`) are all that the cursor missed, in full.
+
+    None when they are; else the reset to send. Entries that were read only in part (a bounded read) count as in order.
+    """
+    head = head_of(state)
+    if cursor.epoch != state.epoch:
+        return Reset("cursor_expired", head)
+    if cursor.seq > state.seq:
+        return Reset("cursor_unknown", head)
+    if cursor.seq == state.seq:
+        return None if cursor.tag == state.tag else Reset("cursor_unknown", head)
+    if not entries or entries[0].seq != cursor.seq + 1:
+        return Reset("feed_trimmed", head)
+    at: Cursor | None = cursor
+    for entry in entries:
+        at = follow_on(at, entry) if at else None
+    return None if at else Reset("cursor_unknown", head)

@@ -1,0 +1,211 @@
+"""The Lua functions of lua/tidewire.lua, each behind one typed method, and what it takes to call them safely.
+
+A call may be repeated by the client library after it was done (a reply lost to a time-out): each function gives the
+same answer again, or recognises the repeat. A node that does not know the library gets it, and the call is repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple, Protocol
+
+from redis.exceptions import ResponseError
+
+from tidewire.errors import Fenced
+from tidewire.records import Position, stream_id
+
+SOURCE = files("tidewire.lua").joinpath("tidewire.lua").read_text(encoding="utf-8")
+_NAME = re.search(r"name=(\w+)", SOURCE)
+assert _NAME
+LIBRARY = _NAME[1]
+
+Arg = bytes | str | int
+
+
+class Calls(Protocol):
+    """What is needed of a Redis client. Tests put themselves between the steps here."""
+
+    def fcall(self, function: str, numkeys: int, *keys_and_args: Any) -> Any: ...
+
+    def function_load(self, code: str, replace: bool = False) -> Any: ...
+
+
+class Fence(NamedTuple):
+    """What proves ownership: the lease's epoch, and the partition's generation at that time."""
+
+    epoch: int
+    generation: int
+
+
+class Owned(NamedTuple):
+    """The keys of a partition that a worker owns for its group, and the fence."""
+
+    lease: bytes
+    partition: bytes
+    stream: bytes
+    group: str
+    fence: Fence
+
+
+class Batch(NamedTuple):
+    now: int  # ms since 1970, the server's
+    last: tuple[int, int]  # id of the stream's last entry
+    entries: list[tuple[tuple[int, int], dict[bytes, bytes]]]
+
+
+class Operation(NamedTuple):
+    """One Redis command of a commit: its key is declared, its arguments are few (unpack holds about 8,000)."""
+
+    command: str
+    key: bytes
+    args: tuple[Arg, ...]
+
+
+class Append(NamedTuple):
+    """One change on its way into feeds of one destination partition."""
+
+    position: Position
+    first: int  # number of its first effect within the change, from 1 on
+    body: bytes
+    feeds: tuple[tuple[bytes, bytes], ...]
+
+
+class FeedState(NamedTuple):
+    epoch: str
+    seq: int
+    tag: str
+
+
+class FeedEntry(NamedTuple):
+    seq: int
+    tag: str
+    position: str
+    body: bytes
+
+
+class Functions:
+    """The calls. Each raises `Fenced` where the fence refuses it, and redis-py's errors otherwise."""
+
+    def __init__(self, redis: Calls) -> None:
+        self._redis = redis
+
+    async def load(self) -> None:
+        await self._redis.function_load(SOURCE, replace=True)
+
+    async def _call(self, name: str, keys: Sequence[bytes], *args: Arg) -> Any:
+        try:
+            try:
+                return await self._redis.fcall(name, len(keys), *keys, *args)
+            except ResponseError as error:
+                if "function not found" not in str(error).lower():
+                    raise
+            await self.load()
+            return await self._redis.fcall(name, len(keys), *keys, *args)
+        except ResponseError as error:
+            if "FENCED" in str(error):
+                raise Fenced(f"{name}: another worker owns this partition") from None
+            raise
+
+    # ── leases ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def lease_take(self, lease: bytes, partition: bytes, owner: str, length_ms: int) -> Fence | None:
+        """Take the lease, with a new epoch; None while another holds it."""
+        epoch, generation, _, _ = await self._call("lease_take", (lease, partition), owner, length_ms)
+        return Fence(int(epoch), int(generation)) if int(epoch) else None
+
+    async def lease_renew(self, owned: Owned, length_ms: int) -> None:
+        await self._call("lease_renew", (owned.lease, owned.partition), *owned.fence, length_ms)
+
+    async def lease_release(self, owned: Owned) -> None:
+        await self._call("lease_release", (owned.lease, owned.partition), *owned.fence)
+
+    # ── the partition's stream ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def batch(self, owned: Owned, count: int) -> Batch:
+        """What is pending for the group, else what is new. Repeating it gives the same."""
+        keys = (owned.lease, owned.partition, owned.stream)
+        now, last, entries = await self._call("batch", keys, *owned.fence, owned.group, count)
+        return Batch(int(now), stream_id(last), [(stream_id(id_), _fields(raw)) for id_, raw in entries])
+
+    async def commit(
+        self, owned: Owned, number: int, acknowledged: Iterable[tuple[int, int]], operations: Iterable[Operation]
+    ) -> None:
+        """All operations and the acknowledgement, once for each call number."""
+        ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
+        keys = [owned.lease, owned.partition, owned.stream]
+        index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
+        args: list[Arg] = [*owned.fence, owned.group, number, len(ids), *ids]
+        for operation in operations:
+            at = index.setdefault(operation.key, len(keys) + 1)
+            if at > len(keys):
+                keys.append(operation.key)
+            args += [len(operation.args), operation.command, at, *operation.args]
+        await self._call("commit", keys, *args)
+
+    # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def link_stamp(self, links: bytes, source: str, epoch: int) -> None:
+        """Announce a new owner of the source at a destination, before its first read."""
+        await self._call("link_stamp", (links,), source, epoch)
+
+    async def link_append(
+        self, links: bytes, source: str, epoch: int, most_entries: int, appends: Iterable[Append]
+    ) -> int:
+        """Append to the open ones of the feeds what they have not had yet; how many entries that was."""
+        keys, index = [links], dict[tuple[bytes, bytes], int]()
+        args: list[Arg] = [source, epoch, most_entries]
+        for append in appends:
+            args += [*append.position, append.first, append.body, len(append.feeds)]
+            for feed in append.feeds:
+                if feed not in index:
+                    index[feed] = len(index) + 1
+                    keys += feed
+                args.append(index[feed])
+        return int(await self._call("link_append", keys, *args))
+
+    # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def feed_open(self, feed: tuple[bytes, bytes], window_ms: int) -> FeedState:
+        """Open the feed, or keep it open, for that long."""
+        epoch, seq, tag = await self._call("feed_open", feed, window_ms)
+        return FeedState(epoch.decode(), int(seq), tag.decode())
+
+    async def feed_read(self, feed: tuple[bytes, bytes], after: int, count: int) -> tuple[FeedState, list[FeedEntry]]:
+        """The feed's state and, of the same moment, its entries after a seq. A closed feed has the epoch ''."""
+        epoch, seq, tag, raw = await self._call("feed_read", feed, after, count)
+        return FeedState(epoch.decode(), int(seq), tag.decode()), [_entry(id_, fields) for id_, fields in raw]
+
+    # ── the store's reads ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def page(
+        self, order: bytes, items: bytes, low: bytes, high: bytes, *, reverse: bool, count: int, size_bytes: int
+    ) -> list[tuple[bytes, bytes]]:
+        """(sort bytes, record) between two ZRANGEBYLEX bounds, at most `count`, about `size_bytes` in all."""
+        flat = await self._call("page", (order, items), low, high, int(reverse), count, size_bytes)
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    # ── live services ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def service_beat(
+        self, services: bytes, service: str, ttl_ms: int, information: bytes
+    ) -> tuple[int, dict[str, tuple[int, bytes]]]:
+        """Say that a service lives; server time and all services: (expiry in ms, information), dead ones too."""
+        now, *flat = await self._call("service_beat", (services,), service, ttl_ms, information)
+        return int(now), {id_.decode(): split_beat(value) for id_, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def split_beat(value: bytes) -> tuple[int, bytes]:
+    expiry, _, information = value.partition(b" ")
+    return int(expiry), information
+
+
+def _fields(raw: Any) -> dict[bytes, bytes]:
+    """An entry's fields; None where it was trimmed while it was pending."""
+    return dict(zip(raw[::2], raw[1::2], strict=True)) if raw else {}
+
+
+def _entry(id_: bytes, raw: list[bytes]) -> FeedEntry:
+    fields = _fields(raw)
+    return FeedEntry(stream_id(id_)[0], fields[b"t"].decode(), fields[b"p"].decode(), fields[b"b"])

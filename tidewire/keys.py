@@ -1,0 +1,140 @@
+"""Every Redis key and channel, made here and nowhere else.
+
+A key is `<stage>:{pN}:<kind>…`. The hash tag keeps all of a partition in one cluster slot, so that one function call
+can touch all of it. What is not a partition's has a tag of its own.
+"""
+
+from __future__ import annotations
+
+import binascii
+import struct
+from dataclasses import dataclass
+
+Scalar = str | int | float
+"""A value of a key attribute. Booleans are refused before they get here."""
+
+LARGEST_KEY_NUMBER = 2**53
+"""Numbers in keys are ordered as IEEE doubles, which are exact up to here."""
+
+
+def canonical(value: Scalar) -> Scalar:
+    """1.0 and 1 are one key."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _text(value: Scalar) -> bytes:
+    return value.encode() if isinstance(value, str) else repr(canonical(value)).encode()
+
+
+def name_of(value: Scalar) -> bytes:
+    """The partition-key value as part of a Redis key; "1" and 1 differ."""
+    return (b"s" if isinstance(value, str) else b"n") + _text(value)
+
+
+def sort_bytes(value: Scalar) -> bytes:
+    """The sort-key value as bytes whose order is the order of the values: numbers, then strings by UTF-8 bytes."""
+    if isinstance(value, str):
+        return b"s" + value.encode()
+    (bits,) = struct.unpack(">Q", struct.pack(">d", float(value) + 0.0))
+    # The order of doubles is the order of their bits once the sign is folded in (negative ones count backwards).
+    bits = bits ^ 0xFFFFFFFFFFFFFFFF if bits >> 63 else bits | (1 << 63)
+    return b"n" + struct.pack(">Q", bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one stage with its number of partitions."""
+
+    stage: str
+    partitions: int
+
+    def partition_of(self, value: Scalar) -> int:
+        """crc16 (the one Redis Cluster uses) of the value, modulo the partitions."""
+        return binascii.crc_hqx(_text(value), 0) % self.partitions
+
+    # ── of a partition ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _of(self, partition: int, kind: bytes) -> bytes:
+        return b"%s:{p%d}:%s" % (self.stage.encode(), partition, kind)
+
+    def partition(self, partition: int) -> bytes:
+        """Hash: the partition's generation."""
+        return self._of(partition, b"partition")
+
+    def lease(self, partition: int, group: str) -> bytes:
+        """Hash: who owns the partition for a group, until when, under which epoch."""
+        return self._of(partition, b"lease:" + group.encode())
+
+    def commands(self, partition: int) -> bytes:
+        """Stream: requests for the store."""
+        return self._of(partition, b"commands")
+
+    def changes(self, partition: int) -> bytes:
+        """Stream: what was written, in order."""
+        return self._of(partition, b"changes")
+
+    def links(self, partition: int) -> bytes:
+        """Hash: for each source, its epoch and the position of the last effect taken from it."""
+        return self._of(partition, b"links")
+
+    def items(self, table: str, value: Scalar) -> bytes:
+        """Hash: sort bytes to item record, of one partition-key value."""
+        return self._of(self.partition_of(value), b"items:%s:%s" % (table.encode(), name_of(value)))
+
+    def order(self, table: str, value: Scalar) -> bytes:
+        """Sorted set (by bytes): the sort keys of the live items of one partition-key value."""
+        return self._of(self.partition_of(value), b"order:%s:%s" % (table.encode(), name_of(value)))
+
+    def request(self, partition: int, user: str, request: str) -> bytes:
+        """String with a TTL: the first reply to an idempotent request."""
+        return self._of(partition, b"request:%s\0%s" % (user.encode(), request.encode()))
+
+    def connected(self, partition: int, gateway: str) -> bytes:
+        """Set: the connections of a gateway whose items lie in this partition, so that they can be swept."""
+        return self._of(partition, b"connected:" + gateway.encode())
+
+    def members(self, membership: str, group: Scalar) -> bytes:
+        """Hash: the members of a group as the broadcaster has seen them pass."""
+        return self._of(self.partition_of(group), b"members:%s:%s" % (membership.encode(), name_of(group)))
+
+    # ── feeds: (state, entries); the stream's key is its channel's name too ─────────────────────────────────────────
+
+    def user_feed(self, user: str) -> tuple[bytes, bytes]:
+        return self._feed(user, b"user")
+
+    def topic_feed(self, topic: str) -> tuple[bytes, bytes]:
+        return self._feed(topic, b"topic")
+
+    def _feed(self, name: str, kind: bytes) -> tuple[bytes, bytes]:
+        partition = self.partition_of(name)
+        key = b"%s:%s" % (kind, name.encode())
+        return self._of(partition, b"feedstate:" + key), self._of(partition, b"feed:" + key)
+
+    # ── of the stage ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _global(self, tag: bytes, kind: bytes) -> bytes:
+        return b"%s:{%s}:%s" % (self.stage.encode(), tag, kind)
+
+    def stage_settings(self) -> bytes:
+        """Hash: what was fixed when the stage was created."""
+        return self._global(b"stage", b"settings")
+
+    def services(self) -> bytes:
+        """Hash: every live service process, with the time its word expires."""
+        return self._global(b"stage", b"services")
+
+    def replies(self, gateway: str) -> bytes:
+        """Stream with a TTL: answers for one gateway."""
+        return self._global(b"g-" + gateway.encode(), b"replies")
+
+    def credentials(self) -> bytes:
+        """Hash: API key id to record."""
+        return self._global(b"auth", b"credentials")
+
+    def authorizations(self) -> bytes:
+        """Stream: what gateways ask the authorizers."""
+        return self._global(b"auth", b"authorizations")
+
+    def revocations(self) -> bytes:
+        """Stream: credentials withdrawn; every gateway reads all of it."""
+        return self._global(b"auth", b"revocations")

@@ -1,0 +1,209 @@
+#!lua name=tidewire_1
+-- What must be one atomic step. Every key is declared in KEYS, all of one partition; what can be refused is refused
+-- before the first write. tidewire/functions.py has a typed wrapper for each.
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function text(n) return string.format('%.0f', n) end
+
+local FENCED = 'FENCED another worker owns this partition'
+
+-- The fence is the lease's epoch and the partition's generation. KEYS[1] is the lease, KEYS[2] the partition.
+local function fenced(keys, epoch, generation)
+  if redis.call('HGET', keys[1], 'epoch') ~= epoch then return true end
+  return (redis.call('HGET', keys[2], 'generation') or '0') ~= generation
+end
+
+-- ── leases ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- keys: lease, partition. args: owner, length in ms. Returns {epoch, generation, owner, ms left}; epoch 0: held.
+-- An expiry more than one length ahead comes from a clock that has since gone back: it counts as expired.
+redis.register_function('lease_take', function(keys, args)
+  local now, length = now_ms(), tonumber(args[2])
+  local held = redis.call('HMGET', keys[1], 'owner', 'expires', 'epoch')
+  local generation = redis.call('HGET', keys[2], 'generation') or '0'
+  local left = (tonumber(held[2]) or 0) - now
+  if held[1] and held[1] ~= args[1] and left > 0 and left <= length then return {0, generation, held[1], left} end
+  local epoch = math.max((tonumber(held[3]) or 0) + 1, now)
+  redis.call('HSET', keys[1], 'owner', args[1], 'expires', text(now + length), 'epoch', text(epoch), 'call', '0')
+  return {epoch, generation, args[1], length}
+end)
+
+-- keys: lease, partition. args: epoch, generation, length in ms. Keeps the epoch.
+redis.register_function('lease_renew', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  redis.call('HSET', keys[1], 'expires', text(now_ms() + tonumber(args[3])))
+  return 'OK'
+end)
+
+-- keys: lease, partition. args: epoch, generation. Anyone may take it from now on.
+redis.register_function('lease_release', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  redis.call('HSET', keys[1], 'expires', '0')
+  return 'OK'
+end)
+
+-- ── the partition's stream ────────────────────────────────────────────────────────────────────────────────────────
+
+-- keys: lease, partition, stream. args: epoch, generation, group, count. Returns {now in ms, id of the stream's last
+-- entry, entries}: what is pending, else what is new, so that a call that is repeated gives the same batch again.
+redis.register_function('batch', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  local entries = {}
+  for _, id in ipairs({'0', '>'}) do
+    local reply = redis.call('XREADGROUP', 'GROUP', args[3], 'owner', 'COUNT', args[4], 'STREAMS', keys[3], id)
+    if reply then
+      if type(reply[1]) == 'table' then entries = reply[1][2] else entries = reply[2] end -- fakeredis: the second
+    end
+    if #entries > 0 then break end
+  end
+  local last = redis.call('XREVRANGE', keys[3], '+', '-', 'COUNT', '1')
+  return {now_ms(), last[1] and last[1][1] or '0-0', entries}
+end)
+
+-- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, call number (1, 2, 3…
+-- under this epoch), number of ids, ids to acknowledge, then for each operation: number of its arguments, command,
+-- index of its key, arguments. All of it or, when fenced or done before, nothing.
+redis.register_function('commit', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  if tonumber(args[4]) <= tonumber(redis.call('HGET', keys[1], 'call')) then return 'ALREADY' end
+  local at = 6 + tonumber(args[5])
+  local acknowledged = at - 1
+  while at <= #args do
+    local count = tonumber(args[at])
+    redis.call(args[at + 1], keys[tonumber(args[at + 2])], unpack(args, at + 3, at + 2 + count))
+    at = at + 3 + count
+  end
+  for i = 6, acknowledged do redis.call('XACK', keys[3], args[3], args[i]) end
+  redis.call('HSET', keys[1], 'call', args[4])
+  return 'OK'
+end)
+
+-- ── links: effects from one partition to another ──────────────────────────────────────────────────────────────────
+
+local function link_state(key, source)
+  local held = redis.call('HGET', key, source) or '0 0 0 0 0'
+  local e, g, ms, seq, n = string.match(held, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+  return tonumber(e), {tonumber(g), tonumber(ms), tonumber(seq), tonumber(n)}
+end
+
+local function link_text(epoch, p)
+  return text(epoch) .. ' ' .. text(p[1]) .. ' ' .. text(p[2]) .. ' ' .. text(p[3]) .. ' ' .. text(p[4])
+end
+
+local function later(a, b)
+  for i = 1, 4 do
+    if a[i] ~= b[i] then return a[i] > b[i] end
+  end
+  return false
+end
+
+-- keys: links. args: source, epoch. From now on, what an owner before this epoch still sends is refused.
+redis.register_function('link_stamp', function(keys, args)
+  local epoch, position = link_state(keys[1], args[1])
+  if tonumber(args[2]) < epoch then return redis.error_reply(FENCED) end
+  redis.call('HSET', keys[1], args[1], link_text(tonumber(args[2]), position))
+  return 'OK'
+end)
+
+-- One more entry of an open feed: seq, entry, chained tag and announcement in one step. A closed feed has no state.
+local function feed_append(state, feed, most, position, body)
+  local held = redis.call('HMGET', state, 'epoch', 'seq', 'tag')
+  if not held[1] then return 0 end
+  local seq = text(tonumber(held[2]) + 1)
+  local tag = string.sub(redis.sha1hex(held[3] .. position), 1, 10)
+  redis.call('XADD', feed, 'MAXLEN', '~', most, seq .. '-0', 't', tag, 'p', position, 'b', body)
+  redis.call('HSET', state, 'seq', seq, 'tag', tag)
+  if redis.call('XLEN', feed) == 1 then redis.call('PEXPIRE', feed, redis.call('PTTL', state)) end
+  redis.call('SPUBLISH', feed, held[1] .. ' ' .. seq .. ' ' .. tag .. ' ' .. position .. '\n' .. body)
+  return 1
+end
+
+-- keys: links, then state and entries of each feed. args: source, epoch, most entries of a feed, then for each change:
+-- its partition, generation, ms, seq; the number of its first effect; body; number of feeds, index of each feed.
+-- Returns how many entries were appended. What is at or below the position already taken from this source is skipped.
+redis.register_function('link_append', function(keys, args)
+  local source, epoch, most = args[1], tonumber(args[2]), args[3]
+  local known, taken = link_state(keys[1], source)
+  if epoch < known then return redis.error_reply(FENCED) end
+  local appended, at = 0, 4
+  while at <= #args do
+    local position = table.concat({args[at], args[at + 1], args[at + 2], args[at + 3]}, '-')
+    local first, body, count = tonumber(args[at + 4]), args[at + 5], tonumber(args[at + 6])
+    for i = 1, count do
+      local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + i - 1}
+      if later(effect, taken) then
+        local feed = 2 * tonumber(args[at + 6 + i])
+        appended = appended + feed_append(keys[feed], keys[feed + 1], most, position, body)
+        taken = effect
+      end
+    end
+    at = at + 7 + count
+  end
+  redis.call('HSET', keys[1], source, link_text(epoch, taken))
+  return appended
+end)
+
+-- ── feeds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- keys: state, entries. args: how long it stays open without being asked for again, in ms. Returns {epoch, seq, tag}.
+redis.register_function('feed_open', function(keys, args)
+  if redis.call('EXISTS', keys[1]) == 0 then
+    local epoch = text(now_ms())
+    redis.call('DEL', keys[2])
+    redis.call('HSET', keys[1], 'epoch', epoch, 'seq', '0', 'tag', string.sub(redis.sha1hex(epoch .. keys[1]), 1, 10))
+  end
+  redis.call('PEXPIRE', keys[1], args[1])
+  redis.call('PEXPIRE', keys[2], args[1])
+  return redis.call('HMGET', keys[1], 'epoch', 'seq', 'tag')
+end)
+
+-- keys: state, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch '' for a closed feed.
+redis.register_function('feed_read', function(keys, args)
+  local held = redis.call('HMGET', keys[1], 'epoch', 'seq', 'tag')
+  if not held[1] then return {'', '0', '', {}} end
+  local entries = {}
+  if tonumber(args[1]) < tonumber(held[2]) then
+    entries = redis.call('XRANGE', keys[2], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
+  end
+  return {held[1], held[2], held[3], entries}
+end)
+
+-- ── the store's reads ─────────────────────────────────────────────────────────────────────────────────────────────
+
+-- keys: order, items. args: from, to (as ZRANGEBYLEX has them), '1' for descending, count, most bytes.
+-- Returns {sort bytes, record, …}; it ends early, but never empty, where the bytes are exceeded.
+redis.register_function('page', function(keys, args)
+  local fields
+  if args[3] == '1' then
+    fields = redis.call('ZREVRANGEBYLEX', keys[1], args[2], args[1], 'LIMIT', '0', args[4])
+  else
+    fields = redis.call('ZRANGEBYLEX', keys[1], args[1], args[2], 'LIMIT', '0', args[4])
+  end
+  local page, size = {}, 0
+  for _, field in ipairs(fields) do
+    local record = redis.call('HGET', keys[2], field)
+    if record then
+      size = size + #record
+      if size > tonumber(args[5]) and #page > 0 then break end
+      page[#page + 1] = field
+      page[#page + 1] = record
+    end
+  end
+  return page
+end)
+
+-- ── live services ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- keys: services. args: id, ms until its word expires, information. Returns {now in ms, id, expiry and information, …}.
+redis.register_function('service_beat', function(keys, args)
+  local now = now_ms()
+  redis.call('HSET', keys[1], args[1], text(now + tonumber(args[2])) .. ' ' .. args[3])
+  local all = redis.call('HGETALL', keys[1])
+  local reply = {text(now)}
+  for i = 1, #all do reply[i + 1] = all[i] end
+  return reply
+end)

@@ -1,0 +1,104 @@
+"""The loop under store and broadcaster, for one partition that is owned: read, decide, link, commit.
+
+Each step is one function call under the fence, and can be repeated. Whoever owns the partition next finds what was not
+acknowledged, does it again, and the links skip what had already arrived: the effect is that of once, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tidewire.functions import Append, Batch, Functions, Operation, Owned
+
+
+class Outcome(NamedTuple):
+    """What was decided about the first `consumed` entries of a batch; the others come again with the next."""
+
+    consumed: int
+    operations: Sequence[Operation]
+    links: Mapping[bytes, Sequence[Sequence[Append]]] = {}
+    """For each destination (the key of its links): calls, each a bounded list of appends, in order."""
+
+
+class Tenure(Protocol):
+    """What a service does with a partition while it owns it. One object for each time it is owned."""
+
+    def destinations(self) -> Iterable[bytes]:
+        """The links that may be written to: they are stamped before the first read."""
+
+    async def decide(self, batch: Batch) -> Outcome:
+        """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing."""
+
+    async def committed(self) -> None:
+        """The last outcome is done."""
+
+
+Idle = Callable[[tuple[int, int]], Awaitable[None]]
+Together = Callable[[Iterable[Coroutine[Any, Any, Any]]], Awaitable[Any]]
+
+
+async def concurrently(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Calls to different destinations do not wait for each other."""
+    pending = list(calls)
+    if len(pending) == 1:
+        await pending[0]
+    elif pending:
+        async with asyncio.TaskGroup() as group:
+            for call in pending:
+                group.create_task(call)
+
+
+class PartitionLoop:
+    """Runs until cancelled or fenced. `idle` waits until the stream may have an entry after that id."""
+
+    def __init__(
+        self,
+        functions: Functions,
+        owned: Owned,
+        tenure: Tenure,
+        *,
+        source: str,
+        idle: Idle,
+        batch: int,
+        most_entries: int,
+        together: Together = concurrently,
+    ) -> None:
+        self._functions = functions
+        self._owned = owned
+        self._tenure = tenure
+        self._source = source
+        self._idle = idle
+        self._batch = batch
+        self._most_entries = most_entries
+        self._together = together
+        self.commits = 0
+
+    async def run(self) -> None:
+        epoch = self._owned.fence.epoch
+        # Before the first read: what a predecessor, paused between reading and writing, may still send comes too late.
+        await self._together(
+            self._functions.link_stamp(links, self._source, epoch) for links in self._tenure.destinations()
+        )
+        while True:
+            await self.turn()
+
+    async def turn(self) -> None:
+        batch = await self._functions.batch(self._owned, self._batch)
+        if not batch.entries:
+            await self._idle(batch.last)
+            return
+        outcome = await self._tenure.decide(batch)
+        # Before the acknowledgement: an effect may be sent twice, and is taken once; it is never forgotten.
+        await self._together(self._send(links, calls) for links, calls in outcome.links.items())
+        self.commits += 1
+        acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
+        await self._functions.commit(self._owned, self.commits, acknowledged, outcome.operations)
+        await self._tenure.committed()
+
+    async def _send(self, links: bytes, calls: Sequence[Sequence[Append]]) -> None:
+        for appends in calls:
+            await self._functions.link_append(
+                links, self._source, self._owned.fence.epoch, self._most_entries, appends
+            )

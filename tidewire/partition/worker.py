@@ -1,0 +1,182 @@
+"""Which partitions this process owns: its fair share among the live workers of its group."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+from redis.exceptions import RedisError
+
+from tidewire.backend import Backend
+from tidewire.errors import Fenced
+from tidewire.functions import Owned
+from tidewire.partition.loop import PartitionLoop, Tenure
+from tidewire.registry import Registry
+from tidewire.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
+    """How many partitions `me` should own: as even as can be, the odd ones to the first."""
+    if me not in workers:
+        return 0
+    each, odd = divmod(partitions, len(workers))
+    return each + (sorted(workers).index(me) < odd)
+
+
+class Worker:
+    """Takes, renews, works on and hands over partitions of one group.
+
+    `stream` gives the key of a partition's stream; `tenure` makes what is done with a partition while it is owned.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        backend: Backend,
+        registry: Registry,
+        settings: Settings,
+        *,
+        stream: Callable[[int], bytes],
+        tenure: Callable[[int, Owned], Tenure],
+    ) -> None:
+        self.group = group
+        self._backend = backend
+        self._registry = registry
+        self._settings = settings
+        self._stream = stream
+        self._tenure = tenure
+        self._loops: dict[int, PartitionLoop] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._owned: dict[int, Owned] = {}
+        self._retry_at: dict[int, float] = {}
+        self._commits_before = 0
+        self._draining = False
+
+    @property
+    def partitions(self) -> list[int]:
+        """Those that are owned now, sorted."""
+        return sorted(self._tasks)
+
+    @property
+    def commits(self) -> int:
+        """Commits done since the start."""
+        return self._commits_before + sum(loop.commits for loop in self._loops.values())
+
+    async def run(self) -> None:
+        """Own the fair share until `drain`. A fault of the code, as against Redis's, ends it with that error."""
+        renewed = time.monotonic()
+        try:
+            while not self._draining:
+                try:
+                    await self._reap()
+                    await self._balance()
+                    if time.monotonic() - renewed >= self._settings.lease_ms / 3000:
+                        renewed = time.monotonic()
+                        await self._renew()
+                except (RedisError, OSError) as error:
+                    log.warning("partitions_unreachable", group=self.group, error=str(error))
+                # A sixth of a lease: two looks for each renewal.
+                await asyncio.sleep(self._settings.lease_ms / 6000)
+        finally:
+            for partition in self.partitions:
+                await self._stop(partition)
+
+    async def drain(self) -> None:
+        """Hand everything over at once: leave the group first, so that no one hands it back."""
+        self._draining = True
+        try:
+            await self._registry.leave()
+            await asyncio.gather(*(self._hand_over(partition) for partition in self.partitions))
+        except (RedisError, OSError) as error:
+            log.warning("hand_over_failed", group=self.group, error=str(error))
+
+    async def _balance(self) -> None:
+        share = fair_share(self._registry.live(self._registry.kind), self._registry.id, self._backend.keys.partitions)
+        for partition in self.partitions[share:]:
+            await self._hand_over(partition)
+        now = time.monotonic()
+        for partition in range(self._backend.keys.partitions):
+            if len(self._tasks) >= share or self._draining:
+                break
+            if partition not in self._tasks and self._retry_at.get(partition, 0) <= now:
+                await self._take(partition)
+
+    async def _take(self, partition: int) -> None:
+        keys, stream = self._backend.keys, self._stream(partition)
+        lease = keys.lease(partition, self.group)
+        fence = await self._backend.functions.lease_take(
+            lease, keys.partition(partition), self._registry.id, self._settings.lease_ms
+        )
+        if fence is None:
+            return
+        await self._backend.ensure_group(stream, self.group)
+        owned = Owned(lease, keys.partition(partition), stream, self.group, fence)
+
+        async def idle(last: tuple[int, int]) -> None:
+            await self._backend.read({stream: f"{last[0]}-{last[1]}"}, count=1)
+
+        loop = PartitionLoop(
+            self._backend.functions,
+            owned,
+            self._tenure(partition, owned),
+            source=f"{self.group}:{partition}",
+            idle=idle,
+            batch=self._settings.batch,
+            most_entries=self._settings.resume_entries,
+        )
+        self._owned[partition], self._loops[partition] = owned, loop
+        self._tasks[partition] = asyncio.create_task(loop.run(), name=f"{self.group}:{partition}")
+        log.info("partition_taken", group=self.group, partition=partition, epoch=fence.epoch)
+
+    async def _renew(self) -> None:
+        async def renew(partition: int, owned: Owned) -> None:
+            try:
+                await self._backend.functions.lease_renew(owned, self._settings.lease_ms)
+            except Fenced:
+                await self._stop(partition)
+                log.warning("partition_lost", group=self.group, partition=partition)
+
+        await asyncio.gather(*(renew(partition, owned) for partition, owned in list(self._owned.items())))
+
+    async def _reap(self) -> None:
+        """Clear away loops that ended by themselves."""
+        for partition, task in list(self._tasks.items()):
+            if not task.done():
+                continue
+            error = task.exception()
+            await self._stop(partition)
+            self._retry_at[partition] = time.monotonic() + 0.5
+            if isinstance(error, Fenced):
+                log.warning("partition_lost", group=self.group, partition=partition)
+            elif isinstance(cause := _cause(error), RedisError | OSError):
+                log.warning("partition_failed", group=self.group, partition=partition, error=str(cause))
+            elif error:
+                raise error
+
+    async def _hand_over(self, partition: int) -> None:
+        owned = self._owned[partition]
+        await self._stop(partition)
+        try:
+            await self._backend.functions.lease_release(owned)
+        except Fenced:
+            return
+        log.info("partition_released", group=self.group, partition=partition)
+
+    async def _stop(self, partition: int) -> None:
+        task, loop = self._tasks.pop(partition), self._loops.pop(partition)
+        del self._owned[partition]
+        self._commits_before += loop.commits
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The one error behind a group of them."""
+    while isinstance(error, BaseExceptionGroup):
+        fenced = error.subgroup(Fenced)
+        error = (fenced or error).exceptions[0]
+    return error

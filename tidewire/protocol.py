@@ -1,0 +1,216 @@
+"""The frames of the wire: parsed from, and written as, JSON or MessagePack. No I/O.
+
+What a client sends becomes one of the request classes below, checked in shape; what they mean is the services' matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import msgspec
+
+from tidewire.errors import BadRequest, UnsupportedAction
+from tidewire.records import FeedBody
+
+SUBPROTOCOL = "tidewire.msgpack"
+MAX_DEPTH = 64
+RequestId = str | int | None
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder()
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that any request may have."""
+
+    action: str = ""
+    id: RequestId = None
+
+
+class Condition(msgspec.Struct, forbid_unknown_fields=True):
+    """`if`: exactly one of the four."""
+
+    version: int | None = None
+    absent: bool | None = None
+    present: bool | None = None
+    equals: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("version", "absent", "present", "equals") if getattr(self, name) is not None]
+        if len(given) != 1 or self.absent is False or self.present is False:
+            raise ValueError('one of {"version":n}, {"absent":true}, {"present":true}, {"equals":{…}} is needed')
+
+
+class _Write(_Request, kw_only=True):
+    table: str
+    condition: Condition | None = msgspec.field(default=None, name="if")
+    request: str | None = None
+
+
+class Put(_Write, kw_only=True):
+    item: dict[str, Any]
+
+
+Path = str | list[str]
+Assignments = dict[str, Any] | list[tuple[Path, Any]]
+
+
+class Update(_Write, kw_only=True):
+    key: Any
+    set: Assignments = {}
+    remove: list[Path] = []
+    add: Assignments = {}
+
+
+class Delete(_Write, kw_only=True):
+    key: Any
+
+
+class Get(_Request, kw_only=True):
+    table: str
+    key: Any
+
+
+class Query(_Request, kw_only=True):
+    table: str
+    key: Any
+    after: str | int | float | None = None
+    before: str | int | float | None = None
+    prefix: str | None = None
+    limit: int = 100
+    reverse: bool = False
+
+
+class Auth(_Request, kw_only=True):
+    auth_key: str
+    cursor: str | None = None
+    topics: dict[str, str] = {}
+
+
+class Whoami(_Request, kw_only=True):
+    pass
+
+
+class Ping(_Request, kw_only=True):
+    pass
+
+
+ACTIONS: dict[str, type[_Request]] = {
+    "put": Put,
+    "update": Update,
+    "delete": Delete,
+    "get": Get,
+    "query": Query,
+    "auth": Auth,
+    "whoami": Whoami,
+    "ping": Ping,
+}
+STORE_ACTIONS = frozenset({"put", "update", "delete", "get", "query"})
+WRITES = frozenset({"put", "update", "delete"})
+
+
+def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
+    """One object from a frame. Raises BadRequest when it is not one."""
+    kind = "MessagePack" if binary else "JSON"
+    if binary != isinstance(data, bytes):
+        raise BadRequest(f"a {'binary' if binary else 'text'} frame with one {kind} object was expected")
+    try:
+        frame = msgpack.unpackb(data, raw=False) if binary else _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeError, ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadRequest(f"the frame is not {kind}: {error}") from None
+    if not isinstance(frame, dict):
+        raise BadRequest(f"the frame is not a {kind} object but {_kind_of(frame)}")
+    fault = _fault(frame, "$", MAX_DEPTH)
+    if fault:
+        raise BadRequest(fault)
+    return frame
+
+
+def request_id(frame: dict[str, Any]) -> RequestId:
+    """The id to answer with: what the frame has, if that is a string or an integer."""
+    value = frame.get("id")
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def parse_request(frame: dict[str, Any]) -> _Request:
+    """The request that a frame states. Raises UnsupportedAction, or BadRequest saying what is wrong and where."""
+    action = frame.get("action")
+    if not isinstance(action, str):
+        raise BadRequest("the frame has no action: a string was expected at $.action")
+    kind = ACTIONS.get(action)
+    if kind is None:
+        raise UnsupportedAction(f"there is no action {action[:64]!r}")
+    try:
+        request = msgspec.convert(frame, kind)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{action}: {error}") from None
+    if isinstance(request, Query) and not 1 <= request.limit <= 1000:
+        raise BadRequest("query: limit is between 1 and 1000")
+    if isinstance(request, _Write) and request.request is not None and not 1 <= len(request.request) <= 256:
+        raise BadRequest(f"{action}: request is a string of 1 to 256 characters")
+    return request
+
+
+def encode_json(frame: Any) -> bytes:
+    return _encoder.encode(frame)
+
+
+def encode_msgpack(frame: Any) -> bytes:
+    packed: bytes = msgpack.packb(frame)
+    return packed
+
+
+def feed_frame(body: FeedBody, cursor: str, topic: str | None) -> bytes:
+    """The JSON text of a feed's frame. The rest was encoded once, by the broadcaster; only what differs is added."""
+    head = b'{"type":"%s","cursor":"%s"' % (body.type.encode(), cursor.encode())
+    if topic is not None:
+        head += b',"topic":' + _encoder.encode(topic)
+    return head + b"," + body.rest[1:]
+
+
+def json_to_msgpack(frame: bytes) -> bytes:
+    """The same frame for a connection with the MessagePack subprotocol."""
+    return encode_msgpack(_decoder.decode(frame))
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901 - one case for each kind of value
+    """What in a decoded value neither JSON nor our records can hold, and where; None when all is well."""
+    if depth == 0:
+        return f"nested deeper than {MAX_DEPTH} levels at {path[:200]}"
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                return f"a field name that is not a string at {path[:200]}"
+            fault = _fault(inner, f"{path}.{name}", depth - 1) or _fault(name, path, depth)
+            if fault:
+                return fault
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            fault = _fault(inner, f"{path}[{index}]", depth - 1)
+            if fault:
+                return fault
+    elif isinstance(value, bool) or value is None:
+        return None
+    elif isinstance(value, int):
+        return None if -(2**63) <= value < 2**64 else f"a number beyond 64 bits at {path[:200]}"
+    elif isinstance(value, float):
+        return None if abs(value) < float("inf") else f"a number that is not finite at {path[:200]}"
+    elif isinstance(value, str):
+        return None if value.isascii() or _encodable(value) else f"a string that is not Unicode text at {path[:200]}"
+    else:
+        return f"a value that JSON does not have ({type(value).__name__}) at {path[:200]}"
+    return None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

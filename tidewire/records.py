@@ -1,0 +1,122 @@
+"""What lies in Redis, as MessagePack arrays of the tuples below. A field added later goes to the end, with a default."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgpack
+
+JSON = Any
+Item = dict[str, Any]
+
+
+def pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def unpack(data: bytes) -> Any:
+    return msgpack.unpackb(data, raw=False, strict_map_key=False)
+
+
+class ItemRecord(NamedTuple):
+    """An item at rest. `item` is None for a tombstone, which keeps versions from going back."""
+
+    version: int
+    at: int  # ms since 1970
+    by: str
+    item: Item | None
+
+
+class Command(NamedTuple):
+    """A request on its way to the store."""
+
+    action: str
+    body: dict[str, Any]
+    user: str
+    role: str  # "client" or "service"
+    claims: dict[str, Any]
+    connection: str | None
+    request: str | None  # the same user's same id gives the first result again
+    request_ttl_ms: int
+    deadline: int  # ms since 1970, server time: older than that, it is not done
+    reply_to: str  # gateway
+    number: int  # of the request within that gateway
+
+
+class Reply(NamedTuple):
+    """The answer: a result, or an error as {code, message, details}."""
+
+    number: int
+    result: JSON
+    error: dict[str, Any] | None
+
+
+class Change(NamedTuple):
+    """What the store appends for each write. Both images, always: who could see the old one must hear of it."""
+
+    event: str  # INSERT, MODIFY or REMOVE
+    table: str
+    key: dict[str, Any]
+    version: int
+    new: Item | None
+    old: Item | None
+    at: int  # ms since 1970
+    by: str
+    connection: str | None
+    request: str | None
+
+
+class Authorization(NamedTuple):
+    """A gateway's question to the authorizers."""
+
+    auth_key: str
+    reply_to: str
+    number: int
+
+
+class Principal(NamedTuple):
+    """Who a credential stands for."""
+
+    user: str
+    role: str
+    claims: dict[str, Any]
+    credential: str  # id of the API key, for revocation
+    expires_at: int | None  # ms since 1970
+
+
+class Credential(NamedTuple):
+    """An API key at rest: the SHA-256 of its secret, never the secret."""
+
+    digest: bytes
+    user: str
+    role: str
+    claims: dict[str, Any]
+    created_at: int  # ms since 1970
+    expires_at: int | None
+    revoked_at: int | None
+
+
+class FeedBody(NamedTuple):
+    """What a feed's entry carries: the type of the frame, and the rest of it as JSON text of an object."""
+
+    type: str
+    rest: bytes
+
+
+class Position(NamedTuple):
+    """Where a change stands: its partition, that partition's generation, and its id in the change stream."""
+
+    partition: int
+    generation: int
+    ms: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.partition}-{self.generation}-{self.ms}-{self.seq}"
+
+
+def stream_id(raw: bytes | str) -> tuple[int, int]:
+    """b"1795409459002-3" → (1795409459002, 3)."""
+    ms, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")
+    return int(ms), int(seq or 0)

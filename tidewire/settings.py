@@ -1,0 +1,69 @@
+"""Settings: defaults, then environment variables `TIDEWIRE_<NAME>`, then flags. Units are in the names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from tidewire.errors import ConfigurationError
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every service is given."""
+
+    redis: str = "redis://127.0.0.1:6379"
+    stage: str = "dev"
+    partitions: int = 8
+    host: str = "127.0.0.1"
+    ws_port: int = 8080
+    http_port: int = 8081
+    admin_port: int = 8090
+    origins: str = ""
+    drain_seconds: float = 20.0
+    log_format: str = "console"
+    log_level: str = "info"
+
+    lease_ms: int = 3000
+    batch: int = 256
+    request_timeout_s: float = 10.0
+    request_window_s: float = 600.0
+    resume_window_s: float = 300.0
+    resume_entries: int = 1000
+    auth_cache_s: float = 5.0
+    first_frame_auth_s: float = 5.0
+    limit_frame_bytes: int = 1048576
+    limit_item_bytes: int = 262144
+    limit_queued_bytes: int = 1048576
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", self.stage):
+            raise ConfigurationError(f"--stage {self.stage!r}: up to 32 lower-case letters, digits, _ and -")
+        if not 1 <= self.partitions <= 16384:
+            raise ConfigurationError(f"--partitions {self.partitions}: between 1 and 16384")
+        for name in ("ws_port", "http_port", "admin_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 65535")
+        if self.log_format not in ("console", "json"):
+            raise ConfigurationError(f"--log-format {self.log_format!r}: console or json")
+        if self.lease_ms < 300:
+            raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
+
+
+def load(environment: Mapping[str, str] | None = None, **flags: Any) -> Settings:
+    """The settings in force; flags that are None are not given. Raises ConfigurationError naming the variable."""
+    environment = os.environ if environment is None else environment
+    given: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Settings):
+        variable = f"TIDEWIRE_{field.name.upper()}"
+        if flags.get(field.name) is not None:
+            given[field.name] = flags[field.name]
+        elif variable in environment:
+            try:
+                given[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
+            except msgspec.ValidationError as error:
+                raise ConfigurationError(f"{variable}={environment[variable]!r}: {error}") from None
+    return Settings(**given)
