@@ -34,6 +34,8 @@ check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases tests deploy
+	$(BIN)/mypy .ci/wheel-check
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by itself

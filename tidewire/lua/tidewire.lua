@@ -56,7 +56,7 @@ redis.register_function('batch', function(keys, args)
   for _, id in ipairs({'0', '>'}) do
     local reply = redis.call('XREADGROUP', 'GROUP', args[3], 'owner', 'COUNT', args[4], 'STREAMS', keys[3], id)
     if reply then
-      if type(reply[1]) == 'table' then entries = reply[1][2] else entries = reply[2] end -- fakeredis: the second
+      if type(reply[1]) == 'table' then entries = reply[1][2] else entries = reply[2] or {} end -- fakeredis: the second
     end
     if #entries > 0 then break end
   end

@@ -1,0 +1,126 @@
+"""The authorizer as a process: any live one of its group answers; who dies with a question leaves it to another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+from prometheus_client import Counter
+from redis.exceptions import RedisError, ResponseError
+
+from tidewire.backend import Backend
+from tidewire.bus import send_replies
+from tidewire.credentials import ApiKey, verify
+from tidewire.errors import RequestError, Unauthenticated
+from tidewire.lifecycle import Service
+from tidewire.records import Authorization, Credential, Reply, stream_id, unpack
+
+log = structlog.get_logger(__name__)
+
+GROUP = "authorizer"
+ABANDONED_MS = 2000
+"""A question that somebody took and did not answer for so long is taken over."""
+BATCH = 100
+
+ANSWERS = Counter("tidewire_authorizer_answers_total", "Questions answered.", ["outcome"])
+
+Entry = tuple[bytes, dict[bytes, bytes]]
+
+
+class Authorizer:
+    """Reads questions as one of several competing consumers, and answers them."""
+
+    def __init__(self, backend: Backend, service: Service) -> None:
+        self._backend = backend
+        self._registry = service.registry
+        self._stream = backend.keys.authorizations()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._backend.ensure_group(self._stream, GROUP)
+                while True:
+                    await self._turn()
+            except (RedisError, OSError) as error:
+                log.warning("authorizations_not_read", error=str(error))
+                await asyncio.sleep(0.2)
+
+    async def _turn(self) -> None:
+        entries = await self._abandoned()
+        entries += await self._backend.read_group(self._stream, GROUP, self._registry.id, BATCH)
+        if not entries:
+            return
+        replies: dict[str, list[Reply]] = {}
+        for question, key in _questions(entries):
+            replies.setdefault(question.reply_to, []).append(await self._answer(question.number, key))
+        # Answered before acknowledged: who asks may get two answers, and takes the first.
+        await send_replies(self._backend, replies)
+        await self._backend.commands.xack(self._stream, GROUP, *(id_ for id_, _ in entries))
+        await self._trim(entries[-1][0])
+
+    async def _abandoned(self) -> list[Entry]:
+        found: Any = await self._backend.commands.xautoclaim(
+            self._stream, GROUP, self._registry.id, ABANDONED_MS, "0-0", count=BATCH
+        )
+        return [(id_, fields) for id_, fields in found[1] if fields]
+
+    async def _answer(self, number: int, key: ApiKey | None) -> Reply:
+        try:
+            if key is None:
+                raise Unauthenticated("the auth_key is not valid: it has the form tw_<id>_<secret>")
+            raw = await self._backend.commands.hget(self._backend.keys.credentials(), key.id)
+            credential = Credential(*unpack(raw)) if raw else None
+            principal = verify(key, credential, self._registry.now_ms())
+        except RequestError as error:
+            ANSWERS.labels("refused").inc()
+            return Reply(number, None, {"code": error.code, "message": error.message, "details": error.details})
+        ANSWERS.labels("admitted").inc()
+        return Reply(number, principal, None)
+
+    async def _trim(self, last: bytes) -> None:
+        """Cut off what all have answered."""
+        pending: Any = await self._backend.commands.xpending(self._stream, GROUP)
+        oldest = pending["min"]
+        ms, seq = stream_id(oldest) if oldest else stream_id(last)
+        await self._backend.commands.xtrim(self._stream, minid=f"{ms}-{seq}", approximate=False)
+
+
+def _questions(entries: list[Entry]) -> list[tuple[Authorization, ApiKey | None]]:
+    questions = []
+    for _, fields in entries:
+        try:
+            question = Authorization(*unpack(fields[b"r"]))
+        except Exception:
+            log.exception("authorization_unreadable")
+            continue
+        questions.append((question, ApiKey.parse(question.auth_key)))
+    return questions
+
+
+async def forget_consumer(backend: Backend, consumer: str) -> None:
+    """A name that left without anything pending is taken off the group."""
+    try:
+        pending: Any = await backend.commands.xpending_range(
+            backend.keys.authorizations(), GROUP, "-", "+", 1, consumername=consumer
+        )
+        if not pending:
+            await backend.commands.xgroup_delconsumer(backend.keys.authorizations(), GROUP, consumer)
+    except ResponseError as error:
+        log.warning("consumer_not_removed", error=str(error))
+
+
+def build(service: Service) -> Authorizer:
+    """Wire the authorizer into a service process."""
+    authorizer = Authorizer(service.backend, service)
+    service.run(authorizer.run)
+
+    async def leave() -> None:
+        try:
+            await forget_consumer(service.backend, service.registry.id)
+            await service.registry.leave()
+        except (RedisError, OSError) as error:
+            log.warning("not_left", error=str(error))
+
+    service.at_drain(leave)
+    return authorizer

@@ -1,0 +1,255 @@
+"""The feeds that this gateway's connections follow: opened, subscribed to, kept open, and mended.
+
+A feed has a head: the cursor of its last entry seen here. An announcement that is the very next one moves the head and
+goes to all live followers; one that is not says that something was missed, and the stream is read. A follower that is
+not live (it replays, or its socket is full) reads the stream for itself, which is the queue, until it is at the head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+import structlog
+from prometheus_client import Counter
+from redis.exceptions import RedisError
+
+from tidewire.backend import Backend
+from tidewire.feeds import Announcement, Cursor, Reset, follow_on, head_of, resume
+from tidewire.functions import FeedEntry
+from tidewire.protocol import feed_frame, json_to_msgpack
+from tidewire.records import FeedBody, unpack
+
+log = structlog.get_logger(__name__)
+
+READ = 500
+"""Entries of a feed that are read at a time."""
+LOOK_S = 10.0
+"""Each feed is looked at so often: that keeps it open, and shows what a lost announcement hid."""
+
+MENDED = Counter("tidewire_gateway_feeds_mended_total", "Feeds read because an announcement may have been missed.")
+RESETS = Counter("tidewire_gateway_resets_total", "Resets of whole feeds while they were followed.", ["reason"])
+
+
+class Frame:
+    """One entry as a frame, encoded at most once for each encoding, however many connections get it."""
+
+    __slots__ = ("_msgpack", "cursor", "json")
+
+    def __init__(self, cursor: Cursor, entry: FeedEntry, topic: str | None) -> None:
+        self.cursor = cursor
+        self.json = feed_frame(FeedBody(*unpack(entry.body)), str(cursor), topic)
+        self._msgpack: bytes | None = None
+
+    def encoded(self, *, binary: bool) -> bytes:
+        if not binary:
+            return self.json
+        if self._msgpack is None:
+            self._msgpack = json_to_msgpack(self.json)
+        return self._msgpack
+
+
+class Follower(Protocol):
+    """A connection's place in a feed."""
+
+    live: bool
+    cursor: Cursor
+
+    def deliver(self, frame: Frame) -> None:
+        """Send it now, or stop being live."""
+
+    def start_over(self, reset: Reset) -> None:
+        """Tell that what was missed cannot be told."""
+
+
+class Feed:
+    """One feed as followed here. `topic` is None for a user's own."""
+
+    def __init__(self, keys: tuple[bytes, bytes], topic: str | None) -> None:
+        self.keys = keys
+        self.topic = topic
+        self.head: Cursor | None = None
+        self.followers: set[Follower] = set()
+        self.users = 0  # who asked for it and has not left
+        self.subscribed = asyncio.Event()
+        self.ready: asyncio.Task[None] | None = None
+        self.stale = False  # something was announced that the head does not know
+        self.mending = asyncio.Lock()
+
+    def advance(self, cursor: Cursor, entry: FeedEntry) -> None:
+        self.head = cursor
+        live = [follower for follower in self.followers if follower.live]
+        if live:
+            frame = Frame(cursor, entry, self.topic)
+            for follower in live:
+                follower.deliver(frame)
+
+    def reset(self, reset: Reset) -> None:
+        RESETS.labels(reset.reason).inc()
+        self.head = reset.cursor
+        for follower in [follower for follower in self.followers if follower.live]:
+            follower.start_over(reset)
+
+
+class Feeds:
+    """All of them, and the one subscriber behind them."""
+
+    def __init__(self, backend: Backend, window_s: float, ready_channel: bytes) -> None:
+        self._backend = backend
+        self._window_ms = int(window_s * 1000)
+        self._feeds: dict[bytes, Feed] = {}
+        self._pubsub = backend.pubsub()
+        # A channel that is always there, so that the subscriber has a connection before the first feed.
+        self._own = ready_channel
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def follow(self, keys: tuple[bytes, bytes], topic: str | None) -> Feed:
+        """The feed, open, subscribed to, with its head known. Each call needs a `leave`."""
+        feed = self._feeds.get(keys[1])
+        if feed is None:
+            feed = self._feeds[keys[1]] = Feed(keys, topic)
+            feed.ready = asyncio.create_task(self._start(feed), name="feed")
+        feed.users += 1
+        assert feed.ready
+        try:
+            await asyncio.shield(feed.ready)
+        except BaseException:
+            await self.leave(feed)
+            raise
+        return feed
+
+    async def leave(self, feed: Feed) -> None:
+        """The feed stays open for the resume window, then closes by itself."""
+        feed.users -= 1
+        if feed.users or self._feeds.get(feed.keys[1]) is not feed:
+            return
+        del self._feeds[feed.keys[1]]
+        if feed.ready:
+            feed.ready.cancel()
+        with contextlib.suppress(RedisError, OSError):
+            await self._backend.functions.feed_open(feed.keys, self._window_ms)
+            if feed.keys[1] not in self._feeds:  # nobody came meanwhile
+                await self._pubsub.sunsubscribe(feed.keys[1])
+
+    async def read(self, feed: Feed, cursor: Cursor, count: int = READ) -> tuple[list[FeedEntry], Reset | None]:
+        """What follows on the cursor, as far as it can be proven to be all; else the reset."""
+        state, entries = await self._backend.functions.feed_read(feed.keys, cursor.seq, count)
+        if not state.epoch:  # it closed while nobody looked
+            state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+            entries = []
+        reset = resume(cursor, state, entries)
+        return ([] if reset else entries), reset
+
+    async def mend(self, feed: Feed) -> None:
+        """Read what follows on the head, and give it to the live followers."""
+        async with feed.mending:
+            while feed.head:
+                feed.stale = False
+                entries, reset = await self.read(feed, feed.head)
+                if reset:
+                    feed.reset(reset)
+                for entry in entries:
+                    cursor = follow_on(feed.head, entry)
+                    assert cursor  # `read` has followed the chain
+                    feed.advance(cursor, entry)
+                if len(entries) < READ and not feed.stale:
+                    return
+
+    async def run(self) -> None:
+        """Hear announcements and look at idle feeds, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._hear())
+                group.create_task(self._look())
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.aclose()
+
+    async def _start(self, feed: Feed) -> None:
+        while True:
+            await self._pubsub.ssubscribe(feed.keys[1])
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(feed.subscribed.wait(), 2)
+                break
+        state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+        feed.head = head_of(state)
+        if feed.stale:
+            await self.mend(feed)
+
+    async def _hear(self) -> None:
+        subscribed = False
+        while True:
+            try:
+                if not subscribed:
+                    await self._pubsub.ssubscribe(self._own)
+                    subscribed = True
+                message = await self._pubsub.get_message(timeout=1.0)
+            except (RedisError, OSError) as error:
+                log.warning("announcements_not_heard", error=str(error))
+                await asyncio.sleep(0.2)
+                continue
+            if message:
+                await self._heard(message["type"], message["channel"], message["data"])
+
+    async def _heard(self, kind: str, channel: bytes, data: bytes) -> None:
+        feed = self._feeds.get(channel)
+        if feed is None:
+            return
+        if kind == "ssubscribe":
+            if feed.subscribed.is_set():  # again, so the connection was lost: something may have been missed
+                self._mend_soon(feed)
+            feed.subscribed.set()
+        elif kind == "sunsubscribe":
+            # Unasked for (the slot moved), or asked for just before somebody came back: subscribe again, and read.
+            await self._pubsub.ssubscribe(channel)
+            self._mend_soon(feed)
+        elif kind == "smessage":
+            self._announced(feed, Announcement.parse(data))
+
+    def _announced(self, feed: Feed, announcement: Announcement) -> None:
+        head = feed.head
+        if head is None or feed.mending.locked():
+            feed.stale = True  # whoever is reading reads once more
+            return
+        if announcement.epoch == head.epoch and announcement.entry.seq <= head.seq:
+            return  # it was read already
+        cursor = follow_on(head, announcement.entry) if announcement.epoch == head.epoch else None
+        if cursor:
+            feed.advance(cursor, announcement.entry)
+        else:
+            self._mend_soon(feed)
+
+    def _mend_soon(self, feed: Feed) -> None:
+        async def mend() -> None:
+            while True:
+                try:
+                    await self.mend(feed)
+                    return
+                except (RedisError, OSError) as error:
+                    log.warning("feed_not_mended", error=str(error))
+                    await asyncio.sleep(0.2)
+
+        if feed.mending.locked():
+            feed.stale = True
+            return
+        MENDED.inc()
+        task = asyncio.create_task(mend(), name="mend")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(min(LOOK_S, self._window_ms / 3000))
+            for feed in list(self._feeds.values()):
+                if feed.head is None:
+                    continue
+                try:
+                    state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+                except (RedisError, OSError) as error:
+                    log.warning("feeds_not_looked_at", error=str(error))
+                    break
+                if feed.head != head_of(state) and (state.epoch != feed.head.epoch or state.seq >= feed.head.seq):
+                    self._mend_soon(feed)

@@ -1,0 +1,62 @@
+"""What a handshake asks for, and whether it may come in. Pure: from a path and headers to a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+PATHS = ("/", "/v1")
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What was asked: the credential (None: it comes with the first frame), and where to go on."""
+
+    auth_key: str | None = None
+    cursor: str | None = None
+    topics: dict[str, str] = field(default_factory=dict)
+    browser: bool = False  # with an allowed Origin: its page would never see a status
+
+
+@dataclass(frozen=True)
+class Refused:
+    status: HTTPStatus
+    message: str
+
+
+def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
+    """The first one present: header auth_key, header Authorization: Bearer, query parameter auth_key."""
+    if headers.get("auth_key"):
+        return headers["auth_key"]
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return query.get("auth_key") or None
+
+
+def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake | Refused:
+    """The handshake, or why it is refused before anybody is asked."""
+    parts = urlsplit(path)
+    if parts.path not in PATHS:
+        return Refused(HTTPStatus.NOT_FOUND, "websockets are served at / and /v1")
+    origin = headers.get("Origin")
+    if origin is not None and not origin_allowed(origin, headers.get("Host", ""), origins):
+        return Refused(HTTPStatus.FORBIDDEN, f"pages of {origin[:100]} may not connect: see --origins")
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    try:
+        topics = msgspec.json.decode(query.get("topics", "{}"), type=dict[str, str])
+    except msgspec.DecodeError:
+        return Refused(HTTPStatus.BAD_REQUEST, "topics: a JSON object of topic to cursor is needed")
+    return Handshake(credential(headers, query), query.get("cursor"), topics, origin is not None)
+
+
+def origin_allowed(origin: str, host: str, origins: Sequence[str]) -> bool:
+    """By the list of --origins; without one, the same host name, any port."""
+    if origins:
+        return "*" in origins or origin.rstrip("/") in origins
+    name = urlsplit(origin).hostname
+    return name is not None and name == urlsplit(f"//{host}").hostname

@@ -1,0 +1,358 @@
+"""The gateway as a process: websockets and HTTP in front, the bus and the feeds behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import socket
+from collections.abc import AsyncIterator, Awaitable
+from http import HTTPStatus
+from typing import Any, cast
+
+import structlog
+from prometheus_client import Counter, Gauge
+from redis.exceptions import RedisError
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from tidewire.app import CONNECTIONS, App
+from tidewire.audiences import Everyone, Union
+from tidewire.bus import Bus
+from tidewire.errors import BadRequest, PermissionDenied, RequestError, TooLarge, Unauthenticated
+from tidewire.keys import Scalar
+from tidewire.lifecycle import Service
+from tidewire.protocol import (
+    STORE_ACTIONS,
+    SUBPROTOCOL,
+    WRITES,
+    Auth,
+    Put,
+    Query,
+    decode_frame,
+    encode_json,
+    parse_request,
+    request_id,
+)
+from tidewire.records import Command, Principal
+from tidewire.telemetry import serve_http
+
+from . import handshake
+from .connection import Connection
+from .feeds import Feeds
+from .gatekeeper import Gatekeeper
+from .http import http_app
+from .presence import Presence
+from .presence import command as own_command
+
+log = structlog.get_logger(__name__)
+
+CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets.")
+HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
+CLOSE_AT_A_TIME = 200
+
+
+class Gateway:
+    """What the connections, the HTTP routes and the tasks of one gateway share."""
+
+    def __init__(self, service: Service, app: App) -> None:
+        self.service = service
+        self.app = app
+        self.settings = service.settings
+        self.backend = service.backend
+        self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
+        self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.settings.auth_cache_s)
+        self.gatekeeper.on_revoked = self._on_revoked
+        own_channel = self.backend.keys.replies(self.id)
+        self.feeds = Feeds(self.backend, self.settings.resume_window_s, own_channel)
+        self.presence = Presence(self)
+        self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
+        self.connections: dict[str, Connection] = {}
+        self.origins = [origin.strip().rstrip("/") for origin in self.settings.origins.split(",") if origin.strip()]
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def id(self) -> str:
+        return self.service.registry.id
+
+    def now_ms(self) -> int:
+        return self.service.registry.now_ms()
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, connection: Connection, frame: dict[str, Any], request: Any) -> Awaitable[Any]:
+        """Start on a request; what is awaited is its result. Raises RequestError when it cannot be started."""
+        if request.action in STORE_ACTIONS:
+            return self.store(connection.principal, connection.id, frame, request)
+        return self._here(connection, request.action)
+
+    async def _here(self, connection: Connection, action: str) -> dict[str, Any]:
+        if action == "ping":
+            return {}
+        principal = connection.principal
+        return {"user": principal.user, "connection": connection.id, "claims": principal.claims}
+
+    def store(
+        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
+    ) -> asyncio.Future[Any]:
+        """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
+        body = {name: value for name, value in frame.items() if name not in ("id", "request")}
+        table = self.app[request.table]
+        partition_key: Scalar
+        if isinstance(request, Put):
+            partition_key = table.key_of(request.item).partition
+            self._check_size(request.item)
+        elif isinstance(request, Query):
+            partition_key = table.parse_partition_key(request.key)
+        else:
+            partition_key = table.parse_key(request.key).partition
+        if table.name == CONNECTIONS and request.action in WRITES:
+            raise PermissionDenied("connections are written by the gateways alone")
+        keys, id_, ttl_ms = self.backend.keys, None, 0
+        if request.action in WRITES:
+            # One of our own, so that nothing which the client library repeats is done twice.
+            id_ = f"u:{request.request}" if request.request is not None else f"g:{secrets.token_hex(8)}"
+            window_s = self.settings.request_window_s if request.request is not None else 0
+            ttl_ms = int(1000 * max(window_s, 2 * self.settings.request_timeout_s))
+        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+
+        def record(number: int) -> Command:
+            return Command(
+                request.action,
+                body,
+                principal.user,
+                principal.role,
+                principal.claims,
+                connection,
+                id_,
+                ttl_ms,
+                deadline,
+                self.id,
+                number,
+            )
+
+        return self.bus.request(keys.commands(keys.partition_of(partition_key)), record)
+
+    async def command(
+        self,
+        action: str,
+        body: dict[str, Any],
+        key: Scalar | None = None,
+        *,
+        partition: int | None = None,
+        user: str = "tidewire:gateway",
+    ) -> Any:
+        """A command of the gateway itself, to the partition of a key or to a given one."""
+        keys = self.backend.keys
+        to = keys.partition_of(cast(Scalar, key)) if partition is None else partition
+        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+        reply_to = self.id
+        return await self.bus.request(
+            keys.commands(to),
+            lambda number: own_command(
+                action, body, user=user, deadline=deadline, reply_to=reply_to, number=number
+            ),
+        )
+
+    def _check_size(self, item: dict[str, Any]) -> None:
+        limit = self.settings.limit_item_bytes
+        size = len(encode_json(item)) if limit else 0
+        if size > limit:
+            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+
+    # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
+        """Look at the handshake before it is accepted."""
+        asked = handshake.read(request.path, request.headers, self.origins)
+        if isinstance(asked, handshake.Refused):
+            return self._refuse(ws, asked.status, asked.message)
+        if self.service.stopping.is_set():
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
+        opening = _Opening(asked)
+        ws.opening = opening  # type: ignore[attr-defined]
+        if asked.auth_key is None:
+            return None  # it comes with the first frame
+        try:
+            opening.principal = await self.gatekeeper.authorize(asked.auth_key)
+        except Unauthenticated as error:
+            if not asked.browser:
+                return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
+            opening.refused = (4401, error.message)
+        except RequestError as error:
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, error.message)
+        return None
+
+    async def handle(self, ws: ServerConnection) -> None:
+        """One accepted websocket, to its end."""
+        opening: _Opening = ws.opening  # type: ignore[attr-defined]
+        if opening.refused:
+            HANDSHAKES.labels("refused").inc()
+            await ws.close(*opening.refused)
+            return
+        cursor, topics = opening.handshake.cursor, opening.handshake.topics
+        principal = opening.principal
+        if principal is None:
+            first = await self._first_frame(ws)
+            if first is None:
+                HANDSHAKES.labels("refused").inc()
+                return
+            principal, cursor, topics = first
+        HANDSHAKES.labels("accepted").inc()
+        connection = Connection(self, ws, principal)
+        self.connections[connection.id] = connection
+        CONNECTED.inc()
+        self.presence.connected(connection)
+        try:
+            await connection.run(cursor, topics)
+        except Unauthenticated as error:
+            await ws.close(4401, error.message)
+        finally:
+            connection.open = False
+            self.connections.pop(connection.id, None)
+            CONNECTED.dec()
+            self.presence.disconnected(connection)
+
+    async def _first_frame(self, ws: ServerConnection) -> tuple[Principal, str | None, dict[str, str]] | None:
+        frame: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(self.settings.first_frame_auth_s):
+                message = await ws.recv()
+            frame = decode_frame(message, binary=ws.subprotocol is not None)
+            request = parse_request(frame)
+            if not isinstance(request, Auth):
+                raise Unauthenticated("the first frame must be auth, with an auth_key")
+            return await self.gatekeeper.authorize(request.auth_key), request.cursor, request.topics
+        except TimeoutError:
+            await ws.close(4408, "no credential in time")
+        except (BadRequest, Unauthenticated) as error:
+            await ws.close(4401, error.message[:120])
+        except RequestError as error:
+            log.warning("not_authorized", error=error.message, id=request_id(frame))
+            await ws.close(1013, "try again later")
+        except ConnectionClosed:
+            pass
+        return None
+
+    def _refuse(self, ws: ServerConnection, status: HTTPStatus, message: str) -> Response:
+        HANDSHAKES.labels("refused").inc()
+        body = encode_json({"type": "error", "id": None, "code": _CODES.get(status, "bad_request"), "message": message})
+        headers = Headers({"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"})
+        return Response(status.value, status.phrase, headers, body)
+
+    # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_revoked(self, credential: str) -> None:
+        for connection in list(self.connections.values()):
+            if connection.principal.credential == credential:
+                self._close_soon(connection, 4401, "the auth_key has been revoked")
+
+    def _close_soon(self, connection: Connection, code: int, reason: str) -> None:
+        task = asyncio.create_task(connection.close(code, reason))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def watch_heartbeat(self) -> None:
+        """Paused for longer than its word, it has been counted dead: its clients must connect anew."""
+        registry = self.service.registry
+        while True:
+            await asyncio.sleep(self.settings.lease_ms / 6000)
+            if registry.lapsed:
+                log.warning("heartbeat_lapsed", gateway=registry.id, connections=len(self.connections))
+                registry.become_new()
+                for connection in list(self.connections.values()):
+                    self._close_soon(connection, 1012, "this gateway was paused")
+                with contextlib.suppress(RedisError, OSError):
+                    await registry.beat()
+
+    async def drain(self) -> None:
+        """Ask all to go elsewhere, a few at a time, and take their items away."""
+        everyone_here = list(self.connections.values())
+        rounds = max(1, len(everyone_here) // CLOSE_AT_A_TIME)
+        pause_s = min(0.05, self.settings.drain_seconds / 2 / rounds)
+        for start in range(0, len(everyone_here), CLOSE_AT_A_TIME):
+            for connection in everyone_here[start : start + CLOSE_AT_A_TIME]:
+                if not connection.full():
+                    frame = {"type": "reconnect", "after_ms": random.randint(0, 1000)}
+                    connection.write(connection.encode(frame))
+                self._close_soon(connection, 1012, "this server is leaving")
+            await asyncio.sleep(pause_s)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=min(2.0, self.settings.drain_seconds))
+        await asyncio.sleep(0)  # the handlers see their connections closed
+        await self.presence.settle(min(2.0, self.settings.drain_seconds))
+        with contextlib.suppress(RedisError, OSError):
+            if not self.connections:
+                await self.service.registry.leave()
+
+    @contextlib.asynccontextmanager
+    async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[Server]:
+        """Accept connections until the block is left."""
+        await self.gatekeeper.start()
+        async with (
+            serve(
+                self.handle,
+                sock=ws_listener,
+                process_request=self.process_request,
+                subprotocols=[Subprotocol(SUBPROTOCOL)],
+                # An unknown subprotocol is no reason to refuse: the frames are then JSON.
+                select_subprotocol=_select_subprotocol,
+                compression=None,
+                max_size=self.settings.limit_frame_bytes or None,
+                close_timeout=1,
+                server_header=None,
+            ) as server,
+            serve_http(http_app(self), http_listener),
+        ):
+            yield server
+
+
+class _Opening:
+    """What a handshake came to, for the handler."""
+
+    def __init__(self, asked: handshake.Handshake) -> None:
+        self.handshake = asked
+        self.principal: Principal | None = None
+        self.refused: tuple[int, str] | None = None
+
+
+_CODES = {
+    HTTPStatus.UNAUTHORIZED: "unauthenticated",
+    HTTPStatus.FORBIDDEN: "forbidden",
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded",
+}
+
+
+def _select_subprotocol(_: ServerConnection, offered: Any) -> Subprotocol | None:
+    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
+
+
+def open_to_everyone(readers: Any) -> bool:
+    """Whether the table's own topic may have frames: then every connection follows it."""
+    if isinstance(readers, Union):
+        return open_to_everyone(readers.left) or open_to_everyone(readers.right)
+    return isinstance(readers, Everyone) or not hasattr(readers, "admits")  # a function may return everyone
+
+
+def build(service: Service, app: App) -> Gateway:
+    """Wire the gateway into a service process."""
+    gateway = Gateway(service, app)
+    service.run(gateway.bus.run)
+    service.run(gateway.gatekeeper.run)
+    service.run(gateway.feeds.run)
+    service.run(gateway.presence.run)
+    service.run(gateway.watch_heartbeat)
+    service.at_drain(gateway.drain)
+    service.tell(
+        lambda: {
+            "connections": len(gateway.connections),
+            "ws_port": service.settings.ws_port,
+            "http_port": service.settings.http_port,
+        }
+    )
+    return gateway

@@ -1,0 +1,65 @@
+"""`update`: set, remove and add, by paths into nested objects. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+from tidewire.errors import BadRequest
+from tidewire.protocol import Assignments, Path, Update
+from tidewire.records import Item
+
+
+def apply_update(item: Item, update: Update) -> Item:
+    """A new item: first set, then remove, then add. Raises BadRequest naming the path that does not fit."""
+    new = deepcopy(item)
+    for path, value in _pairs(update.set):
+        parent, name = _parent(new, path, make=True)
+        parent[name] = value
+    for path in update.remove:
+        try:
+            parent, name = _parent(new, path, make=False)
+        except KeyError:
+            continue  # what is not there needs no removing
+        parent.pop(name, None)
+    for path, value in _pairs(update.add):
+        if not _number(value):
+            raise BadRequest(f"update: add {_shown(path)}: a number is needed")
+        parent, name = _parent(new, path, make=True)
+        before = parent.get(name, 0)
+        if not _number(before):
+            raise BadRequest(f"update: add {_shown(path)}: what is there is not a number")
+        total = before + value
+        if not (abs(total) < float("inf") and (isinstance(total, float) or -(2**63) <= total < 2**64)):
+            raise BadRequest(f"update: add {_shown(path)}: the sum is beyond what a number holds")
+        parent[name] = total
+    return new
+
+
+def _pairs(assignments: Assignments) -> Iterable[tuple[Path, Any]]:
+    return assignments.items() if isinstance(assignments, dict) else assignments
+
+
+def _parent(item: Item, path: Path, *, make: bool) -> tuple[dict[str, Any], str]:
+    """The object that holds the path's last name. Raises KeyError where one is missing and not to be made."""
+    *names, last = path.split(".") if isinstance(path, str) else path or [""]
+    if not last or not all(names):
+        raise BadRequest(f"update: the path {_shown(path)} has an empty name")
+    if len(names) > 31:
+        raise BadRequest(f"update: the path {_shown(path)[:100]} is deeper than 32 names")
+    parent = item
+    for name in names:
+        inner = parent.setdefault(name, {}) if make else parent[name]
+        if not isinstance(inner, dict):
+            raise BadRequest(f"update: path {_shown(path)}: {name!r} is not an object")
+        parent = inner
+    return parent, last
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(path: Path) -> str:
+    return repr(path if isinstance(path, str) else list(path))

@@ -1,0 +1,297 @@
+"""A connection that comes back: with its cursors, so that nothing is lost, and with the requests that were open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any, Self
+from urllib.parse import urlencode
+
+import msgspec
+import websockets
+from websockets.asyncio.client import ClientConnection, connect
+
+from tidewire.errors import ConnectionClosed, RequestError, Timeout, Unauthenticated, from_wire
+
+EVENTS_KEPT = 10_000
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
+Frame = dict[str, Any]
+_decode = msgspec.json.Decoder().decode
+
+
+def comes_back(code: int) -> bool:
+    """Whether a client reconnects after this close code (contract: close codes)."""
+    return code not in (1008, 1009) and not 4400 <= code <= 4499
+
+
+class Client:
+    """One user's connection, kept up until the block is left.
+
+        async with Client("ws://127.0.0.1:8080", auth_key) as client:
+            await client.put("messages", {"room": "r1", "id": "m1", "text": "hello"})
+            async for event in client.events():
+                ...
+
+    Events are the frames `change`, `message` and `reset` in the feed's order. At most 10,000 wait to be taken: beyond,
+    they are dropped, and a `reset` with the reason `too_many` stands in their place.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        auth_key: str,
+        *,
+        cursor: str | None = None,
+        topics: dict[str, str] | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.user: str | None = None
+        self.connection: str | None = None
+        self.cursor = cursor
+        self.topics: dict[str, str] = dict(topics or {})
+        self.welcomes: list[Frame] = []
+        """The last welcomes, the newest last: each connection begins with one."""
+        self._url = url
+        self._auth_key = auth_key
+        self._timeout_s = timeout_s
+        self._ids = itertools.count(1)
+        self._open: dict[int, tuple[Frame, asyncio.Future[Any]]] = {}
+        self._events: asyncio.Queue[Frame | None] = asyncio.Queue(EVENTS_KEPT)
+        self._ws: ClientConnection | None = None
+        self._welcomed = asyncio.Event()
+        self._ended: Exception | None = None
+        self._after_ms: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises Unauthenticated or ConnectionClosed when that is refused for good, Timeout when it lasts."""
+        self._task = asyncio.create_task(self._keep(), name="tidewire-client")
+        try:
+            await self._until_welcomed(self._timeout_s)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def put(self, table: str, item: Frame, **options: Any) -> Frame:
+        """Write an item whole. Options of all writes: `if_` (a condition), `request` (an id; one is made otherwise)."""
+        return await self._write("put", {"table": table, "item": item}, options)
+
+    async def update(self, table: str, key: Any, **options: Any) -> Frame:
+        """Change parts of an item: `set`, `remove`, `add`."""
+        return await self._write("update", {"table": table, "key": key}, options)
+
+    async def delete(self, table: str, key: Any, **options: Any) -> Frame:
+        return await self._write("delete", {"table": table, "key": key}, options)
+
+    async def get(self, table: str, key: Any) -> Frame:
+        """The item with version, at, by and position. Raises NotFound."""
+        result: Frame = await self.request("get", table=table, key=key)
+        return result
+
+    async def query(self, table: str, key: Any, **options: Any) -> Frame:
+        """Items of one partition key, in sort-key order: options as in the contract."""
+        result: Frame = await self.request("query", table=table, key=key, **options)
+        return result
+
+    async def whoami(self) -> Frame:
+        result: Frame = await self.request("whoami")
+        return result
+
+    async def request(self, action: str, **fields: Any) -> Any:
+        """Any action; its result. Raises the RequestError that the server answers, Timeout, or ConnectionClosed.
+
+        An open request is sent again on the next connection; a write carries a request id, so that it is done once.
+        """
+        id_ = next(self._ids)
+        frame = {"id": id_, "action": action, **fields}
+        pause_s = FIRST_PAUSE_S
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    try:
+                        return await self._once(id_, frame)
+                    except RequestError as error:
+                        if not error.retry:
+                            raise
+                    await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        except TimeoutError:
+            raise Timeout(f"{action}: no answer within {self._timeout_s} s") from None
+
+    async def _write(self, action: str, fields: Frame, options: Frame) -> Frame:
+        if "if_" in options:
+            options["if"] = options.pop("if_")
+        options.setdefault("request", secrets.token_hex(12))
+        result: Frame = await self.request(action, **fields, **options)
+        return result
+
+    async def _once(self, id_: int, frame: Frame) -> Any:
+        if self._ended:
+            raise self._ended
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[id_] = (frame, future)
+        try:
+            if self._ws and self._welcomed.is_set():
+                with contextlib.suppress(websockets.ConnectionClosed):  # it is sent again on the next connection
+                    await self._ws.send(json.dumps(frame))
+            return await future
+        finally:
+            del self._open[id_]
+
+    # ── events ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def events(self) -> AsyncIterator[Frame]:
+        """Each event once, in order. Raises ConnectionClosed when the server ended the connection for good."""
+        while True:
+            event = await self._events.get()
+            if event is None:
+                self._events.put_nowait(None)  # for the next one who asks
+                assert self._ended
+                raise self._ended
+            yield event
+
+    async def next_event(self, timeout_s: float = 30.0) -> Frame:
+        """The next event. Raises Timeout when none comes."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for event in self.events():
+                    return event
+        except TimeoutError:
+            pass
+        raise Timeout(f"no event within {timeout_s} s")
+
+    # ── the connection ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _until_welcomed(self, timeout_s: float) -> None:
+        welcomed = asyncio.create_task(self._welcomed.wait())
+        assert self._task
+        done, _ = await asyncio.wait({welcomed, self._task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        welcomed.cancel()
+        if self._ended:
+            raise self._ended
+        if self._task in done:
+            self._task.result()
+        if not self._welcomed.is_set():
+            raise Timeout(f"no connection to {self._url} within {timeout_s} s")
+
+    async def _keep(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._ended:
+            try:
+                async with connect(
+                    self._address(), additional_headers={"auth_key": self._auth_key}, compression=None, max_size=None
+                ) as ws:
+                    self._ws = ws
+                    async for message in ws:
+                        self._received(_decode(message))
+                        pause_s = FIRST_PAUSE_S
+                self._closed(ws.close_code or 1006, ws.close_reason or "")
+            except websockets.ConnectionClosed as error:
+                received = error.rcvd
+                self._closed(received.code if received else 1006, received.reason if received else "")
+            except websockets.InvalidStatus as error:
+                if error.response.status_code in (401, 403, 404):
+                    self._end(Unauthenticated(_said(error.response.body)))
+            except (OSError, websockets.WebSocketException, EOFError, TimeoutError):
+                pass
+            finally:
+                self._ws = None
+                self._welcomed.clear()
+            if not self._ended:
+                wait_s = pause_s if self._after_ms is None else self._after_ms / 1000
+                self._after_ms = None
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _address(self) -> str:
+        query = {}
+        if self.cursor is not None:
+            query["cursor"] = self.cursor
+        if self.topics:
+            query["topics"] = json.dumps(self.topics)
+        base = self._url if self._url.count("/") > 2 else self._url + "/"
+        return f"{base}?{urlencode(query)}" if query else base
+
+    def _received(self, frame: Frame) -> None:
+        kind = frame["type"]
+        if kind in ("reply", "error"):
+            _, future = self._open.get(frame["id"], (None, None))
+            if future and not future.done():
+                if kind == "reply":
+                    future.set_result(frame["result"])
+                else:
+                    future.set_exception(from_wire(frame))
+        elif kind == "welcome":
+            self._welcome(frame)
+        elif kind == "reconnect":
+            self._after_ms = frame["after_ms"]
+        elif kind in ("change", "message", "reset"):
+            self._note_cursor(frame)
+            self._put(frame)
+
+    def _welcome(self, frame: Frame) -> None:
+        self.user, self.connection = frame["user"], frame["connection"]
+        self.welcomes = [*self.welcomes[-99:], frame]
+        # Where a reset follows, its own cursor comes with it.
+        self.cursor = frame["cursor"]
+        self.topics = dict(frame["topics"])
+        self._welcomed.set()
+        assert self._ws
+        for request, future in list(self._open.values()):
+            if not future.done():
+                asyncio.ensure_future(_quietly(self._ws.send(json.dumps(request))))  # noqa: RUF006 - bounded by _open
+
+    def _note_cursor(self, frame: Frame) -> None:
+        if "cursor" not in frame:
+            return
+        if "topic" in frame:
+            self.topics[frame["topic"]] = frame["cursor"]
+        else:
+            self.cursor = frame["cursor"]
+
+    def _put(self, event: Frame) -> None:
+        if self._events.full():
+            while not self._events.empty():
+                self._events.get_nowait()
+            event = {"type": "reset", "reason": "too_many", "cursor": self.cursor}
+        self._events.put_nowait(event)
+
+    def _closed(self, code: int, reason: str) -> None:
+        if not comes_back(code):
+            self._end(ConnectionClosed(code, reason))
+
+    def _end(self, error: Exception) -> None:
+        self._ended = error
+        for _, future in self._open.values():
+            if not future.done():
+                future.set_exception(error)
+        if self._events.full():
+            self._events.get_nowait()
+        self._events.put_nowait(None)
+
+
+async def _quietly(sending: Any) -> None:
+    with contextlib.suppress(websockets.ConnectionClosed):
+        await sending
+
+
+def _said(body: bytes | None) -> str:
+    """What a refused handshake said."""
+    try:
+        return str(msgspec.json.decode(body or b"{}")["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return "the server refused the connection"

@@ -1,0 +1,48 @@
+"""API keys in Redis: made, listed, revoked."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tidewire.backend import Backend
+from tidewire.credentials import ApiKey
+from tidewire.records import Credential, pack, unpack
+
+REVOCATIONS_KEPT = 100_000
+
+
+async def create(
+    backend: Backend, user: str, *, role: str = "client", claims: dict[str, Any] | None = None, ttl_s: float | None = None
+) -> ApiKey:
+    """A new key of a user. It is shown this once: Redis gets its hash alone."""
+    key, now = ApiKey.new(), int(time.time() * 1000)
+    expires_at = None if ttl_s is None else now + int(ttl_s * 1000)
+    credential = Credential(key.digest, user, role, claims or {}, now, expires_at, None)
+    await backend.commands.hset(backend.keys.credentials(), key.id, pack(credential))
+    return key
+
+
+async def listing(backend: Backend) -> list[dict[str, Any]]:
+    """All keys, the oldest first, without their hashes."""
+    raw = await backend.commands.hgetall(backend.keys.credentials())
+    found = []
+    for id_, record in raw.items():
+        credential = Credential(*unpack(record))
+        found.append({"id": id_.decode(), **{k: v for k, v in credential._asdict().items() if k != "digest"}})
+    return sorted(found, key=lambda key: (key["created_at"], key["id"]))
+
+
+async def revoke(backend: Backend, id_: str) -> bool:
+    """Refuse the key from now on, and close its connections; False when there is no such key."""
+    raw = await backend.commands.hget(backend.keys.credentials(), id_)
+    if raw is None:
+        return False
+    credential = Credential(*unpack(raw))
+    revoked = credential._replace(revoked_at=credential.revoked_at or int(time.time() * 1000))
+    # First refused, then announced: who connects between the two is closed by the announcement.
+    await backend.commands.hset(backend.keys.credentials(), id_, pack(revoked))
+    await backend.commands.xadd(
+        backend.keys.revocations(), {"credential": id_}, maxlen=REVOCATIONS_KEPT, approximate=True
+    )
+    return True

@@ -1,0 +1,165 @@
+"""A service process from its start to its drain: one backend, one registry entry, supervised tasks, one admin port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from tidewire import telemetry
+from tidewire.backend import Backend
+from tidewire.errors import ConfigurationError
+from tidewire.partition.worker import Worker
+from tidewire.registry import Registry
+from tidewire.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+REDIS_MISSED_S = 10.0
+"""After so long without an answer from Redis, a service is not ready."""
+
+
+class Service:
+    """One running service. Its parts register what is to run, what is to be told, and what to do at the end."""
+
+    def __init__(self, kind: str, backend: Backend, settings: Settings) -> None:
+        self.kind = kind
+        self.backend = backend
+        self.settings = settings
+        self.registry = Registry(backend, kind, settings.lease_ms, self._describe)
+        self.stopping = asyncio.Event()
+        self.worker: Worker | None = None
+        self._runs: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._drains: list[Callable[[], Awaitable[None]]] = []
+        self._tells: list[Callable[[], dict[str, Any]]] = []
+
+    def run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """A task for the service's whole life: if it dies, so does the service."""
+        self._runs.append(task)
+
+    def at_drain(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Something to do before the tasks are ended; the last one registered goes first."""
+        self._drains.append(step)
+
+    def tell(self, information: Callable[[], dict[str, Any]]) -> None:
+        """Something for `tidewire status`, told with each beat."""
+        self._tells.append(information)
+
+    def work(self, worker: Worker) -> Worker:
+        """Own partitions."""
+        self.worker = worker
+        self.run(worker.run)
+        self.at_drain(worker.drain)
+        self.tell(lambda: {"partitions": worker.partitions, "commits": worker.commits})
+        return worker
+
+    def missing(self) -> str | None:
+        """Why it is not ready, or None."""
+        if self.stopping.is_set():
+            return "draining"
+        if not self.registry.heard_at:
+            return "starting"
+        if time.monotonic() - self.registry.heard_at > REDIS_MISSED_S:
+            return "Redis has not answered for 10 s"
+        return None
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run all that is registered; leave the block to drain. Raises what a task died of."""
+        await self.registry.beat()
+        tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.registry.run, *self._runs)]
+        stopping = asyncio.create_task(self.stopping.wait())
+        watch = asyncio.create_task(self._watch(tasks))
+        try:
+            yield
+            watch.cancel()
+            self.stopping.set()
+            for step in reversed(self._drains):
+                await step()
+        finally:
+            for task in (*tasks, stopping, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, stopping, watch, return_exceptions=True)
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()):
+                raise error
+
+    async def _watch(self, tasks: list[asyncio.Task[None]]) -> None:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = None if task.cancelled() else task.exception()
+            log.critical("task_died", service=self.kind, task=task.get_name(), exc_info=error)
+        self.stopping.set()
+
+    def _describe(self) -> dict[str, Any]:
+        information: dict[str, Any] = {}
+        for tell in self._tells:
+            information |= tell()
+        return information
+
+
+async def run_service(service: Service, admin: socket.socket) -> None:
+    """Run until SIGTERM or SIGINT, then drain. A second signal ends it at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if service.stopping.is_set():
+            raise SystemExit(1)
+        log.info("draining", service=service.kind)
+        service.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    service.tell(lambda: {"admin_port": admin.getsockname()[1]})
+    async with telemetry.serve_http(telemetry.admin_app(service.missing), admin), service.running():
+        log.info("service_started", service=service.kind, id=service.registry.id)
+        await service.stopping.wait()
+    log.info("service_stopped", service=service.kind)
+
+
+def listen(host: str, port: int, what: str, *, shared: bool = False) -> socket.socket:
+    """A bound socket. Raises ConfigurationError when the port is taken.
+
+    With `shared`, other gateways may listen on it too (SO_REUSEPORT): that they are gateways is for the caller to know.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(_why_not(error, host, port, what)) from None
+    listener.setblocking(False)
+    return listener
+
+
+def port_is_taken(host: str, port: int) -> bool:
+    """Whether anybody listens there, also one who would share the port (which a shared bind would not notice)."""
+    try:
+        listen(host, port, "probe").close()
+    except ConfigurationError:
+        return True
+    return False
+
+
+def _why_not(error: OSError, host: str, port: int, what: str) -> str:
+    option = f"--{what}-port"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use: end the program that listens there, or choose another {option}"
+    if error.errno == errno.EACCES:
+        return f"port {port} may not be used by this user: choose another {option}"
+    return f"cannot listen on {host} port {port}: {error.strerror or error}"

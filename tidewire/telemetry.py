@@ -1,0 +1,88 @@
+"""Logs, metrics, and the admin port of every service: /livez, /readyz, /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import structlog
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from tidewire.errors import ConfigurationError
+
+
+def configure_logging(log_format: str, level: str = "info") -> None:
+    """structlog to standard error: for people, or a JSON object a line."""
+    json = log_format == "json"
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True) if json else structlog.processors.TimeStamper("%H:%M:%S"),
+    ]
+    ending: list[Any] = (
+        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        if json
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    )
+    structlog.configure(
+        processors=[*shared, *ending],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping().get(level.upper(), 20)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    # What libraries have to say, apart from each connection's coming and going.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn inside a service: signals are the service's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
+    """Serve an ASGI application on a bound socket until the block is left."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+    try:
+        while not server.started:
+            if task.done():
+                task.result()
+                raise ConfigurationError("the HTTP server did not start")
+            await asyncio.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def admin_app(ready: Callable[[], str | None]) -> Starlette:
+    """The probes and the metrics. `ready` says what is missing, or None."""
+
+    async def livez(_: Request) -> Response:
+        return PlainTextResponse("the loop turns\n")
+
+    async def readyz(_: Request) -> Response:
+        missing = ready()
+        return PlainTextResponse(f"{missing or 'ready'}\n", status_code=503 if missing else 200)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
