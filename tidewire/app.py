@@ -49,7 +49,7 @@ class Table:
     """A table as declared. `key` is its partition attribute, and its sort attribute if it has one."""
 
     name: str
-    key: tuple[str] | tuple[str, str]
+    key: tuple[str, ...]
     readers: AudienceOf
     writers: Writers
     stream_view: str
@@ -154,7 +154,8 @@ class App:
         """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute)."""
         attributes: Any = (key,) if isinstance(key, str) else tuple(key)
         table = Table(name, attributes, readers, writers, stream_view, _hidden(name, hidden))
-        return self._declare(table)
+        self._declare(table)
+        return table
 
     def membership(
         self,
@@ -178,7 +179,8 @@ class App:
         hidden = frozenset({"source_ip", "user_agent", "claims"})
         table = Table(CONNECTIONS, ("user", "connection"), readers, nobody, "NEW_AND_OLD_IMAGES", hidden)
         self.tables.pop(CONNECTIONS, None)
-        return self._declare(table)
+        self._declare(table)
+        return table
 
     def __getitem__(self, name: str) -> Table:
         """The table of that name. Raises BadRequest when there is none."""
@@ -199,7 +201,7 @@ class App:
                             f"which app {self.name!r} does not declare"
                         )
 
-    def _declare(self, table: Table) -> Any:
+    def _declare(self, table: Table) -> None:
         if not (isinstance(table.name, str) and NAME.match(table.name)):
             raise ConfigurationError(f"table name {table.name!r}: letters, digits and _ (at most 64), no digit first")
         if table.name in self.tables:
@@ -227,7 +229,6 @@ class App:
                 f"table {table.name!r}: stream_view is one of {', '.join(STREAM_VIEWS)}, not {table.stream_view!r}"
             )
         self.tables[table.name] = table
-        return table
 
 
 def _hidden(table: str, hidden: Iterable[str]) -> frozenset[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,11 @@ from tidewire.keys import Keys
 
 BLOCK_MS = 1000
 """How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
+
+
+Entry = tuple[bytes, dict[bytes, bytes]]
+"""A stream's entry: id and fields."""
+StreamEntries = tuple[bytes, list[Entry]]
 
 
 class Backend:
@@ -34,21 +40,25 @@ class Backend:
         await self.commands.aclose()
         await self._blocking.aclose()
 
-    async def read(
-        self, streams: Mapping[bytes, bytes | str], count: int | None = None
-    ) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
         """XREAD that waits up to a second; [] when nothing came."""
-        found = await self._blocking.xread(dict(streams), count=count, block=BLOCK_MS)
-        pairs = found.items() if isinstance(found, dict) else (found or [])
-        return [(name, _entries(entries)) for name, entries in pairs]
+        return await self.read_now(streams, count, BLOCK_MS)
 
-    async def read_group(
-        self, stream: bytes, group: str, consumer: str, count: int
-    ) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
         """XREADGROUP of new entries for a competing consumer, waiting up to a second."""
-        found = await self._blocking.xreadgroup(group, consumer, {stream: ">"}, count=count, block=BLOCK_MS)
-        pairs = found.items() if isinstance(found, dict) else (found or [])
-        return [entry for _, entries in pairs for entry in _entries(entries)]
+        return await self.read_group_now(stream, group, consumer, count, BLOCK_MS)
+
+    async def read_now(
+        self, streams: Mapping[bytes, bytes | str], count: int | None, block_ms: int | None
+    ) -> list[StreamEntries]:
+        found = await self._blocking.xread(dict[Any, Any](streams), count=count, block=block_ms)
+        return _streams(found)
+
+    async def read_group_now(
+        self, stream: bytes, group: str, consumer: str, count: int, block_ms: int | None
+    ) -> list[Entry]:
+        found = await self._blocking.xreadgroup(group, consumer, {stream: ">"}, count=count, block=block_ms)
+        return [entry for _, entries in _streams(found) for entry in entries]
 
     def pubsub(self) -> PubSub:
         """A subscriber with a connection of its own."""
@@ -78,8 +88,13 @@ class Backend:
         await self.functions.load()
 
 
-def _entries(raw: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    # RESP3 answers have one level of lists more than RESP2's.
+def _streams(found: Any) -> list[StreamEntries]:
+    """One shape for the answers of RESP2 (a list of pairs) and RESP3 (a mapping, one level of lists deeper)."""
+    pairs = found.items() if isinstance(found, dict) else (found or [])
+    return [(name, _entries(entries)) for name, entries in pairs]
+
+
+def _entries(raw: Any) -> list[Entry]:
     if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], tuple | list):
         raw = [entry for part in raw for entry in part]
     return [(id_, fields or {}) for id_, fields in raw]
@@ -91,7 +106,9 @@ def clients(url: str) -> tuple[Redis, Redis]:
     if scheme in ("redis+sentinel", "redis+cluster"):
         raise ConfigurationError(f"--redis {scheme}://…: this version speaks to a single server (redis://)")
     if scheme not in ("redis", "rediss", "unix"):
-        raise ConfigurationError(f"--redis {url!r}: an address like redis://host:6379, rediss://… or unix://… is needed")
+        raise ConfigurationError(
+            f"--redis {url!r}: an address like redis://host:6379, rediss://… or unix://… is needed"
+        )
     try:
         commands = Redis.from_url(url, socket_connect_timeout=5, max_connections=1000)
         blocking = Redis.from_url(
@@ -104,20 +121,39 @@ def clients(url: str) -> tuple[Redis, Redis]:
 
 async def connect(url: str, keys: Keys) -> Backend:
     """A backend whose server answers and whose stage is open. Raises ConfigurationError with one sentence."""
-    commands, blocking = clients(url)
-    backend = Backend(commands, blocking, keys)
+    backend = Backend(*clients(url), keys)
     try:
-        version = (await commands.info("server")).get("redis_version", "0")
-        if int(str(version).split(".", 1)[0]) < 7:
-            raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
-        await backend.open_stage()
-    except (RedisError, OSError, ConfigurationError) as error:
+        async with _explained(url):
+            version = (await backend.commands.info("server")).get("redis_version", "0")
+            if int(str(version).split(".", 1)[0]) < 7:
+                raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
+            await backend.open_stage()
+    except ConfigurationError:
         await backend.__aexit__()
-        if isinstance(error, ConfigurationError):
-            raise
+        raise
+    return backend
+
+
+async def connect_existing(url: str, stage: str, partitions: int) -> Backend:
+    """A backend of a stage with the partitions it was created with; `partitions` where it is yet to be created."""
+    commands, blocking = clients(url)
+    try:
+        async with _explained(url):
+            stored = await commands.hget(Keys(stage, partitions).stage_settings(), "partitions")
+    except ConfigurationError:
+        await Backend(commands, blocking, Keys(stage, partitions)).__aexit__()
+        raise
+    return Backend(commands, blocking, Keys(stage, int(stored or partitions)))
+
+
+@contextlib.asynccontextmanager
+async def _explained(url: str) -> AsyncIterator[None]:
+    """What goes wrong on the way to Redis, as one sentence."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
         hint = "check its password" if isinstance(error, AuthenticationError) else "is it running, and reachable?"
         raise ConfigurationError(f"Redis at {redacted(url)} does not answer ({error}): {hint}") from None
-    return backend
 
 
 def redacted(url: str) -> str:

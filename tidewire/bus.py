@@ -22,7 +22,9 @@ REPLIES_TTL_MS = 60_000
 class Bus:
     """The asking side. Requests go out in the order they were made; what gathers meanwhile goes in one pipeline."""
 
-    def __init__(self, backend: Backend, name: Callable[[], str], *, timeout_s: float, most_waiting: int = 10_000) -> None:
+    def __init__(
+        self, backend: Backend, name: Callable[[], str], *, timeout_s: float, most_waiting: int = 10_000
+    ) -> None:
         self._backend = backend
         self._name = name
         self._timeout_s = timeout_s

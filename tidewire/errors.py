@@ -1,12 +1,12 @@
 """Every error Tidewire raises.
 
-    TidewireError
-    ├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
-    ├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
-    ├── ConnectionClosed        the client's connection ended for good (carries the close code)
-    └── RequestError            answered to the client: one class for each code of the wire
-        ├── BadRequest  Unauthenticated  PermissionDenied  NotFound  Conflict  UnsupportedAction  TooLarge
-        └── RateLimited  Overloaded  Timeout  Internal          (these say: trying the same again can help)
+TidewireError
+├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
+├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
+├── ConnectionClosed        the client's connection ended for good (carries the close code)
+└── RequestError            answered to the client: one class for each code of the wire
+    ├── BadRequest  Unauthenticated  PermissionDenied  NotFound  Conflict  UnsupportedAction  TooLarge
+    └── RateLimited  Overloaded  Timeout  Internal          (these say: trying the same again can help)
 """
 
 from __future__ import annotations

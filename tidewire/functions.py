@@ -196,7 +196,8 @@ class Functions:
         return int(now), {id_.decode(): split_beat(value) for id_, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
-def split_beat(value: bytes) -> tuple[int, bytes]:
+def split_beat(value: bytes | str) -> tuple[int, bytes]:
+    value = value.encode() if isinstance(value, str) else value
     expiry, _, information = value.partition(b" ")
     return int(expiry), information
 

@@ -7,13 +7,18 @@ from typing import Any
 
 from tidewire.backend import Backend
 from tidewire.credentials import ApiKey
-from tidewire.records import Credential, pack, unpack
+from tidewire.records import Credential, pack, text, unpack
 
 REVOCATIONS_KEPT = 100_000
 
 
 async def create(
-    backend: Backend, user: str, *, role: str = "client", claims: dict[str, Any] | None = None, ttl_s: float | None = None
+    backend: Backend,
+    user: str,
+    *,
+    role: str = "client",
+    claims: dict[str, Any] | None = None,
+    ttl_s: float | None = None,
 ) -> ApiKey:
     """A new key of a user. It is shown this once: Redis gets its hash alone."""
     key, now = ApiKey.new(), int(time.time() * 1000)
@@ -29,7 +34,7 @@ async def listing(backend: Backend) -> list[dict[str, Any]]:
     found = []
     for id_, record in raw.items():
         credential = Credential(*unpack(record))
-        found.append({"id": id_.decode(), **{k: v for k, v in credential._asdict().items() if k != "digest"}})
+        found.append({"id": text(id_), **{k: v for k, v in credential._asdict().items() if k != "digest"}})
     return sorted(found, key=lambda key: (key["created_at"], key["id"]))
 
 

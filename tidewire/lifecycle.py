@@ -78,18 +78,19 @@ class Service:
         """Run all that is registered; leave the block to drain. Raises what a task died of."""
         await self.registry.beat()
         tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.registry.run, *self._runs)]
-        stopping = asyncio.create_task(self.stopping.wait())
         watch = asyncio.create_task(self._watch(tasks))
         try:
             yield
+        finally:
             watch.cancel()
             self.stopping.set()
-            for step in reversed(self._drains):
-                await step()
-        finally:
-            for task in (*tasks, stopping, watch):
-                task.cancel()
-            await asyncio.gather(*tasks, stopping, watch, return_exceptions=True)
+            try:
+                for step in reversed(self._drains):
+                    await step()
+            finally:
+                for task in (*tasks, watch):
+                    task.cancel()
+                await asyncio.gather(*tasks, watch, return_exceptions=True)
         for task in tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error

@@ -179,7 +179,7 @@ def _kind_of(value: Any) -> str:
     return kinds.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901 - one case for each kind of value
+def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0911, PLR0912 - a case a kind
     """What in a decoded value neither JSON nor our records can hold, and where; None when all is well."""
     if depth == 0:
         return f"nested deeper than {MAX_DEPTH} levels at {path[:200]}"

@@ -1,4 +1,7 @@
-"""What lies in Redis, as MessagePack arrays of the tuples below. A field added later goes to the end, with a default."""
+"""What lies in Redis, as MessagePack arrays of the tuples below.
+
+A field that is added later goes to the end, and has a default.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,13 @@ def pack(value: Any) -> bytes:
     return packed
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes | str) -> Any:
     return msgpack.unpackb(data, raw=False, strict_map_key=False)
+
+
+def text(raw: bytes | str) -> str:
+    """A name as Redis gave it."""
+    return raw.decode() if isinstance(raw, bytes) else raw
 
 
 class ItemRecord(NamedTuple):

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from tidewire.backend import Backend
 from tidewire.functions import split_beat
-from tidewire.records import pack, unpack
+from tidewire.records import pack, text, unpack
 
 log = structlog.get_logger(__name__)
 
@@ -110,5 +110,5 @@ async def all_services(backend: Backend) -> dict[str, Service]:
     """The list for one who is no service."""
     seconds, microseconds = await backend.commands.time()
     raw = await backend.commands.hgetall(backend.keys.services())
-    beats = {id_.decode(): split_beat(value) for id_, value in raw.items()}
+    beats = {text(id_): split_beat(value) for id_, value in raw.items()}
     return listed(seconds * 1000 + microseconds // 1000, beats)

@@ -1,33 +1,53 @@
 """The whole system in a test's own process, on fakeredis. Sockets, frames and services are the real ones.
 
-    async with tidewire.testing.run(app) as stage:
-        alice = await stage.client("alice")
-        await alice.put("notes", {"id": "n1"})
+async with tidewire.testing.run(app) as stage:
+    alice = await stage.client("alice")
+    await alice.put("notes", {"id": "n1"})
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import fakeredis
 from redis.asyncio import Redis
 
 from tidewire import keyring
 from tidewire.app import App
-from tidewire.backend import Backend
+from tidewire.backend import BLOCK_MS, Backend, Entry, StreamEntries
 from tidewire.client import Client
 from tidewire.keys import Keys
 from tidewire.lifecycle import Service, listen
 from tidewire.settings import Settings
 
+T = TypeVar("T")
 
-def fake_backend(server: fakeredis.FakeServer, keys: Keys) -> Backend:
+
+class FakeBackend(Backend):
     """A backend on a fake server; several on one server see the same data."""
-    clients: list[Redis] = [fakeredis.FakeAsyncRedis(server=server) for _ in range(2)]
-    return Backend(clients[0], clients[1], keys)
+
+    def __init__(self, server: fakeredis.FakeServer, keys: Keys) -> None:
+        clients: list[Redis] = [fakeredis.FakeAsyncRedis(server=server) for _ in range(2)]
+        super().__init__(clients[0], clients[1], keys)
+
+    async def _wait(self, read: Callable[[], Awaitable[list[T]]]) -> list[T]:
+        # fakeredis does not block on a stream that exists and is empty: look again, ever less often.
+        pause_s, deadline = 0.001, time.monotonic() + BLOCK_MS / 1000
+        while not (found := await read()) and time.monotonic() < deadline:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.016)
+        return found
+
+    async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
+        return await self._wait(lambda: self.read_now(streams, count, None))
+
+    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
+        return await self._wait(lambda: self.read_group_now(stream, group, consumer, count, None))
 
 
 class Stage:
@@ -64,7 +84,7 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
     async with contextlib.AsyncExitStack() as stack:
 
         def another() -> Backend:
-            return backend if backend is not None else fake_backend(server, keys)
+            return backend if backend is not None else FakeBackend(server, keys)
 
         shared = await stack.enter_async_context(another())
         await shared.open_stage()

@@ -9,7 +9,7 @@ import structlog
 from prometheus_client import Counter
 from redis.exceptions import RedisError, ResponseError
 
-from tidewire.backend import Backend
+from tidewire.backend import Backend, Entry
 from tidewire.bus import send_replies
 from tidewire.credentials import ApiKey, verify
 from tidewire.errors import RequestError, Unauthenticated
@@ -24,8 +24,6 @@ ABANDONED_MS = 2000
 BATCH = 100
 
 ANSWERS = Counter("tidewire_authorizer_answers_total", "Questions answered.", ["outcome"])
-
-Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class Authorizer:

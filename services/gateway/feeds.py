@@ -166,7 +166,7 @@ class Feeds:
             for task in self._tasks:
                 task.cancel()
             with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.aclose()
+                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _start(self, feed: Feed) -> None:
         while True:

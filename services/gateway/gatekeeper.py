@@ -58,7 +58,7 @@ class Gatekeeper:
     async def start(self) -> None:
         """Take the position in the revocations before the first authorization."""
         last = await self._backend.commands.xrevrange(self._backend.keys.revocations(), count=1)
-        self._from = last[0][0] if last else "0-0"
+        self._from = last[0][0] or "0-0" if last else "0-0"
 
     async def run(self) -> None:
         """Follow the revocations until cancelled."""
@@ -79,7 +79,5 @@ class Gatekeeper:
 
     def _revoke(self, credential: str) -> None:
         self._revoked[credential] = time.monotonic() + REMEMBERED_S
-        self._cache = {
-            digest: cached for digest, cached in self._cache.items() if cached[0].credential != credential
-        }
+        self._cache = {digest: cached for digest, cached in self._cache.items() if cached[0].credential != credential}
         self.on_revoked(credential)

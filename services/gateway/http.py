@@ -13,7 +13,15 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from tidewire.errors import BadRequest, Internal, RateLimited, RequestError, TooLarge, Unauthenticated, UnsupportedAction
+from tidewire.errors import (
+    BadRequest,
+    Internal,
+    RateLimited,
+    RequestError,
+    TooLarge,
+    Unauthenticated,
+    UnsupportedAction,
+)
 from tidewire.protocol import STORE_ACTIONS, decode_frame, parse_request
 
 from .handshake import credential

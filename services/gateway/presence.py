@@ -52,9 +52,11 @@ class Presence:
         self._begin(connection, "delete", {"table": CONNECTIONS, "key": key})
 
     async def settle(self, timeout_s: float) -> None:
-        """Wait for what is on its way."""
+        """Wait for what is on its way; what is not stored by then is left to be swept."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+            _, late = await asyncio.wait(self._tasks, timeout=timeout_s)
+            for task in late:
+                task.cancel()
 
     def _begin(self, connection: Connection, action: str, body: dict[str, Any]) -> None:
         task = asyncio.create_task(self._write(connection, action, body), name="presence")
@@ -83,7 +85,11 @@ class Presence:
             if registry.live("gateway")[:1] != [registry.id]:
                 continue
             for service in list(registry.services.values()):
-                if service.kind == "gateway" and not service.alive and self._swept.get(service.id, 0) < time.monotonic():
+                if (
+                    service.kind == "gateway"
+                    and not service.alive
+                    and self._swept.get(service.id, 0) < time.monotonic()
+                ):
                     try:
                         await self._sweep(service)
                     except (RequestError, RedisError, OSError) as error:

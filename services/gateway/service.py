@@ -153,9 +153,7 @@ class Gateway:
         reply_to = self.id
         return await self.bus.request(
             keys.commands(to),
-            lambda number: own_command(
-                action, body, user=user, deadline=deadline, reply_to=reply_to, number=number
-            ),
+            lambda number: own_command(action, body, user=user, deadline=deadline, reply_to=reply_to, number=number),
         )
 
     def _check_size(self, item: dict[str, Any]) -> None:

@@ -149,9 +149,7 @@ class _Batch:
         if repeat:
             self.answered[repeat] = reply
             key_ = self.keys.request(self.situation.partition, repeat.user, repeat.request)
-            self.decision.operations.append(
-                Operation("SET", key_, (pack(reply), "PX", max(command.request_ttl_ms, 1)))
-            )
+            self.decision.operations.append(Operation("SET", key_, (pack(reply), "PX", max(command.request_ttl_ms, 1))))
         self.decision.size_bytes += sum(
             len(arg) for operation in effects.operations for arg in operation.args if isinstance(arg, bytes)
         )

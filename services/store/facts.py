@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tidewire.app import App, ItemKey
@@ -65,11 +65,13 @@ async def fetch(backend: Backend, app: App, partition: int, facts: Iterable[Fact
     wanted = list(facts)
     simple = [fact for fact in wanted if not isinstance(fact, PageFact)]
     pages = [fact for fact in wanted if isinstance(fact, PageFact)]
-    answers = await asyncio.gather(_simple(backend, partition, simple), *(_page(backend, fact) for fact in pages))
-    return dict(zip([*simple, *pages], [*answers[0], *answers[1:]], strict=True))
+    values, found = await asyncio.gather(
+        _simple(backend, partition, simple), asyncio.gather(*(_page(backend, fact) for fact in pages))
+    )
+    return dict[Fact, Value](zip(simple, values, strict=True)) | dict(zip(pages, found, strict=True))
 
 
-async def _simple(backend: Backend, partition: int, facts: list[Fact]) -> list[Value]:
+async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> list[Value]:
     keys = backend.keys
     if not facts:
         return []

@@ -102,5 +102,3 @@ def build(service: Service, app: App) -> Worker:
         return StoreTenure(app, backend, settings, partition, owned)
 
     return service.work(Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure))
-
-

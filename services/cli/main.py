@@ -1,0 +1,404 @@
+"""The `tidewire` command. Data goes to standard output, all else to standard error; 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidewire.errors import TidewireError
+
+from .options import (
+    AdminPort,
+    AppArgument,
+    Data,
+    DrainSeconds,
+    Host,
+    HttpPort,
+    Json,
+    Key,
+    LogFormat,
+    Origins,
+    Partitions,
+    Redis,
+    ServiceRedis,
+    Stage,
+    Url,
+    WsPort,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Write an item; everyone entitled to see it sees the change.",
+)
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(keys, name="keys")
+
+DATA = Path(".tidewire")
+
+
+def main() -> None:
+    """The command's entry. No traceback reaches a user."""
+    try:
+        app()
+    except TidewireError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # who read our output has gone: nothing is left to say
+        sys.exit(1)
+
+
+def fail(message: str) -> None:
+    typer.echo(f"tidewire: {message}", err=True)
+    sys.exit(1)
+
+
+@app.command()
+def up(
+    reference: Annotated[
+        str, typer.Argument(metavar="[APP]", help="The application: module:attribute.", show_default="the chat example")
+    ] = "tidewire.examples.chat.app:app",
+    data: Data = DATA,
+    redis: Annotated[
+        str | None,
+        typer.Option("--redis", envvar="TIDEWIRE_REDIS", help="Use this server.", show_default="an embedded one"),
+    ] = None,
+    gateways: Annotated[int, typer.Option(envvar="TIDEWIRE_GATEWAYS", help="Processes of the gateway.")] = 1,
+    authorizers: Annotated[int, typer.Option(envvar="TIDEWIRE_AUTHORIZERS", help="Processes of the authorizer.")] = 1,
+    broadcasters: Annotated[
+        int, typer.Option(envvar="TIDEWIRE_BROADCASTERS", help="Processes of the broadcaster.")
+    ] = 1,
+    stores: Annotated[int, typer.Option(envvar="TIDEWIRE_STORES", help="Processes of the store.")] = 1,
+    stage: Stage = None,
+    partitions: Partitions = None,
+    host: Host = None,
+    ws_port: WsPort = None,
+    http_port: HttpPort = None,
+    admin_port: AdminPort = None,
+    origins: Origins = None,
+    drain_seconds: DrainSeconds = None,
+    log_format: LogFormat = None,
+) -> None:
+    """Run everything on this machine, until Ctrl-C."""
+    from .up import up as run_up
+
+    counts = {"gateway": gateways, "authorizer": authorizers, "broadcaster": broadcasters, "store": stores}
+    run_up(
+        reference,
+        data,
+        counts,
+        redis=redis,
+        stage=stage,
+        partitions=partitions,
+        host=host,
+        ws_port=ws_port,
+        http_port=http_port,
+        admin_port=admin_port,
+        origins=origins,
+        drain_seconds=drain_seconds,
+        log_format=log_format,
+    )
+
+
+@app.command()
+def gateway(
+    reference: AppArgument,
+    redis: ServiceRedis,
+    stage: Stage = None,
+    partitions: Partitions = None,
+    host: Host = None,
+    ws_port: WsPort = None,
+    http_port: HttpPort = None,
+    admin_port: AdminPort = None,
+    origins: Origins = None,
+    drain_seconds: DrainSeconds = None,
+    log_format: LogFormat = None,
+) -> None:
+    """Run a gateway: websockets and HTTP."""
+    from .service import run
+
+    run(
+        "gateway",
+        reference,
+        redis=redis,
+        stage=stage,
+        partitions=partitions,
+        host=host,
+        ws_port=ws_port,
+        http_port=http_port,
+        admin_port=admin_port,
+        origins=origins,
+        drain_seconds=drain_seconds,
+        log_format=log_format,
+    )
+
+
+def _add_service(kind: str, help_: str) -> None:
+    def command(
+        reference: AppArgument,
+        redis: ServiceRedis,
+        stage: Stage = None,
+        partitions: Partitions = None,
+        host: Host = None,
+        admin_port: AdminPort = None,
+        drain_seconds: DrainSeconds = None,
+        log_format: LogFormat = None,
+    ) -> None:
+        from .service import run
+
+        run(
+            kind,
+            reference,
+            redis=redis,
+            stage=stage,
+            partitions=partitions,
+            host=host,
+            admin_port=admin_port,
+            drain_seconds=drain_seconds,
+            log_format=log_format,
+        )
+
+    app.command(kind, help=help_)(command)
+
+
+_add_service("authorizer", "Run an authorizer: checks credentials.")
+_add_service("broadcaster", "Run a broadcaster: takes changes to the feeds of the users entitled to them.")
+_add_service("store", "Run a store: appends every change to its stream.")
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@keys.command("create")
+def keys_create(
+    user: Annotated[str, typer.Option("--user", help="Whom the key stands for.")],
+    role: Annotated[str, typer.Option("--role", help="client, or service: which may read and write all.")] = "client",
+    claim: Annotated[list[str] | None, typer.Option("--claim", metavar="K=V", help="A claim; may be repeated.")] = None,
+    ttl: Annotated[
+        str | None, typer.Option("--ttl", help="How long it is good: 90s, 15m, 12h, 30d.", show_default="for ever")
+    ] = None,
+    redis: Redis = None,
+    data: Data = DATA,
+    stage: Stage = None,
+    as_json: Json = True,
+) -> None:
+    """Make a key. It is shown this once."""
+    from tidewire import keyring
+
+    if role not in ("client", "service"):
+        raise typer.BadParameter("client or service", param_hint="--role")
+    if not user or len(user) > 256:
+        raise typer.BadParameter("1 to 256 characters", param_hint="--user")
+    claims = dict(_claim(one) for one in claim or [])
+    ttl_s = None if ttl is None else duration_s(ttl)
+
+    async def create(backend: Any) -> dict[str, str]:
+        key = await keyring.create(backend, user, role=role, claims=claims, ttl_s=ttl_s)
+        return {"id": key.id, "auth_key": str(key)}
+
+    typer.echo(json.dumps(_with_redis(redis, data, stage, create)))
+
+
+@keys.command("list")
+def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_json: Json = False) -> None:
+    """List all keys, without their secrets."""
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from tidewire import keyring
+
+    found = _with_redis(redis, data, stage, keyring.listing)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+
+    def when(ms: int | None) -> str:
+        return "" if ms is None else datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+
+    table = Table("id", "user", "role", "claims", "created", "expires", "revoked", box=None)
+    for key in found:
+        times = (when(key[name]) for name in ("created_at", "expires_at", "revoked_at"))
+        table.add_row(key["id"], key["user"], key["role"], json.dumps(key["claims"]), *times)
+    Console().print(table)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    id_: Annotated[str, typer.Argument(metavar="ID")], redis: Redis = None, data: Data = DATA, stage: Stage = None
+) -> None:
+    """Refuse a key from now on, and close its connections."""
+    from tidewire import keyring
+
+    async def revoke(backend: Any) -> bool:
+        return await keyring.revoke(backend, id_)
+
+    if not _with_redis(redis, data, stage, revoke):
+        fail(f"there is no key {id_!r}: `tidewire keys list` shows them all")
+
+
+def _claim(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not name or not found:
+        raise typer.BadParameter(f"{text!r} is not K=V", param_hint="--claim")
+    return name, value
+
+
+def duration_s(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not match or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is none of 90s, 15m, 12h, 30d", param_hint="--ttl")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+# ── through a gateway ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def put(
+    table: str,
+    item: Annotated[str, typer.Argument(metavar="ITEM", help="A JSON object.")],
+    key: Key,
+    url: Url = "http://127.0.0.1:8081",
+    as_json: Json = True,
+) -> None:
+    """Write an item."""
+    _act(url, key, "put", table=table, item=_parsed(item, "ITEM"))
+
+
+@app.command()
+def get(
+    table: str,
+    item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
+    key: Key,
+    url: Url = "http://127.0.0.1:8081",
+    as_json: Json = True,
+) -> None:
+    """Read an item."""
+    _act(url, key, "get", table=table, key=_parsed(item_key, "KEY"))
+
+
+@app.command()
+def delete(
+    table: str,
+    item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
+    key: Key,
+    url: Url = "http://127.0.0.1:8081",
+    as_json: Json = True,
+) -> None:
+    """Remove an item."""
+    _act(url, key, "delete", table=table, key=_parsed(item_key, "KEY"))
+
+
+@app.command()
+def query(
+    table: str,
+    partition_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: the partition key.")],
+    key: Key,
+    url: Url = "http://127.0.0.1:8081",
+    limit: Annotated[int, typer.Option(help="Most items.")] = 100,
+    reverse: Annotated[bool, typer.Option("--reverse", help="The last ones first.")] = False,
+    as_json: Json = True,
+) -> None:
+    """Read the items of a partition key, in order."""
+    _act(url, key, "query", table=table, key=_parsed(partition_key, "KEY"), limit=limit, reverse=reverse)
+
+
+@app.command()
+def listen(
+    key: Key,
+    url: Annotated[str, typer.Option("--url", envvar="TIDEWIRE_WS_URL", help="Websocket address of a gateway.")] = (
+        "ws://127.0.0.1:8080"
+    ),
+    as_json: Json = True,
+) -> None:
+    """Print every frame of the user's feed, one JSON a line. Reconnects and resumes by itself."""
+    import asyncio
+
+    from tidewire.client import Client
+
+    if not url.startswith(("ws://", "wss://")):
+        raise typer.BadParameter("an address like ws://127.0.0.1:8080 is needed", param_hint="--url")
+
+    async def follow() -> None:
+        async with Client(url, key) as client:
+            typer.echo(f"listening as {client.user}", err=True)
+            async for event in client.events():
+                typer.echo(json.dumps(event, ensure_ascii=False))
+                sys.stdout.flush()
+
+    asyncio.run(follow())
+
+
+@app.command()
+def status(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_json: Json = False) -> None:
+    """Show services, connections, and who owns which partition."""
+    from .status import collect, show
+
+    found = _with_redis(redis, data, stage, collect)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        show(found)
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not JSON (a string needs its quotes)", param_hint=what) from None
+
+
+def _act(url: str, auth_key: str, action: str, /, **body: Any) -> None:
+    import urllib.error
+    import urllib.request
+
+    try:
+        request = urllib.request.Request(
+            f"{url.rstrip('/')}/v1/{action}",
+            json.dumps(body).encode(),
+            {"auth_key": auth_key, "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            typer.echo(response.read().decode())
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            frame = json.loads(text)
+            fail(f"{frame['code']}: {frame['message']}")
+        except (ValueError, KeyError, TypeError):
+            fail(f"{url} answered {error.code}: is it a gateway's HTTP port?")
+    except (OSError, ValueError) as error:
+        fail(f"no gateway answers at {url}: {getattr(error, 'reason', error)}")
+
+
+def _with_redis(redis: str | None, data: Path, stage: str | None, work: Any) -> Any:
+    """Do something with the stage on the server named, or on that of the running `up`."""
+    import asyncio
+
+    from tidewire.backend import connect_existing
+    from tidewire.settings import load
+
+    from .embedded import running
+
+    found = {} if redis else running(data)
+    settings = load(stage=stage or found.get("stage"), redis=redis or found["redis"])
+
+    async def do() -> Any:
+        async with await connect_existing(settings.redis, settings.stage, settings.partitions) as backend:
+            return await work(backend)
+
+    return asyncio.run(do())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The options that several commands share. Each is an environment variable too: `TIDEWIRE_<OPTION>`; a flag wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _option(name: str, help_: str, *, shown: str | None = None) -> object:
+    variable = "TIDEWIRE_" + name.lstrip("-").replace("-", "_").upper()
+    return typer.Option(name, envvar=variable, help=help_, show_default=shown if shown is not None else True)
+
+
+AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
+Redis = Annotated[
+    str | None, _option("--redis", "Address: redis://, rediss:// or unix://.", shown="the running `up` of --data")
+]
+ServiceRedis = Annotated[str, _option("--redis", "Address: redis://, rediss:// or unix://.", shown="required")]
+Data = Annotated[Path, _option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
+Stage = Annotated[str | None, _option("--stage", "Namespace: the prefix of every key.", shown="dev")]
+Partitions = Annotated[
+    int | None, _option("--partitions", "Number of partitions, when the stage is created.", shown="8")
+]
+Host = Annotated[str | None, _option("--host", "Address to listen on.", shown="127.0.0.1")]
+WsPort = Annotated[int | None, _option("--ws-port", "Port of the websockets.", shown="8080")]
+HttpPort = Annotated[int | None, _option("--http-port", "Port of HTTP.", shown="8081")]
+AdminPort = Annotated[int | None, _option("--admin-port", "Port of probes and metrics.", shown="8090")]
+Origins = Annotated[
+    str | None, _option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
+]
+DrainSeconds = Annotated[float | None, _option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
+LogFormat = Annotated[str | None, _option("--log-format", "console or json.", shown="console")]
+Url = Annotated[str, _option("--url", "HTTP address of a gateway.")]
+Key = Annotated[str, _option("--key", "The auth_key to act with.", shown="required")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

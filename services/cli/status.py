@@ -1,0 +1,100 @@
+"""`tidewire status`: what lives, who owns what, and how far behind it is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from redis.exceptions import ResponseError
+from rich.console import Console
+from rich.table import Table
+
+from tidewire.backend import Backend
+from tidewire.registry import all_services
+
+STREAMS = {"store": "commands", "broadcaster": "changes"}
+
+
+async def owners(backend: Backend, group: str) -> dict[int, str | None]:
+    """Of each partition, the owner whose lease runs; None where there is none."""
+    keys = backend.keys
+    async with backend.commands.pipeline(transaction=False) as pipeline:
+        pipeline.time()
+        for partition in range(keys.partitions):
+            pipeline.hmget(keys.lease(partition, group), "owner", "expires")
+        (seconds, microseconds), *leases = await pipeline.execute()
+    now = seconds * 1000 + microseconds // 1000
+    return {
+        partition: owner.decode() if owner and int(expires or 0) > now else None
+        for partition, (owner, expires) in enumerate(leases)
+    }
+
+
+async def collect(backend: Backend) -> dict[str, Any]:
+    """All of it, as `--json` prints it."""
+    keys = backend.keys
+    services = [
+        {"id": service.id, "alive": service.alive, "silent_ms": max(service.silent_ms, 0), **service.info}
+        for service in (await all_services(backend)).values()
+    ]
+    groups = {}
+    for group, stream in STREAMS.items():
+        holders = await owners(backend, group)
+        streams = [getattr(keys, stream)(partition) for partition in range(keys.partitions)]
+        numbers = [await _lag(backend, key, group) for key in streams]
+        groups[group] = {
+            "lag": sum(lag for lag, _ in numbers),
+            "pending": sum(pending for _, pending in numbers),
+            "partitions": [
+                {"partition": partition, "owner": holders[partition], "lag": lag, "pending": pending}
+                for partition, (lag, pending) in enumerate(numbers)
+            ],
+        }
+    lag, pending = await _lag(backend, keys.authorizations(), "authorizer")
+    groups["authorizer"] = {"lag": lag, "pending": pending, "partitions": []}
+    return {
+        "stage": keys.stage,
+        "partitions": keys.partitions,
+        "connections": sum(service.get("connections", 0) for service in services if service["alive"]),
+        "services": sorted(services, key=lambda service: (service["kind"], service["id"])),
+        "groups": groups,
+    }
+
+
+async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int]:
+    """(entries not yet read, entries read and not acknowledged)."""
+    try:
+        found = await backend.commands.xinfo_groups(stream)
+    except ResponseError:
+        return 0, 0  # no such stream yet
+    for one in found:
+        if one["name"] == group.encode():
+            return int(one.get("lag") or 0), int(one["pending"])
+    return 0, 0
+
+
+def show(status: dict[str, Any]) -> None:
+    """For people."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(
+        f"stage [bold]{status['stage']}[/], {status['partitions']} partitions, {status['connections']} connections"
+    )
+    services = Table("service", "id", "alive", "host", "pid", "admin", "partitions", "commits", "connections", box=None)
+    for service in status["services"]:
+        services.add_row(
+            service["kind"],
+            service["id"],
+            "yes" if service["alive"] else f"no, for {service['silent_ms'] / 1000:.0f} s",
+            str(service["host"]),
+            str(service["pid"]),
+            str(service.get("admin_port", "")),
+            " ".join(map(str, service.get("partitions", []))),
+            str(service.get("commits", "")),
+            str(service.get("connections", "")),
+        )
+    console.print(services)
+    groups = Table("group", "lag", "pending", "partitions without an owner", box=None)
+    for group, numbers in status["groups"].items():
+        orphans = [str(one["partition"]) for one in numbers["partitions"] if one["owner"] is None]
+        groups.add_row(group, str(numbers["lag"]), str(numbers["pending"]), " ".join(orphans) or "none")
+    console.print(groups)
