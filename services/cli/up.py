@@ -69,7 +69,7 @@ class Child:
             code = await self.process.wait()
             if self._stopping.is_set():
                 return
-            if time.monotonic() - begun > 10:
+            if time.monotonic() - begun > 2:
                 pause_s = 0.1
             log.warning("process_died", name=self.name, pid=self.process.pid, code=code)
             await asyncio.sleep(pause_s)

@@ -219,7 +219,7 @@ class Connection:
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _received(self, message: str | bytes) -> None:
-        while self.full():  # who does not read its answers is not asked for more
+        while self.full():  # noqa: ASYNC110 - who does not read is not asked for more; the transport has no event for it
             await asyncio.sleep(0.02)
         await self._in_flight.acquire()
         frame: dict[str, Any] = {}

@@ -1,0 +1,31 @@
+"""What several kinds of tests need."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def wait_until(condition: Callable[[], Awaitable[T] | T], what: str, timeout_s: float = 30.0) -> T:
+    """The first true value of the condition; it is asked every 50 ms."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"within {timeout_s} s it did not come to be that {what}"
+        await asyncio.sleep(0.05)
