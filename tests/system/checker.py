@@ -72,5 +72,5 @@ def differences(reader: Reader, expected: list[Seen]) -> str:
     return (
         f"{reader.client.user} in {reader.room}: {len(missing)} missing {missing[:3]}, {len(twice)} twice {twice[:3]}, "
         f"{len(foreign)} not written {foreign[:3]}, {len(reader.resets)} resets {reader.resets[:2]}, "
-        f"{len(reader.strange)} strange {reader.strange[:2]}, in order: {[o for o in expected if o in set(seen)] == seen}"
+        f"{len(reader.strange)} strange {reader.strange[:2]}, in order: {[o for o in expected if o in seen] == seen}"
     )

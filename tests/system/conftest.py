@@ -34,6 +34,7 @@ class Up:
     def __init__(self, folder: Path, *args: str) -> None:
         self.data = folder / "data"
         self.ws_port, self.http_port = free_port(), free_port()
+        self.ports = ["--ws-port", str(self.ws_port), "--http-port", str(self.http_port)]
         self.args = args
         self.process: subprocess.Popen[str] | None = None
         self.log = folder / "log.txt"
@@ -52,9 +53,7 @@ class Up:
         begun = time.monotonic()
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "up", *self.args, "--data", str(self.data)]
-                + ["--ws-port", str(self.ws_port), "--http-port", str(self.http_port)]
-                + ["--admin-port", str(free_port())],
+                [*COMMAND, "up", *self.args, "--data", str(self.data), *self.ports, "--admin-port", str(free_port())],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
