@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -18,14 +16,14 @@ def free_port() -> int:
         return port
 
 
-async def wait_until(condition: Callable[[], Awaitable[T] | T], what: str, timeout_s: float = 30.0) -> T:
-    """The first true value of the condition; it is asked every 50 ms."""
+async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:
+    """Until the condition is true; it is asked every 50 ms."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
-        if isinstance(value, Awaitable):
+        if inspect.isawaitable(value):
             value = await value
         if value:
-            return value
+            return
         assert time.monotonic() < deadline, f"within {timeout_s} s it did not come to be that {what}"
         await asyncio.sleep(0.05)

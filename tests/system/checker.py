@@ -19,7 +19,8 @@ async def changes(backend: Backend) -> list[Change]:
     """All changes of the stage, in order within each partition."""
     found = []
     for partition in range(backend.keys.partitions):
-        for _, fields in await backend.commands.xrange(backend.keys.changes(partition)):
+        entries: Any = await backend.commands.xrange(backend.keys.changes(partition))
+        for _, fields in entries:
             found.append(Change(*unpack(fields[b"r"])))
     return found
 

@@ -110,7 +110,8 @@ class Up:
 
     @contextlib.asynccontextmanager
     async def client(self, user: str, key: str | None = None) -> AsyncIterator[Client]:
-        async with Client(self.url, key or await asyncio.to_thread(self.key, user), timeout_s=120) as client:
+        auth_key = key or await asyncio.to_thread(self.key, user)
+        async with Client(self.url, auth_key, timeout_s=120) as client:
             yield client
 
 
