@@ -110,7 +110,7 @@ class Up:
 
     @contextlib.asynccontextmanager
     async def client(self, user: str, key: str | None = None) -> AsyncIterator[Client]:
-        auth_key = key or await asyncio.to_thread(self.key, user)
+        auth_key: str = key if key is not None else await asyncio.to_thread(self.key, user)
         async with Client(self.url, auth_key, timeout_s=120) as client:
             yield client
 
