@@ -98,7 +98,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as data:
         ports = ["--ws-port", str(ws := free_port()), "--http-port", str(free_port()), "--admin-port", str(free_port())]
         command = [sys.executable, "-m", "tidewire.services.cli.main", "up", "--data", data, *ports]
-        up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
         try:
             assert up.stdout
             print(up.stdout.readline().strip())

@@ -1,0 +1,102 @@
+"""The handshake: which credential counts, which origin may, where to go on."""
+
+import json
+from http import HTTPStatus
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidewire.services.gateway.handshake import Handshake, Refused, origin_allowed, read
+
+HOST = {"Host": "chat.example:8080"}
+
+
+def asked(path: str, headers: dict[str, str] | None = None, origins: tuple[str, ...] = ()) -> Handshake:
+    found = read(path, HOST | (headers or {}), origins)
+    assert isinstance(found, Handshake)
+    return found
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/?cursor=a", "/v1?x"])
+def test_websockets_are_served_at_the_root_and_at_v1(path: str) -> None:
+    asked(path)
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v1/x", "/chat", "/v1/feed"])
+def test_another_path_is_not_found(path: str) -> None:
+    found = read(path, HOST, ())
+    assert isinstance(found, Refused)
+    assert found.status is HTTPStatus.NOT_FOUND
+
+
+def test_the_first_credential_present_counts() -> None:
+    headers = {"auth_key": "one", "Authorization": "Bearer two"}
+    assert asked("/?auth_key=three", headers).auth_key == "one"
+    assert asked("/?auth_key=three", {"Authorization": "bearer  two "}).auth_key == "two"
+    assert asked("/?auth_key=three", {"Authorization": "Basic two"}).auth_key == "three"
+    assert asked("/?auth_key=three").auth_key == "three"
+    assert asked("/").auth_key is None, "it comes with the first frame"
+
+
+def test_cursor_and_topics_are_taken_from_the_query() -> None:
+    topics = {"scores": "1.2.abc", "müll": "x"}
+    found = asked(f"/?cursor=1.2.abc&topics={quote(json.dumps(topics))}")
+    assert found.cursor == "1.2.abc"
+    assert found.topics == topics
+
+
+@pytest.mark.parametrize("topics", ["nonsense", "[]", '{"a":1}', '"x"'])
+def test_topics_that_are_no_object_of_cursors_are_a_bad_request(topics: str) -> None:
+    found = read(f"/?topics={quote(topics)}", HOST, ())
+    assert isinstance(found, Refused)
+    assert found.status is HTTPStatus.BAD_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("origin", "origins", "allowed"),
+    [
+        ("http://chat.example", (), True),
+        ("http://chat.example:8081", (), True),
+        ("https://chat.example", (), True),
+        ("http://evil.example", (), False),
+        ("http://chat.example.evil.example", (), False),
+        ("http://evilchat.example", (), False),
+        ("null", (), False),
+        ("", (), False),
+        ("https://app.example", ("https://app.example",), True),
+        ("https://app.example:444", ("https://app.example",), False),
+        ("http://chat.example", ("https://app.example",), False),
+        ("http://anything.example", ("*",), True),
+    ],
+)
+def test_origins_are_the_listed_ones_or_the_same_host_name(
+    origin: str, origins: tuple[str, ...], allowed: bool
+) -> None:
+    assert origin_allowed(origin, HOST["Host"], origins) is allowed
+    found = read("/?auth_key=k", HOST | {"Origin": origin}, origins)
+    if allowed:
+        assert isinstance(found, Handshake)
+        assert found.browser
+    else:
+        assert isinstance(found, Refused)
+        assert found.status is HTTPStatus.FORBIDDEN
+
+
+def test_who_sends_no_origin_is_no_browser() -> None:
+    assert not asked("/").browser
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]\\"), max_size=60))
+def test_any_path_is_read_or_refused(path: str) -> None:
+    assert isinstance(read("/" + path, HOST, ()), Handshake | Refused)
+
+
+@pytest.mark.xfail(strict=True, reason="urlsplit raises ValueError on an unbalanced bracket: the handshake ends in 500")
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [("//[", HOST), ("/", HOST | {"Origin": "http://["}), ("/", {"Host": "[", "Origin": "http://chat.example"})],
+)
+def test_a_bracket_in_an_address_is_refused_and_not_an_error(path: str, headers: dict[str, str]) -> None:
+    assert isinstance(read(path, headers, ()), Refused)

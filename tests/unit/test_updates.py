@@ -1,0 +1,93 @@
+"""`update`: set, remove and add, by dotted paths and by lists."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidewire.errors import BadRequest
+from tidewire.protocol import Update, parse_request
+from tidewire.services.store.updates import apply_update
+
+
+def updated(item: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    before = deepcopy(item)
+    request = parse_request({"action": "update", "table": "t", "key": 1, **parts})
+    assert isinstance(request, Update)
+    after = apply_update(item, request)
+    assert item == before, "the item as it was is not touched"
+    return after
+
+
+@pytest.mark.parametrize(
+    ("item", "parts", "after"),
+    [
+        ({"a": 1}, {"set": {"a": 2, "b": [3]}}, {"a": 2, "b": [3]}),
+        ({}, {"set": {"a.b.c": 1}}, {"a": {"b": {"c": 1}}}),
+        ({"a": {"x": 1}}, {"set": {"a.b": 2}}, {"a": {"x": 1, "b": 2}}),
+        ({}, {"set": [[["a.b"], 1]]}, {"a.b": 1}),
+        ({"a.b": {"c": 1}}, {"set": [[["a.b", "c"], 2]]}, {"a.b": {"c": 2}}),
+        ({}, {"set": [["a.b", 1]]}, {"a": {"b": 1}}),
+        ({"a": 1}, {"set": {"a": None}}, {"a": None}),
+        ({"a": 1, "b": 2}, {"remove": ["a"]}, {"b": 2}),
+        ({"a": {"b": 1, "c": 2}}, {"remove": ["a.b"]}, {"a": {"c": 2}}),
+        ({"a.b": 1, "a": {"b": 2}}, {"remove": [["a.b"]]}, {"a": {"b": 2}}),
+        ({"a": 1}, {"remove": ["b", "c.d"]}, {"a": 1}),
+        ({"n": 1}, {"add": {"n": 2}}, {"n": 3}),
+        ({}, {"add": {"n": -2}}, {"n": -2}),
+        ({}, {"add": {"a.n": 0.5}}, {"a": {"n": 0.5}}),
+        ({"a.n": 1}, {"add": [[["a.n"], 1]]}, {"a.n": 2}),
+        ({"a": 1}, {}, {"a": 1}),
+        ({"a": 1}, {"set": {"b": 1}, "remove": ["a"], "add": {"n": 1}}, {"b": 1, "n": 1}),
+    ],
+)
+def test_an_update_gives_the_item_that_is_meant(item: Any, parts: Any, after: Any) -> None:
+    assert updated(item, **parts) == after
+
+
+@pytest.mark.parametrize(
+    ("item", "parts", "says"),
+    [
+        ({"a": 1}, {"set": {"a.b": 1}}, "'a' is not an object"),
+        ({"a": [1]}, {"set": {"a.b": 1}}, "'a' is not an object"),
+        ({"a": "x"}, {"add": {"a": 1}}, "not a number"),
+        ({"a": True}, {"add": {"a": 1}}, "not a number"),
+        ({"a": 1}, {"add": {"a": "1"}}, "a number is needed"),
+        ({"a": 1}, {"add": {"a": True}}, "a number is needed"),
+        ({"a": 2**64 - 1}, {"add": {"a": 1}}, "beyond"),
+        ({"a": 1.7e308}, {"add": {"a": 1.7e308}}, "beyond"),
+        ({}, {"set": {"": 1}}, "empty name"),
+        ({}, {"set": {"a..b": 1}}, "empty name"),
+        ({}, {"set": {"a.": 1}}, "empty name"),
+        ({}, {"set": [[[], 1]]}, "empty name"),
+        ({}, {"set": {".".join("a" * 33): 1}}, "deeper than 32"),
+    ],
+)
+def test_a_path_that_does_not_fit_is_named(item: Any, parts: Any, says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        updated(item, **parts)
+
+
+NAMES = st.text("abc.", min_size=1, max_size=3)
+
+
+@given(st.dictionaries(NAMES, st.integers(), max_size=4), st.lists(NAMES, min_size=1, max_size=3), st.integers())
+def test_what_is_set_by_a_list_is_there_and_can_be_removed(item: dict[str, Any], path: list[str], value: int) -> None:
+    item = {name: inner for name, inner in item.items() if name != path[0]}
+    after = updated(item, set=[[path, value]])
+    inner: Any = after
+    for name in path:
+        inner = inner[name]
+    assert inner == value
+    assert {name: after[name] for name in item} == item
+    assert updated(after, remove=[path[:1]]) == item
+
+
+@given(st.lists(st.integers(-1000, 1000), max_size=10))
+def test_additions_add_up(numbers: list[int]) -> None:
+    item: dict[str, Any] = {}
+    for number in numbers:
+        item = updated(item, add={"n": number})
+    assert item.get("n", 0) == sum(numbers)
