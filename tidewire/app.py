@@ -119,7 +119,15 @@ def key_value(value: Any, what: str) -> Scalar:
 
 
 class Membership(Table):
-    """A table whose items say who belongs to which group: key (group, member)."""
+    """A table whose items say who belongs to which group: key (group, member). A member is the name of a user."""
+
+    def key_of(self, item: Item) -> ItemKey:
+        key = super().key_of(item)
+        if not isinstance(key.sort, str):
+            raise BadRequest(
+                f"key attribute {self.key[1]!r} of table {self.name!r} must be the name of a user, a string"
+            )
+        return key
 
     def of(self, attribute: str, **values: Any) -> Audience:
         """The members of the group named by that attribute; with values, those whose membership item has them."""

@@ -121,7 +121,8 @@ class Members(Audience):
         if group is None:
             return NO_RECIPIENTS
         members = known.members(self.membership, group)
-        return Recipients(frozenset(user for user, member in members.items() if self._counts(member)))
+        # A member is a user, whose name is a string; the store lets no other one in.
+        return Recipients(frozenset(u for u, member in members.items() if isinstance(u, str) and self._counts(member)))
 
 
 @dataclass(frozen=True)

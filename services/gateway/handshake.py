@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import msgspec
 
@@ -40,8 +40,8 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
 
 def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake | Refused:
     """The handshake, or why it is refused before anybody is asked."""
-    parts = urlsplit(path)
-    if parts.path not in PATHS:
+    parts = _split(path)
+    if parts is None or parts.path not in PATHS:
         return Refused(HTTPStatus.NOT_FOUND, "websockets are served at / and /v1")
     origin = headers.get("Origin")
     if origin is not None and not origin_allowed(origin, headers.get("Host", ""), origins):
@@ -58,5 +58,12 @@ def origin_allowed(origin: str, host: str, origins: Sequence[str]) -> bool:
     """By the list of --origins; without one, the same host name, any port."""
     if origins:
         return "*" in origins or origin.rstrip("/") in origins
-    name = urlsplit(origin).hostname
-    return name is not None and name == urlsplit(f"//{host}").hostname
+    theirs, ours = _split(origin), _split(f"//{host}")
+    return theirs is not None and ours is not None and theirs.hostname is not None and theirs.hostname == ours.hostname
+
+
+def _split(address: str) -> SplitResult | None:
+    try:
+        return urlsplit(address)
+    except ValueError:  # an unbalanced bracket
+        return None

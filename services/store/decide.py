@@ -6,7 +6,7 @@ is given, and decides again from the start: so the same code says what must be f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,14 @@ from tidewire.keys import Keys, Scalar
 from tidewire.protocol import Condition, Delete, Get, Put, Query, Update, parse_request
 from tidewire.records import Change, Command, Item, ItemRecord, Position, Reply, pack
 
-from .facts import ConnectedFact, CountFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
-from .updates import apply_update
+from .facts import PAGE_BYTES, ConnectedFact, CountFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
+from .updates import apply_update, touched
 
 log = structlog.get_logger(__name__)
+
+MOST_SCANNED = 10_000
+SCAN_AT_A_TIME = 1000
+"""A query goes on over so many items that its caller may not read, so many at a time."""
 
 COMMIT_BYTES = 4 << 20
 """A commit larger than this is cut: the rest of the batch comes with the next."""
@@ -137,6 +141,7 @@ class _Batch:
 
     def accept(self, command: Command, reply: Reply, repeat: RequestFact | None) -> None:
         effects = self.effects
+        self.effects = _Effects()  # from here on `record` is what was before
         for key, record in effects.items.items():
             was, is_ = self.live(self.record(key)) is not None, self.live(record) is not None
             group = (key.table, key.partition)
@@ -181,6 +186,7 @@ class _Batch:
     def put(self, command: Command, table: Table, request: Put) -> Any:
         key = table.key_of(request.item)
         old = self.live(self.record(key))
+        self.keep_hidden(command, table, request.item)
         new = dict(request.item)
         if old and command.role != "service":
             # A client cannot send back what it is not shown.
@@ -192,6 +198,7 @@ class _Batch:
     def update(self, command: Command, table: Table, request: Update) -> Any:
         key = table.parse_key(request.key)
         old = self.readable(command, table, key)
+        self.keep_hidden(command, table, touched(request))
         new = apply_update(old, request)
         if table.key_of(new) != key:
             raise BadRequest("update: the key of an item cannot change")
@@ -218,30 +225,47 @@ class _Batch:
 
     def query(self, command: Command, table: Table, request: Query) -> Any:
         partition = table.parse_partition_key(request.key)
+        items: list[dict[str, Any]] = []
+        following, size_bytes = None, 0
+        for record in self.scan(table, partition, request):
+            if record.item is None or not self.may_read(command, table, record.item):
+                continue
+            shown = self.shown(command, table, record.item, record)
+            size_bytes += len(msgspec.json.encode(shown))
+            if items and (len(items) == request.limit or size_bytes > PAGE_BYTES):
+                # Of an item that is shown, and only because there is one more to show: it tells of no other.
+                following = items[-1]["item"][table.key[1]]
+                break
+            items.append(shown)
+        return {"items": items, "next": following, "position": self.position(self.decision.last)}
+
+    def scan(self, table: Table, partition: Scalar, request: Query) -> Iterator[ItemRecord]:
+        """The items in the order asked for, page by page.
+
+        Raises TooLarge when it goes on and on over what is not shown.
+        """
         if not table.sorted:
             record = self.record(ItemKey(table.name, partition, None))
-            page = Page([record] if record and self.live(record) else [], False)
-        else:
-            if any((key.table, key.partition) == (table.name, partition) for key in self.written):
-                raise NextBatch  # a page is read as it was committed; it must have what went before
-            fact = PageFact(
-                table.name,
-                partition,
-                request.after,
-                request.before,
-                request.prefix,
-                request.limit,
-                request.reverse,
-            )
-            page = self.know(fact)
-        items = [
-            self.shown(command, table, record.item, record)
-            for record in page.records
-            if record.item is not None and self.may_read(command, table, record.item)
-        ]
-        last = page.records[-1].item if page.more and page.records else None
-        following = last[table.key[1]] if last else None
-        return {"items": items, "next": following, "position": self.position(self.decision.last)}
+            if record and self.live(record):
+                yield record
+            return
+        if any((key.table, key.partition) == (table.name, partition) for key in self.written):
+            raise NextBatch  # a page is read as it was committed; it must have what went before
+        after, before, limit, scanned = request.after, request.before, request.limit + 1, 0
+        while True:
+            fact = PageFact(table.name, partition, after, before, request.prefix, limit, request.reverse)
+            page: Page = self.know(fact)
+            yield from page.records
+            scanned += len(page.records)
+            if not page.more:
+                return
+            if scanned > MOST_SCANNED:
+                raise TooLarge("too many items lie between those that you may read: narrow the query by its bounds")
+            last = page.records[-1].item
+            assert last is not None
+            edge = last[table.key[1]]
+            after, before = (after, edge) if request.reverse else (edge, before)
+            limit = SCAN_AT_A_TIME
 
     def sweep(self, command: Command) -> Any:
         """Remove connections of a gateway that is dead; how many there were in this round."""
@@ -352,9 +376,12 @@ class _Batch:
             return
         record = self.record(key)
         item = self.live(record)
-        if condition.equals is not None and command.role != "service" and table.hidden & condition.equals.keys():
-            raise BadRequest("if: an attribute named in equals is not yours to read")
-        if condition.version is not None:
+        if condition.equals is not None:
+            self.keep_hidden(command, table, condition.equals)
+        told = record is not None and item is not None and self.may_read(command, table, item)
+        if item is not None and not told and (condition.version is not None or condition.equals is not None):
+            holds = False  # what one may write and not read cannot be found out by guessing
+        elif condition.version is not None:
             holds = record is not None and item is not None and record.version == condition.version
         elif condition.equals is not None:
             holds = item is not None and all(
@@ -363,9 +390,13 @@ class _Batch:
         else:
             holds = (item is None) == bool(condition.absent)
         if not holds:
-            told = record is not None and item is not None and self.may_read(command, table, item)
             details = {"version": record.version} if told and record else {}
             raise Conflict("the item is not as `if` says it must be", **details)
+
+    def keep_hidden(self, command: Command, table: Table, names: Iterable[str]) -> None:
+        """Raises PermissionDenied where a client names a hidden attribute: its answers would tell what is in it."""
+        if command.role != "service" and (hidden := table.hidden.intersection(names)):
+            raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -104,7 +104,7 @@ def _value(fact: Fact, raw: object) -> Value:
 
 async def _page(backend: Backend, fact: PageFact) -> Page:
     low, high = bounds(fact)
-    found = await backend.functions.page(
+    found, cut = await backend.functions.page(
         backend.keys.order(fact.table, fact.partition),
         backend.keys.items(fact.table, fact.partition),
         low,
@@ -114,9 +114,7 @@ async def _page(backend: Backend, fact: PageFact) -> Page:
         size_bytes=PAGE_BYTES,
     )
     records = [ItemRecord(*unpack(record)) for _, record in found]
-    # Fewer than asked for, and still something beyond: the bytes ended it. One that is full ends by its count.
-    cut_short = 0 < len(found) <= fact.limit and sum(len(record) for _, record in found) > PAGE_BYTES // 2
-    return Page(records[: fact.limit], len(found) > fact.limit or cut_short)
+    return Page(records[: fact.limit], cut or len(found) > fact.limit)
 
 
 def bounds(fact: PageFact) -> tuple[bytes, bytes]:

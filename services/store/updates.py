@@ -16,7 +16,7 @@ def apply_update(item: Item, update: Update) -> Item:
     new = deepcopy(item)
     for path, value in _pairs(update.set):
         parent, name = _parent(new, path, make=True)
-        parent[name] = value
+        parent[name] = deepcopy(value)  # a decision may be made again from the same request
     for path in update.remove:
         try:
             parent, name = _parent(new, path, make=False)
@@ -35,6 +35,12 @@ def apply_update(item: Item, update: Update) -> Item:
             raise BadRequest(f"update: add {_shown(path)}: the sum is beyond what a number holds")
         parent[name] = total
     return new
+
+
+def touched(update: Update) -> set[str]:
+    """The attributes that an update names."""
+    paths = [*(path for path, _ in _pairs(update.set)), *update.remove, *(path for path, _ in _pairs(update.add))]
+    return {path.partition(".")[0] if isinstance(path, str) else path[0] for path in paths if path}
 
 
 def _pairs(assignments: Assignments) -> Iterable[tuple[Path, Any]]:

