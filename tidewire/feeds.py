@@ -28,7 +28,8 @@ class Cursor(NamedTuple):
         """The cursor, or None where the text is none."""
         epoch, _, rest = text.partition(".")
         seq, _, tag = rest.partition(".")
-        sound = epoch.isdecimal() and seq.isdecimal() and tag.isalnum() and text.isascii() and len(seq) <= 15 and len(text) <= 80
+        numbers = epoch.isdecimal() and seq.isdecimal() and len(seq) <= 15
+        sound = numbers and tag.isalnum() and text.isascii() and len(text) <= 80
         return cls(epoch, int(seq), tag) if sound else None
 
 

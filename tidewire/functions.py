@@ -182,7 +182,7 @@ class Functions:
     async def page(
         self, order: bytes, items: bytes, low: bytes, high: bytes, *, reverse: bool, count: int, size_bytes: int
     ) -> tuple[list[tuple[bytes, bytes]], bool]:
-        """(sort bytes, record) between two ZRANGEBYLEX bounds, at most `count`; and whether `size_bytes` cut it short."""
+        """(sort bytes, record) between two ZRANGEBYLEX bounds, at most `count`; whether `size_bytes` cut it."""
         cut, *flat = await self._call("page", (order, items), low, high, int(reverse), count, size_bytes)
         return list(zip(flat[::2], flat[1::2], strict=True)), bool(cut)
 
