@@ -57,13 +57,8 @@ class Bus:
         self._ready.set()
         return future
 
-    async def run(self) -> None:
-        """Send and receive until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._send())
-            group.create_task(self._receive())
-
-    async def _send(self) -> None:
+    async def send(self) -> None:
+        """Pass requests on, until cancelled."""
         # One pipeline at a time: two could overtake each other, and requests of one connection keep their order.
         while True:
             await self._ready.wait()
@@ -79,7 +74,8 @@ class Bus:
                 for _, _, number in outgoing:
                     self._fail(number, "the request could not be passed on: it may or may not be done")
 
-    async def _receive(self) -> None:
+    async def receive(self) -> None:
+        """Take answers, until cancelled."""
         last: dict[str, bytes | str] = {}
         while True:
             name = self._name()  # a gateway that was counted dead goes on under another one

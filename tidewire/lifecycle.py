@@ -19,6 +19,7 @@ from tidewire.errors import ConfigurationError
 from tidewire.partition.worker import Worker
 from tidewire.registry import Registry
 from tidewire.settings import Settings
+from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
@@ -88,9 +89,7 @@ class Service:
                 for step in reversed(self._drains):
                     await step()
             finally:
-                for task in (*tasks, watch):
-                    task.cancel()
-                await asyncio.gather(*tasks, watch, return_exceptions=True)
+                await end([*tasks, watch])
         for task in tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error

@@ -20,6 +20,7 @@ from tidewire.feeds import Announcement, Cursor, Reset, follow_on, head_of, resu
 from tidewire.functions import FeedEntry
 from tidewire.protocol import feed_frame, json_to_msgpack
 from tidewire.records import FeedBody, unpack
+from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
@@ -156,15 +157,12 @@ class Feeds:
                 if len(entries) < READ and not feed.stale:
                     return
 
-    async def run(self) -> None:
-        """Hear announcements and look at idle feeds, until cancelled."""
+    async def hear(self) -> None:
+        """Hear announcements, until cancelled."""
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._hear())
-                group.create_task(self._look())
+            await self._hear()
         finally:
-            for task in self._tasks:
-                task.cancel()
+            await end(self._tasks)
             with contextlib.suppress(RedisError, OSError):
                 await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
@@ -240,7 +238,8 @@ class Feeds:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Look at each feed now and then, until cancelled."""
         while True:
             await asyncio.sleep(min(LOOK_S, self._window_ms / 3000))
             for feed in list(self._feeds.values()):

@@ -340,9 +340,11 @@ def open_to_everyone(readers: Any) -> bool:
 def build(service: Service, app: App) -> Gateway:
     """Wire the gateway into a service process."""
     gateway = Gateway(service, app)
-    service.run(gateway.bus.run)
+    service.run(gateway.bus.send)
+    service.run(gateway.bus.receive)
     service.run(gateway.gatekeeper.run)
-    service.run(gateway.feeds.run)
+    service.run(gateway.feeds.hear)
+    service.run(gateway.feeds.look)
     service.run(gateway.presence.run)
     service.run(gateway.watch_heartbeat)
     service.at_drain(gateway.drain)

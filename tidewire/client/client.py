@@ -17,6 +17,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
 from tidewire.errors import ConnectionClosed, RequestError, Timeout, Unauthenticated, from_wire
+from tidewire.tasks import end
 
 EVENTS_KEPT = 10_000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -81,8 +82,7 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end([self._task])
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 

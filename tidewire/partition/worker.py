@@ -15,6 +15,7 @@ from tidewire.functions import Owned
 from tidewire.partition.loop import PartitionLoop, Tenure
 from tidewire.registry import Registry
 from tidewire.settings import Settings
+from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
@@ -82,8 +83,7 @@ class Worker:
                 # A sixth of a lease: two looks for each renewal.
                 await asyncio.sleep(self._settings.lease_ms / 6000)
         finally:
-            for partition in self.partitions:
-                await self._stop(partition)
+            await asyncio.gather(*(self._stop(partition) for partition in self.partitions))
 
     async def drain(self) -> None:
         """Hand everything over at once: leave the group first, so that no one hands it back."""
@@ -170,8 +170,7 @@ class Worker:
         task, loop = self._tasks.pop(partition), self._loops.pop(partition)
         del self._owned[partition]
         self._commits_before += loop.commits
-        task.cancel()
-        await asyncio.wait([task])
+        await end([task])
 
 
 def _cause(error: BaseException | None) -> BaseException | None:

@@ -1,0 +1,22 @@
+"""Ending tasks so that they have ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+ASK_AGAIN_S = 1.0
+
+
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel, and wait until all are done; what they raise is theirs to say.
+
+    Once is not always enough: `asyncio.wait_for` of Python 3.11 forgets a cancellation that arrives in the moment its
+    work is done, and the Redis client has one around each write.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=ASK_AGAIN_S)
