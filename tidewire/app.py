@@ -160,7 +160,7 @@ class App:
         hidden: Iterable[str] = (),
     ) -> Table:
         """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute)."""
-        attributes: Any = (key,) if isinstance(key, str) else tuple(key)
+        attributes: Any = tuple(key) if isinstance(key, list | tuple) else (key,)
         table = Table(name, attributes, readers, writers, stream_view, _hidden(name, hidden))
         self._declare(table)
         return table
@@ -240,8 +240,8 @@ class App:
 
 
 def _hidden(table: str, hidden: Iterable[str]) -> frozenset[str]:
-    if isinstance(hidden, str):
-        raise ConfigurationError(f"table {table!r}: hidden is a tuple of attribute names, not the string {hidden!r}")
+    if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+        raise ConfigurationError(f"table {table!r}: hidden is a tuple of attribute names, not {hidden!r}")
     return frozenset(hidden)
 
 

@@ -117,4 +117,6 @@ BY_CODE: dict[str, type[RequestError]] = {
 def from_wire(frame: dict[str, Any]) -> RequestError:
     """The error that an `error` frame (or a stored reply) stands for."""
     kind = BY_CODE.get(str(frame.get("code")), Internal)
-    return kind(str(frame.get("message", "")), **(frame.get("details") or {}))
+    error = kind(str(frame.get("message", "")))
+    error.details = dict(frame.get("details") or {})
+    return error

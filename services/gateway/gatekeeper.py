@@ -24,8 +24,11 @@ CACHED_AT_MOST = 100_000
 class Gatekeeper:
     """Answers from the cache are at most `cache_s` old, and never older than a revocation."""
 
-    def __init__(self, backend: Backend, bus: Bus, name: Callable[[], str], cache_s: float) -> None:
+    def __init__(
+        self, backend: Backend, bus: Bus, name: Callable[[], str], now_ms: Callable[[], int], cache_s: float
+    ) -> None:
         self._backend = backend
+        self._now_ms = now_ms
         self._bus = bus
         self._name = name
         self._cache_s = cache_s
@@ -39,6 +42,7 @@ class Gatekeeper:
         digest = hashlib.sha256(auth_key.encode()).digest()
         cached = self._cache.get(digest)
         if cached and cached[1] > time.monotonic():
+            self.check(cached[0])
             return cached[0]
         answer = await self._bus.request(
             self._backend.keys.authorizations(), lambda number: Authorization(auth_key, self._name(), number)
@@ -51,7 +55,9 @@ class Gatekeeper:
         return principal
 
     def check(self, principal: Principal) -> None:
-        """Raises Unauthenticated when the credential has been revoked meanwhile."""
+        """Raises Unauthenticated when the credential has been revoked or has expired meanwhile."""
+        if principal.expires_at is not None and principal.expires_at <= self._now_ms():
+            raise Unauthenticated("the auth_key has expired")
         if principal.credential in self._revoked:
             raise Unauthenticated("the auth_key has been revoked")
 

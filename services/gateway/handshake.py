@@ -30,9 +30,13 @@ class Refused:
 
 def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
     """The first one present: header auth_key, header Authorization: Bearer, query parameter auth_key."""
-    if headers.get("auth_key"):
-        return headers["auth_key"]
-    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    try:
+        auth_key, authorization = headers.get("auth_key"), headers.get("Authorization", "")
+    except LookupError:  # one of them is there twice: neither can be the first
+        return "ambiguous"
+    if auth_key:
+        return auth_key
+    scheme, _, token = authorization.partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
     return query.get("auth_key") or None

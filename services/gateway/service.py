@@ -21,9 +21,9 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.audiences import Everyone, Union
+from tidewire.audiences import Everyone, Intersection, Union
 from tidewire.bus import Bus
-from tidewire.errors import BadRequest, PermissionDenied, RequestError, TooLarge, Unauthenticated
+from tidewire.errors import BadRequest, PermissionDenied, RequestError, TooLarge, Unauthenticated, UnsupportedAction
 from tidewire.keys import Scalar
 from tidewire.lifecycle import Service
 from tidewire.protocol import (
@@ -65,7 +65,7 @@ class Gateway:
         self.settings = service.settings
         self.backend = service.backend
         self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
-        self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.settings.auth_cache_s)
+        self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.gatekeeper.on_revoked = self._on_revoked
         own_channel = self.backend.keys.replies(self.id)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s, own_channel)
@@ -171,14 +171,19 @@ class Gateway:
             return self._refuse(ws, asked.status, asked.message)
         if self.service.stopping.is_set():
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
-        opening = _Opening(asked)
-        ws.opening = opening  # type: ignore[attr-defined]
-        if asked.auth_key is None:
+        ws.opening = opening = _Opening(asked)  # type: ignore[attr-defined]
+        if asked.auth_key is None and self.settings.first_frame_auth_s > 0:
             return None  # it comes with the first frame
+        return await self._admit(ws, opening)
+
+    async def _admit(self, ws: ServerConnection, opening: _Opening) -> Response | None:
+        """Ask who it is. A page never sees a status: it is told by a close code instead."""
         try:
-            opening.principal = await self.gatekeeper.authorize(asked.auth_key)
+            if opening.handshake.auth_key is None:
+                raise Unauthenticated("a credential is needed in the handshake")
+            opening.principal = await self.gatekeeper.authorize(opening.handshake.auth_key)
         except Unauthenticated as error:
-            if not asked.browser:
+            if not opening.handshake.browser:
                 return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
             opening.refused = (4401, error.message)
         except RequestError as error:
@@ -227,7 +232,7 @@ class Gateway:
             return await self.gatekeeper.authorize(request.auth_key), request.cursor, request.topics
         except TimeoutError:
             await ws.close(4408, "no credential in time")
-        except (BadRequest, Unauthenticated) as error:
+        except (BadRequest, UnsupportedAction, Unauthenticated) as error:
             await ws.close(4401, error.message[:120])
         except RequestError as error:
             log.warning("not_authorized", error=error.message, id=request_id(frame))
@@ -334,6 +339,8 @@ def open_to_everyone(readers: Any) -> bool:
     """Whether the table's own topic may have frames: then every connection follows it."""
     if isinstance(readers, Union):
         return open_to_everyone(readers.left) or open_to_everyone(readers.right)
+    if isinstance(readers, Intersection):
+        return open_to_everyone(readers.left) and open_to_everyone(readers.right)
     return isinstance(readers, Everyone) or not hasattr(readers, "admits")  # a function may return everyone
 
 

@@ -1,4 +1,4 @@
-"""The whole system in this process, on fakeredis and on the real embedded server, and clients that know only the wire."""
+"""The whole system in this process, on fakeredis and on the real server, and clients that know only the wire."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ async def as_user(stage: Stage, stack: contextlib.AsyncExitStack, name: str, **o
 async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:
     """What `check` gives, once that is true."""
     async with asyncio.timeout(PATIENCE_S):
-        while not (found := await check()):
+        while not (found := await check()):  # noqa: ASYNC110 - what is waited for is on the other side of a socket
             await asyncio.sleep(0.01)
     return found
 

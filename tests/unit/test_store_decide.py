@@ -274,7 +274,9 @@ class TestWriting:
     ) -> None:
         item = {"id": "n", "x": [1, {"y": None}]}
         first = world.do("alice", "put", table="notes", item=item)
-        fields = {"item": dict(item)} if action == "put" else {"key": "n", "set": {"x": [1, {"y": None}]}}
+        fields: dict[str, Any] = (
+            {"item": dict(item)} if action == "put" else {"key": "n", "set": {"x": [1, {"y": None}]}}
+        )
         again = world.do("bob", action, table="notes", **fields)
         assert (again["version"], again["position"]) == (1, first["position"])
         assert len(world.changes) == 1
@@ -354,7 +356,7 @@ class TestConditions:
         for there, holds in ((False, absent), (True, present)):
             if there:
                 world.do("alice", "put", table="notes", item={"id": "n2", "x": 1, "y": {"z": []}})
-            put = {"table": "notes", "item": {"id": "n2", "new": 1}, "if_": condition}
+            put: dict[str, Any] = {"table": "notes", "item": {"id": "n2", "new": 1}, "if_": condition}
             if holds:
                 world.do("alice", "put", **put)
             else:
@@ -414,7 +416,7 @@ class TestWriters:
     @pytest.mark.parametrize("condition", [{"version": 1}, {"version": 9}, {"absent": True}, {"equals": {"x": 2}}])
     def test_writers_are_checked_before_if(self, world: World, condition: Any) -> None:
         world.do("alice", "put", table="by_author", item={"id": 1, "author": "alice", "x": 1})
-        put = {"table": "by_author", "item": {"id": 1, "author": "bob"}, "if_": condition}
+        put: dict[str, Any] = {"table": "by_author", "item": {"id": 1, "author": "bob"}, "if_": condition}
         assert world.code("bob", "put", **put) == "forbidden"
 
     def test_a_function_of_the_write_decides_with_images_user_and_claims(self, world: World) -> None:
@@ -441,8 +443,8 @@ class TestWriters:
         assert [reply.error and reply.error["code"] for reply in replies] == [None, "forbidden"]
 
     def test_who_was_just_invited_may_write_in_the_same_batch_and_who_was_removed_not(self, world: World) -> None:
-        invite = {"table": "members", "item": {"room": "r", "user": "bob"}}
-        message = {"table": "messages", "item": {"room": "r", "id": 1, "author": "bob"}}
+        invite: dict[str, Any] = {"table": "members", "item": {"room": "r", "user": "bob"}}
+        message: dict[str, Any] = {"table": "messages", "item": {"room": "r", "id": 1, "author": "bob"}}
         replies = world.run(
             world.command("alice", "put", table="members", item={"room": "r", "user": "alice", "role": "owner"}),
             world.command("bob", "put", **message),
@@ -511,7 +513,7 @@ class TestHidden:
 
     @pytest.mark.parametrize("guess", ["s", "t", None])
     def test_if_does_not_answer_about_hidden_attributes(self, world: World, guess: Any) -> None:
-        fields = {"table": "secrets", "key": 1, "set": {"x": 1}, "if_": {"equals": {"secret": guess}}}
+        fields: dict[str, Any] = {"table": "secrets", "key": 1, "set": {"x": 1}, "if_": {"equals": {"secret": guess}}}
         error = world.refused("alice", "update", **fields)
         assert error == world.refused("alice", "update", **{**fields, "if_": {"equals": {"secret": "another"}}})
 
@@ -617,7 +619,7 @@ class TestQueries:
 
 class TestRequests:
     def test_a_repeated_request_gives_the_first_result_and_writes_nothing(self, world: World) -> None:
-        update = {"table": "notes", "key": "n", "add": {"x": 1}, "request": "r1"}
+        update: dict[str, Any] = {"table": "notes", "key": "n", "add": {"x": 1}, "request": "r1"}
         world.do("alice", "put", table="notes", item={"id": "n"})
         first = world.do("alice", "update", **update)
         world.now += 5000
@@ -626,7 +628,7 @@ class TestRequests:
         assert len(world.changes) == 2
 
     def test_a_request_twice_in_one_batch_is_done_once(self, world: World) -> None:
-        put = {"table": "notes", "item": {"id": "n"}, "request": "r1", "if_": {"absent": True}}
+        put: dict[str, Any] = {"table": "notes", "item": {"id": "n"}, "request": "r1", "if_": {"absent": True}}
         replies = world.run(*(world.command("alice", "put", **put) for _ in range(2)))
         assert world.batches == 1
         assert replies[0].result == replies[1].result
@@ -634,7 +636,7 @@ class TestRequests:
         assert len(world.changes) == 1
 
     def test_an_error_is_a_first_result_too(self, world: World) -> None:
-        update = {"table": "notes", "key": "n", "set": {"x": 1}, "request": "r1"}
+        update: dict[str, Any] = {"table": "notes", "key": "n", "set": {"x": 1}, "request": "r1"}
         assert world.code("alice", "update", **update) == "not_found"
         world.do("alice", "put", table="notes", item={"id": "n"})
         assert world.code("alice", "update", **update) == "not_found"
@@ -645,12 +647,12 @@ class TestRequests:
         assert len(world.changes) == 2
 
     def test_what_timed_out_may_be_done_when_it_is_repeated(self, world: World) -> None:
-        put = {"table": "notes", "item": {"id": "n"}, "request": "r1"}
+        put: dict[str, Any] = {"table": "notes", "item": {"id": "n"}, "request": "r1"}
         assert world.code("alice", "put", late=True, **put) == "timeout"
         assert world.do("alice", "put", **put)["version"] == 1
 
     def test_a_repeat_that_comes_late_still_gives_the_first_result(self, world: World) -> None:
-        put = {"table": "notes", "item": {"id": "n"}, "request": "r1"}
+        put: dict[str, Any] = {"table": "notes", "item": {"id": "n"}, "request": "r1"}
         first = world.do("alice", "put", **put)
         assert world.do("alice", "put", late=True, **put) == first
 
@@ -662,7 +664,7 @@ class TestRequests:
 
 @pytest.mark.parametrize("action", ["put", "get", "query"])
 def test_what_waited_too_long_is_not_done(world: World, action: str) -> None:
-    fields = {"item": {"id": "n"}} if action == "put" else {"key": "n"}
+    fields: dict[str, Any] = {"item": {"id": "n"}} if action == "put" else {"key": "n"}
     assert world.code("alice", action, table="notes", late=True, **fields) == "timeout"
 
 

@@ -158,7 +158,9 @@ class Worker:
                 raise error
 
     async def _hand_over(self, partition: int) -> None:
-        owned = self._owned[partition]
+        owned = self._owned.get(partition)
+        if owned is None:
+            return
         await self._stop(partition)
         try:
             await self._backend.functions.lease_release(owned)
@@ -167,7 +169,10 @@ class Worker:
         log.info("partition_released", group=self.group, partition=partition)
 
     async def _stop(self, partition: int) -> None:
-        task, loop = self._tasks.pop(partition), self._loops.pop(partition)
+        task = self._tasks.pop(partition, None)
+        if task is None:
+            return  # somebody else is at it: a drain, a lost lease, the end of the service
+        loop = self._loops.pop(partition)
         del self._owned[partition]
         self._commits_before += loop.commits
         await end([task])

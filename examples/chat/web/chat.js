@@ -1,301 +1,567 @@
-import { Connection } from "./connection.js";
-import { Model } from "./model.js";
+// The chat's view: draws what the collections hold, and turns what a person does into requests. Text from others goes
+// into the page as text only, never as HTML.
 
+import { Collection } from "./collection.js";
+import { Connection, uniqueId } from "./connection.js";
+
+const PAGE = 100;
+const SAME_BREATH_MS = 5 * 60_000;
 const $ = (id) => document.getElementById(id);
 const link = new URLSearchParams(location.hash.slice(1));
-const stored = (name) => link.get(name) ?? sessionStorage.getItem(name);
+const wide = matchMedia("(min-width: 60rem)");
 
-const model = new Model();
-const sending = new Map(); // message id → what is on its way, or has failed
-let connection, me, room = null;
-let rooms = new Map(); // room → title
+const rooms = new Collection(); // my own items of `members`, by room
+const presence = new Map(); // user → Collection of the user's connections
+const unsent = new Map(); // message id → {item, failed}
+const unread = new Map(); // room → messages that came while another was open
+const drafts = new Map(); // room → what stood in the composer
+let connection;
+let me = null;
+let here = null; // the open room: {room, messages, members, since}; messages before `since` are not loaded
 
-function element(tag, properties = {}, ...children) {
-  const { data, ...rest } = properties;
-  const made = Object.assign(document.createElement(tag), rest);
-  Object.assign(made.dataset, data);
-  made.append(...children);
-  return made;
+// ── beginning ───────────────────────────────────────────────────────────────────────────────────────────────
+
+function begin() {
+  const given = link.get("key");
+  if (given) sessionStorage.setItem("key", given);
+  link.delete("key"); // it is not to be seen, copied or kept in the history with the address
+  keepLink();
+  const key = sessionStorage.getItem("key");
+  if (key) open(key);
+  else askForKey();
 }
 
-function toast(text) {
-  $("toast").textContent = text;
-  clearTimeout(toast.timer);
-  toast.timer = setTimeout(() => ($("toast").textContent = ""), 6000);
+function keepLink() {
+  history.replaceState(null, "", link.size ? `#${link}` : location.pathname);
 }
 
-// Does it, and tells the person when it cannot be done.
-async function attempt(action, fields) {
-  try {
-    return await connection.request(action, fields);
-  } catch (error) {
-    toast(error.message);
-    return null;
-  }
-}
-
-// ── starting ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function askForKey(reason = "") {
+function askForKey(problem = "") {
   sessionStorage.removeItem("key");
-  $("chat").hidden = true;
+  $("app").hidden = true;
   $("welcome").hidden = false;
-  $("key-reason").textContent = reason;
+  $("key-problem").hidden = !problem;
+  $("key-problem").textContent = problem;
   $("key").focus();
 }
 
-function begin(key) {
-  sessionStorage.setItem("key", key);
-  const port = stored("ws") ?? "8080";
-  sessionStorage.setItem("ws", port);
+function open(key) {
   $("welcome").hidden = true;
-  $("chat").hidden = false;
+  $("app").hidden = false;
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  connection = new Connection(`${scheme}://${location.hostname}:${port}/v1`, key, {
-    onState: (text, kind) => { $("status").textContent = text; $("status").dataset.kind = kind; },
-    onWelcome: welcomed,
-    onFrame: received,
-    onRefused: askForKey,
-  });
+  const port = /^\d{1,5}$/.test(link.get("ws")) ? link.get("ws") : "8080";
+  const url = `${scheme}://${location.hostname}:${port}/v1`;
+  connection = new Connection(url, key, { onState, onWelcome, onEvent });
+  connection.start();
 }
 
-async function welcomed(frame) {
-  if (me) return; // again: the cursor has brought what was missed
+function onState({ name, missed, code, reason }) {
+  if (code === 4401) {
+    askForKey("This key is not valid, or no longer. Open a new link, or paste another key.");
+    return;
+  }
+  const closed = { 4403: "Refused", 4429: "Too many open connections" }[code] ?? `Disconnected (${code})`;
+  const words = {
+    connecting: "Connecting…",
+    connected: "Connected",
+    resumed: `Resumed, ${missed} missed ${missed === 1 ? "message" : "messages"}`,
+    reconnecting: "Reconnecting…",
+    closed: reason ? `${closed}: ${reason}` : closed,
+  };
+  setText($("status"), words[name]);
+  $("status").dataset.state = name;
+  $("reconnect").hidden = name !== "closed";
+  clearTimeout(onState.timer);
+  if (name === "resumed") onState.timer = setTimeout(() => onState({ name: "connected" }), 10_000);
+}
+
+async function onWelcome(frame) {
+  if (me !== null) return; // what was missed meanwhile comes by itself, or a reset does
   me = frame.user;
   $("me").textContent = me;
   await loadRooms();
-  open(link.get("room") ?? [...rooms.keys()][0] ?? null);
+  const wanted = link.get("room");
+  if (wanted && !rooms.get(wanted)) complain(`You are not in the room “${wanted}”: ask its owner to invite you.`);
+  show(rooms.get(wanted) ? wanted : roomIds()[0]);
 }
 
-// The rooms one knows: from the link, and from what was created or joined while the page was open.
+function onEvent(frame) {
+  if (frame.type === "change") onChange(frame);
+  else if (frame.type === "reset") queryAgain();
+  else if (frame.type === "expiring") complain("Your key ends within a minute: open a new link to stay.");
+}
+
+function onChange({ table, key, event, new: item, position, by }) {
+  const now = event === "REMOVE" || event === "LEAVE" ? null : item;
+  if (table === "connections") presence.get(key.user)?.apply(key.connection, now, position);
+  if (table === "messages" && key.room === here?.room) here.messages.apply(key.id, now, position);
+  else if (table === "messages" && event === "INSERT" && by !== me) count(key.room);
+  if (table === "members") {
+    if (key.room === here?.room) here.members.apply(key.user, now, position);
+    if (key.user === me) myMembership(key.room, now, position, by);
+    if (now) watchPresence([key.user]);
+  }
+  draw();
+}
+
+/** After a reset: what is held may be incomplete. */
+async function queryAgain() {
+  await attempt(async () => {
+    await Promise.all([loadRooms(), loadRoom(), ...[...presence.keys()].map(loadPresence)]);
+    if (here && !rooms.get(here.room)) show(roomIds()[0]);
+  });
+}
+
+// ── rooms ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const roomIds = () => rooms.entries().map(([room]) => room);
+const titleOf = (room) => String(rooms.get(room)?.title ?? room);
+
+/** The rooms known from the link and from earlier visits, each looked at again: one may have been removed. */
 async function loadRooms() {
-  const known = JSON.parse(sessionStorage.getItem(`rooms:${me}`) ?? "[]");
-  const named = new Set([link.get("room"), ...known].filter(Boolean));
-  await Promise.all([...named].map(queryMembers));
-  showRooms();
+  const known = new Set([...rememberedRooms(), ...roomIds(), link.get("room")].filter(Boolean));
+  await Promise.all([...known].map(loadMembership));
+  rememberRooms();
+}
+
+async function loadMembership(room) {
+  try {
+    const { item, position } = await connection.request("get", { table: "members", key: { room, user: me } });
+    rooms.add([[room, item]], position);
+  } catch {
+    rooms.forget(room);
+  }
+}
+
+function rememberedRooms() {
+  try {
+    return JSON.parse(localStorage.getItem(`rooms of ${me}`)) ?? [];
+  } catch {
+    return [];
+  }
 }
 
 function rememberRooms() {
-  sessionStorage.setItem(`rooms:${me}`, JSON.stringify([...rooms.keys()]));
+  localStorage.setItem(`rooms of ${me}`, JSON.stringify(roomIds()));
 }
 
-// ── what comes ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function received(frame) {
-  if (frame.type === "reset") return refresh(true);
-  if (frame.type !== "change" || !model.change(frame)) return;
-  if (frame.table === "members") memberChanged(frame);
-  else if (frame.table === "messages" && frame.key.room === room) showMessages();
-  else if (frame.table === "connections") showMembers();
-}
-
-function memberChanged({ key }) {
-  noteRoom(key.room);
-  if (key.user !== me && key.room === room) askWhoIsOnline(key.user);
-  if (key.room === room) {
-    if (rooms.has(room)) showMembers();
-    else { toast("You are no longer in that room."); open([...rooms.keys()][0] ?? null); }
-  }
-}
-
-// A room is known while one is a member of it.
-function noteRoom(id) {
-  const members = model.all("members", "room", id);
-  if (members.some((member) => member.user === me)) {
-    rooms.set(id, members.find((member) => member.title)?.title ?? id);
-  } else {
-    rooms.delete(id);
-  }
+function myMembership(room, item, position, by) {
+  const title = titleOf(room);
+  const before = rooms.get(room);
+  if (!rooms.apply(room, item, position)) return;
   rememberRooms();
-  showRooms();
+  if (item && !before && by !== me) say(`${by} invited you to “${titleOf(room)}”.`);
+  if (item && !here) show(room);
+  if (item || !before) return;
+  say(by === me ? `You left “${title}”.` : `You are no longer in “${title}”.`);
+  if (here?.room === room) show(roomIds()[0]);
 }
 
-async function query(table, key, options = {}) {
-  const result = await connection.request("query", { table, key, ...options });
-  for (const { item, version } of result.items) model.apply(table, keyOf(table, item), version, item);
+function count(room) {
+  unread.set(room, (unread.get(room) ?? 0) + 1);
 }
 
-const keys = { members: ["room", "user"], messages: ["room", "id"], connections: ["user", "connection"] };
-const keyOf = (table, item) => Object.fromEntries(keys[table].map((name) => [name, item[name]]));
-
-async function queryMembers(id) {
-  await query("members", id);
-  noteRoom(id);
+/** Open a room; none when there is none. */
+function show(room) {
+  if (here) drafts.set(here.room, $("text").value);
+  here = room ? { room, messages: new Collection(), members: new Collection(), since: "", loaded: false } : null;
+  $("messages").replaceChildren();
+  $("members").replaceChildren();
+  $("text").value = drafts.get(room) ?? "";
+  $("rooms").togglePopover(false);
+  unread.delete(room);
+  if (room) link.set("room", room);
+  else link.delete("room");
+  keepLink();
+  draw();
+  attempt(loadRoom);
 }
 
-async function askWhoIsOnline(user) {
-  await query("connections", user);
-  showMembers();
+/** Changes that come while the queries are on their way are held already: the collections sort out what is newer. */
+async function loadRoom() {
+  const at = here;
+  if (!at) return;
+  const [messages, members] = await Promise.all([
+    connection.request("query", { table: "messages", key: at.room, limit: PAGE, reverse: true }),
+    connection.request("query", { table: "members", key: at.room, limit: 1000 }),
+  ]);
+  at.since = messages.next ?? "";
+  at.messages.replace(messages.items.map(({ item }) => [item.id, item]), messages.position);
+  at.members.replace(members.items.map(({ item }) => [item.user, item]), members.position);
+  if (at !== here) return;
+  drawNow({ toEnd: !at.loaded });
+  at.loaded = true;
+  watchPresence(at.members.entries().map(([user]) => user));
 }
 
-// All that is shown, anew; after a reset without what was held, since it may be gone.
-async function refresh(anew) {
-  if (!room) return;
-  const shown = room;
-  if (anew) for (const table of ["members", "messages"]) model.forget(table, "room", shown);
-  try {
-    await Promise.all([queryMembers(shown), query("messages", shown, { limit: 100, reverse: true })]);
-    if (shown !== room) return;
-    const members = model.all("members", "room", shown);
-    if (anew) for (const { user } of members) model.forget("connections", "user", user);
-    await Promise.all(members.map(({ user }) => query("connections", user)));
-  } catch (error) {
-    toast(error.message);
+async function loadOlder() {
+  const at = here;
+  const query = { table: "messages", key: at.room, limit: PAGE, reverse: true, before: at.since };
+  const { items, next, position } = await connection.request("query", query);
+  at.since = next ?? "";
+  at.messages.add(items.map(({ item }) => [item.id, item]), position);
+  const fromEnd = $("log").scrollHeight - $("log").scrollTop;
+  drawNow();
+  $("log").scrollTop = $("log").scrollHeight - fromEnd;
+}
+
+function watchPresence(users) {
+  for (const user of users) {
+    if (presence.has(user)) continue;
+    presence.set(user, new Collection());
+    loadPresence(user).catch(() => presence.delete(user));
   }
-  showRoom();
 }
 
-// ── rooms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function open(id) {
-  room = id && rooms.has(id) ? id : null;
-  document.body.classList.remove("menu-open");
-  $("menu").setAttribute("aria-expanded", "false");
-  showRoom();
-  refresh(false);
+async function loadPresence(user) {
+  const { items, position } = await connection.request("query", { table: "connections", key: user });
+  presence.get(user).replace(items.map(({ item }) => [item.connection, item]), position);
+  draw();
 }
 
-function showRooms() {
-  const buttons = [...rooms].map(([id, title]) => {
-    const button = element("button", { textContent: title, onclick: () => open(id) });
-    if (id === room) button.setAttribute("aria-current", "page");
-    return element("li", {}, button);
+const isOnline = (user) => Boolean(presence.get(user)?.entries().length);
+
+// ── what a person does ──────────────────────────────────────────────────────────────────────────────────────────────
+
+const put = (table, item, more) => connection.request("put", { table, item, ...more });
+const remove = (table, key) => connection.request("delete", { table, key });
+
+async function createRoom(title) {
+  const room = uniqueId().slice(0, 16);
+  const item = { room, user: me, role: "owner", title };
+  const { position } = await put("members", item); // who writes first into a vacant room owns it
+  rooms.apply(room, item, position);
+  rememberRooms();
+  show(room);
+  if (wide.matches) $("text").focus();
+}
+
+async function invite(user) {
+  const item = { room: here.room, user, role: "member", title: titleOf(here.room) };
+  await put("members", item, { if: { absent: true } }).catch((error) => {
+    throw error.code === "conflict" ? new Error(`${user} is in this room already.`) : error;
   });
-  $("room-list").replaceChildren(...buttons);
+  say(`${user} is invited.`);
 }
 
-function showRoom() {
-  showRooms();
-  $("room-title").textContent = room ? rooms.get(room) : "Tidewire chat";
-  $("composer").hidden = !room;
-  showMembers();
-  showMessages();
+async function removeMember(user) {
+  const title = titleOf(here.room);
+  const key = { room: here.room, user };
+  const sure = user === me ? [`Leave “${title}”?`, "Leave"] : [`Remove ${user} from “${title}”?`, "Remove"];
+  if (await confirmed(...sure)) await remove("members", key);
 }
 
-function showMembers() {
-  const members = room ? model.all("members", "room", room) : [];
-  const owner = members.find((member) => member.role === "owner");
-  $("invite").hidden = owner?.user !== me;
-  $("leave").hidden = !room || owner?.user === me;
-  const rows = members.sort((a, b) => a.user.localeCompare(b.user)).map((member) => {
-    const online = model.all("connections", "user", member.user).length > 0;
-    const row = element("li", { data: { testid: "member", user: member.user, online } },
-      element("span", { className: "name", textContent: member.user }),
-      element("span", { className: "note", textContent: `${online ? "online" : "away"}${member.role === "owner" ? ", owner" : ""}` }));
-    if (owner?.user === me && member.user !== me) {
-      row.append(element("button", { className: "quiet", textContent: "Remove", ariaLabel: `Remove ${member.user}`,
-        onclick: () => attempt("delete", { table: "members", key: { room, user: member.user } }) }));
-    }
-    return row;
-  });
-  $("members").replaceChildren(...rows);
+/** Ids sort by time; a clock that is a little behind the others' still puts its message last. */
+function nextId() {
+  const now = Date.now();
+  const last = parseInt(shownMessages().at(-1)?.[0], 10) || 0;
+  const ms = Math.max(now, Math.min(last + 1, now + 60_000));
+  return `${String(ms).padStart(15, "0")}-${uniqueId().slice(0, 8)}`;
 }
-
-// ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function showMessages() {
-  const log = $("log");
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-  const held = room ? model.all("messages", "room", room) : [];
-  for (const { id } of held) sending.delete(id);
-  const waiting = [...sending.values()].filter((one) => one.item.room === room);
-  const rows = [...held.map((item) => row(item)), ...waiting.map((one) => row(one.item, one))];
-  rows.sort((a, b) => (a.dataset.id < b.dataset.id ? -1 : 1));
-  // Rows that are the same stay, so that a reader's place, and what is read aloud, stay too.
-  const old = new Map([...$("messages").children].map((child) => [child.dataset.id + child.dataset.state, child]));
-  $("messages").replaceChildren(...rows.map((made) => old.get(made.dataset.id + made.dataset.state) ?? made));
-  $("empty").textContent = !room ? "Create a room to begin, or ask somebody to invite you." : rows.length ? "" : "Nothing has been said here yet.";
-  if (atEnd) log.scrollTop = log.scrollHeight;
-}
-
-function row(item, pending = null) {
-  const time = new Date(item.sent ?? 0).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-  const state = pending ? (pending.error ? `not sent: ${pending.error}` : "sending…") : item.edited ? "edited" : "";
-  const made = element("li", { className: item.author === me ? "mine" : "", data: { testid: "message", author: item.author, id: item.id, state: state + item.text } },
-    element("p", { className: "head" },
-      element("span", { className: "name", textContent: item.author }),
-      element("span", { className: "note", textContent: ` ${item.sent ? time : ""} ${state}` })),
-    element("p", { className: "text", textContent: item.text }));
-  const key = { room: item.room, id: item.id };
-  if (pending?.error) {
-    made.append(element("button", { className: "quiet", textContent: "Try again", onclick: () => send(item) }));
-  } else if (!pending && item.author === me) {
-    made.append(element("div", { className: "actions" },
-      element("button", { className: "quiet", textContent: "Edit", onclick: () => edit(made, item) }),
-      element("button", { className: "quiet", textContent: "Delete", onclick: () => attempt("delete", { table: "messages", key }) })));
-  }
-  return made;
-}
-
-function edit(made, item) {
-  const input = element("textarea", { value: item.text, rows: 2, ariaLabel: "Edit your message" });
-  const form = element("form", { className: "inline" }, input, element("button", { textContent: "Save" }));
-  form.onsubmit = async (event) => {
-    event.preventDefault();
-    const fields = { table: "messages", key: { room: item.room, id: item.id }, set: { text: input.value, edited: true } };
-    if (input.value.trim() && (await attempt("update", fields))) form.replaceWith();
-  };
-  made.querySelector(".actions").replaceWith(form);
-  input.focus();
-}
-
-// In the order of time, and of no two the same.
-const newId = () => `${Date.now().toString().padStart(15, "0")}-${Math.random().toString(36).slice(2, 8)}`;
 
 async function send(item) {
-  sending.set(item.id, { item });
-  showMessages();
+  unsent.set(item.id, { item, failed: false });
+  drawNow({ toEnd: true });
+  await attempt(async () => {
+    try {
+      const { position } = await put("messages", item);
+      if (item.room === here?.room) here.messages.apply(item.id, item, position);
+      unsent.delete(item.id);
+    } catch (error) {
+      unsent.set(item.id, { item, failed: true }); // it stays in view, to be tried again
+      throw error;
+    }
+  });
+  draw();
+}
+
+async function saveEdit(row) {
+  const at = here;
+  const key = { room: at.room, id: row.dataset.key };
+  const set = { text: row.querySelector("textarea").value.trim(), edited: true };
+  const { item, position } = await connection.request("update", { table: "messages", key, set });
+  at.messages.apply(key.id, item, position);
+  closeEditor(row);
+  draw();
+}
+
+function openEditor(row) {
+  row.classList.add("editing");
+  row.querySelector(".editor").hidden = false;
+  const box = row.querySelector("textarea");
+  box.value = String(here.messages.get(row.dataset.key).text);
+  box.focus();
+}
+
+function closeEditor(row) {
+  row.classList.remove("editing");
+  row.querySelector(".editor").hidden = true;
+  $("text").focus({ preventScroll: true });
+}
+
+const actions = {
+  edit: openEditor,
+  cancel: closeEditor,
+  retry: (row) => send(unsent.get(row.dataset.key).item),
+  discard: (row) => unsent.delete(row.dataset.key) && draw(),
+  delete: async (row) => {
+    const key = { room: here.room, id: row.dataset.key };
+    if (await confirmed("Delete this message for everybody?", "Delete")) await remove("messages", key);
+  },
+};
+
+async function copyLink() {
+  const shared = new URL(`#${link}`, location.href).href; // without the key
+  await navigator.clipboard.writeText(shared).then(
+    () => say("Copied. Only members of the room can open it, each with a key of their own."),
+    () => say(shared),
+  );
+}
+
+// ── telling and asking ──────────────────────────────────────────────────────────────────────────────────────────────
+
+const FRIENDLY = {
+  forbidden: "You may not do that here.",
+  not_found: "That is not there any more.",
+  too_large: "That is too long to send.",
+};
+
+/** Do it, and say what went wrong, if something does. */
+async function attempt(work) {
   try {
-    await connection.request("put", { table: "messages", item });
+    await work();
   } catch (error) {
-    if (sending.has(item.id)) sending.get(item.id).error = error.message;
-    showMessages();
+    complain(FRIENDLY[error.code] ?? error.message);
   }
 }
 
-// ── forms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function onSubmit(form, input, act) {
-  $(form).onsubmit = async (event) => {
-    event.preventDefault();
-    const value = $(input).value.trim();
-    // The text is cleared once it is safe somewhere else.
-    if (value && (await act(value)) !== null) $(input).value = "";
-  };
+function say(text, role = "status") {
+  const toast = $("toast");
+  toast.role = role;
+  toast.togglePopover(false);
+  toast.togglePopover(true); // again the topmost, above a drawer
+  toast.textContent = text;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => toast.togglePopover(false), role === "alert" ? 12_000 : 6_000);
 }
 
-onSubmit("key-form", "key", (key) => begin(key));
+const complain = (text) => say(text, "alert");
+
+function confirmed(question, verb) {
+  $("question").textContent = question;
+  $("confirm-yes").textContent = verb;
+  const dialog = $("confirm");
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+// ── drawing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Soon, once for all that comes at once. */
+function draw() {
+  draw.timer ??= setTimeout(drawNow, 5);
+}
+
+function drawNow({ toEnd = false } = {}) {
+  clearTimeout(draw.timer);
+  draw.timer = null;
+  const title = here ? titleOf(here.room) : "Tidewire chat";
+  const waiting = [...unread.values()].reduce((sum, more) => sum + more, 0);
+  document.title = `${waiting ? `(${waiting}) ` : ""}${title}`;
+  setText($("room-title"), title);
+  for (const id of ["log", "composer", "room-link"]) $(id).hidden = !here;
+  $("empty").hidden = Boolean(here) || me === null;
+  drawRooms();
+  drawMembers();
+  drawMessages(toEnd);
+}
+
+function drawRooms() {
+  const known = rooms.entries().sort(([a], [b]) => titleOf(a).localeCompare(titleOf(b)));
+  keyed($("room-list"), known, $("room-template"), (row, room) => {
+    const button = row.querySelector("button");
+    const more = unread.get(room) ?? 0;
+    if (room === here?.room) button.setAttribute("aria-current", "page");
+    else button.removeAttribute("aria-current");
+    setText(row.querySelector(".name"), titleOf(room));
+    setText(row.querySelector(".badge"), more ? `${more} new` : "");
+    row.querySelector(".badge").hidden = !more;
+  });
+}
+
+function drawMembers() {
+  const members = here?.members.entries() ?? [];
+  const owned = here && rooms.get(here.room)?.role === "owner";
+  members.sort(([, a], [, b]) => (b.role === "owner") - (a.role === "owner"));
+  $("invite").hidden = !owned;
+  setText($("online"), here ? `${members.filter(([user]) => isOnline(user)).length} online` : "");
+  keyed($("members"), members, $("member-template"), (row, user, { role }) => {
+    const online = isOnline(user);
+    Object.assign(row.dataset, { user, online });
+    paintAvatar(row, user);
+    setText(row.querySelector(".name"), user === me ? `${user} (you)` : user);
+    setText(row.querySelector(".state"), `${role === "owner" ? "owner, " : ""}${online ? "online" : "offline"}`);
+    const button = row.querySelector("button");
+    button.hidden = role === "owner" || !(owned || user === me);
+    setText(button, user === me ? "Leave" : "Remove");
+    button.setAttribute("aria-label", user === me ? "Leave the room" : `Remove ${user}`);
+  });
+}
+
+function shownMessages() {
+  const { room, messages, since } = here;
+  const sending = [...unsent].filter(([id, { item }]) => item.room === room && !messages.get(id));
+  const all = [...messages.entries().filter(([id]) => id >= since), ...sending.map(([id, { item }]) => [id, item])];
+  return all.sort(([a], [b]) => (a < b ? -1 : 1));
+}
+
+function drawMessages(toEnd) {
+  const log = $("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  const rows = here ? shownMessages() : [];
+  const grown = rows.length > $("messages").children.length;
+  log.setAttribute("aria-busy", String(!here?.loaded)); // what was there before is not read out
+  $("older").hidden = !here?.since;
+  $("silence").hidden = !here?.loaded || rows.length > 0;
+  let previous = null;
+  keyed($("messages"), rows, $("message-template"), (row, id, item) => {
+    drawMessage(row, id, item, previous);
+    previous = item;
+  });
+  if (toEnd || atEnd) log.scrollTop = log.scrollHeight;
+  else if (grown) $("newest").hidden = false;
+}
+
+function drawMessage(row, id, item, previous) {
+  const author = String(item.author);
+  const pending = here.messages.get(id) ? null : unsent.get(id);
+  const mine = author === me;
+  row.dataset.author = author;
+  row.classList.toggle("own", mine);
+  row.classList.toggle("pending", Boolean(pending));
+  row.classList.toggle("follows", previous?.author === author && item.sent - previous.sent < SAME_BREATH_MS);
+  paintAvatar(row, author);
+  setText(row.querySelector(".author"), author);
+  setText(row.querySelector(".text"), String(item.text ?? ""));
+  setText(row.querySelector("time"), timeOf(item.sent));
+  const note = pending ? (pending.failed ? "not sent" : "sending…") : item.edited ? "edited" : "";
+  setText(row.querySelector(".note"), note);
+  for (const button of row.querySelectorAll(".actions button")) {
+    button.hidden = ["retry", "discard"].includes(button.dataset.do) ? !pending?.failed : !mine || Boolean(pending);
+  }
+}
+
+/** `entries`: [key, value] pairs. Rows that stay are kept in place, and with them the focus and what is read out. */
+function keyed(list, entries, template, fill) {
+  const wanted = new Set(entries.map(([key]) => key));
+  const rows = new Map();
+  for (const row of [...list.children]) {
+    if (wanted.has(row.dataset.key)) rows.set(row.dataset.key, row);
+    else row.remove();
+  }
+  let next = list.firstElementChild;
+  for (const [key, value] of entries) {
+    const row = rows.get(key) ?? template.content.firstElementChild.cloneNode(true);
+    row.dataset.key = key;
+    if (row === next) next = next.nextElementSibling;
+    else list.insertBefore(row, next);
+    fill(row, key, value);
+  }
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function paintAvatar(row, user) {
+  const name = String(user);
+  const avatar = row.querySelector(".avatar");
+  setText(avatar, ([...name][0] ?? "?").toUpperCase());
+  const hue = [...name].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 360, 7);
+  avatar.style.setProperty("--hue", hue);
+}
+
+function timeOf(ms) {
+  const date = new Date(ms);
+  if (!Number.isFinite(date.getTime())) return ""; // others' items may hold anything
+  const today = date.toDateString() === new Date().toDateString();
+  const day = today ? {} : { day: "numeric", month: "short" };
+  return date.toLocaleString([], { ...day, hour: "2-digit", minute: "2-digit" });
+}
+
+// ── wiring ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** A form with one field: the text is cleared once it has done its work. */
+function onSubmit(form, field, act) {
+  $(form).addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const text = $(field).value.trim();
+    if (!text) return;
+    await attempt(async () => {
+      await act(text);
+      if ($(field).value.trim() === text) $(field).value = "";
+    });
+  });
+}
+
+onSubmit("key-form", "key", (key) => {
+  sessionStorage.setItem("key", key);
+  location.reload(); // perhaps another person: nothing of the one before stays
+});
+onSubmit("new-room", "new-room-name", createRoom);
+onSubmit("invite", "invite-name", invite);
 onSubmit("composer", "text", (text) => {
-  send({ room, id: newId(), author: me, text, sent: Date.now() });
-  $("log").scrollTop = $("log").scrollHeight;
+  send({ room: here.room, id: nextId(), author: me, text, sent: Date.now() }); // not awaited: one may write on
 });
-onSubmit("invite", "invite-name", (user) => {
-  if (model.all("members", "room", room).some((member) => member.user === user)) {
-    toast(`${user} is in this room already.`);
-    return null;
-  }
-  return attempt("put", { table: "members", item: { room, user, role: "member", title: rooms.get(room) } });
-});
-onSubmit("new-room", "new-room-name", async (title) => {
-  const id = newId();
-  const result = await attempt("put", { table: "members", item: { room: id, user: me, role: "owner", title } });
-  if (result === null) return null;
-  await queryMembers(id);
-  open(id);
-});
-$("text").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    $("composer").requestSubmit();
-  }
-};
-$("leave").onclick = () => attempt("delete", { table: "members", key: { room, user: me } });
-$("menu").onclick = () => {
-  const shown = document.body.classList.toggle("menu-open");
-  $("menu").setAttribute("aria-expanded", shown);
-};
-addEventListener("hashchange", () => location.reload()); // another link: another person, or another room
 
-const key = stored("key");
-if (key) begin(key);
-else askForKey();
+$("text").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("composer").requestSubmit();
+});
+$("room-list").addEventListener("click", ({ target }) => {
+  const row = target.closest("button")?.closest("li");
+  if (row) show(row.dataset.key);
+});
+$("members").addEventListener("click", ({ target }) => {
+  const row = target.closest("button")?.closest("li");
+  if (row) attempt(() => removeMember(row.dataset.user));
+});
+$("messages").addEventListener("click", ({ target }) => {
+  const act = actions[target.closest("button")?.dataset.do];
+  if (act) attempt(() => act(target.closest("li")));
+});
+$("messages").addEventListener("submit", (event) => {
+  event.preventDefault();
+  attempt(() => saveEdit(event.target.closest("li")));
+});
+$("messages").addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && event.target.matches("textarea")) closeEditor(event.target.closest("li"));
+});
+$("older").addEventListener("click", () => attempt(loadOlder));
+$("newest").addEventListener("click", () => drawNow({ toEnd: true }));
+$("log").addEventListener("scroll", () => {
+  const { scrollHeight, scrollTop, clientHeight } = $("log");
+  if (scrollHeight - scrollTop - clientHeight < 60) $("newest").hidden = true;
+});
+$("begin").addEventListener("click", () => {
+  if (!wide.matches) $("rooms").togglePopover(true);
+  $("new-room-name").focus();
+});
+$("copy-link").addEventListener("click", () => attempt(copyLink));
+$("reconnect").addEventListener("click", () => location.reload());
+$("sign-out").addEventListener("click", () => {
+  sessionStorage.removeItem("key");
+  location.reload();
+});
+wide.addEventListener("change", () => {
+  for (const id of ["rooms", "people"]) $(id).togglePopover(false); // side by side they are no drawers
+});
+addEventListener("hashchange", ({ newURL }) => {
+  history.replaceState(null, "", newURL); // another link, which we may have written over meanwhile
+  location.reload();
+});
+
+begin();

