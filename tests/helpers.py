@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import socket
 import time
 from collections.abc import Awaitable, Callable
 
+from tidewire.services.cli.embedded import free_port
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+__all__ = ["free_port", "wait_until"]
 
 
 async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -50,10 +51,18 @@ def binary() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that the system gives to outgoing connections.
+
+    One of those may be taken, while its server is away, by a client that tries to reach it: such a connection reaches
+    itself, and keeps the server from coming back.
+    """
+    while True:
+        port = random.randint(16_384, 32_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 class Embedded:

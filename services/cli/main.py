@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -54,6 +55,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # who read our output has gone: nothing is left to say
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get("TIDEWIRE_LOG_LEVEL") == "debug":
+            raise
+        fail(f"this should not have happened: {type(error).__name__}: {error} (TIDEWIRE_LOG_LEVEL=debug tells where)")
 
 
 def fail(message: str) -> None:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ class _Up:
         try:
             with urllib.request.urlopen(f"http://{_shown(self.settings.host)}:{port}/readyz", timeout=2):
                 return True
-        except OSError:
+        except (OSError, HTTPException):
             return False
 
 

