@@ -89,7 +89,7 @@ class Service:
                 for step in reversed(self._drains):
                     await step()
             finally:
-                await end([*tasks, watch])
+                await end([*tasks, watch], ask_again_s=1.0)
         for task in tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error

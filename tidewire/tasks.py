@@ -6,17 +6,16 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-ASK_AGAIN_S = 1.0
 
-
-async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def end(tasks: Iterable[asyncio.Task[Any]], *, ask_again_s: float = 0.2) -> None:
     """Cancel, and wait until all are done; what they raise is theirs to say.
 
     Once is not always enough: `asyncio.wait_for` of Python 3.11 forgets a cancellation that arrives in the moment its
-    work is done, and the Redis client has one around each write.
+    work is done, and the Redis client has one around each write. What has something of its own to clear away wants a
+    longer `ask_again_s`: a second cancellation interrupts that.
     """
     pending = set(tasks)
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=ASK_AGAIN_S)
+        _, pending = await asyncio.wait(pending, timeout=ask_again_s)
