@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
@@ -20,10 +20,8 @@ from tidewire.functions import FeedEntry
 from tidewire.protocol import Auth, decode_frame, encode_json, encode_msgpack, parse_request, request_id
 from tidewire.records import Principal
 
+from .core import Core
 from .feeds import READ, Feed, Frame
-
-if TYPE_CHECKING:
-    from .service import Gateway
 
 log = structlog.get_logger(__name__)
 
@@ -73,13 +71,13 @@ class Welcome:
 class Connection:
     """Lives as long as `run` does."""
 
-    def __init__(self, gateway: Gateway, ws: ServerConnection, principal: Principal) -> None:
-        self.gateway = gateway
+    def __init__(self, core: Core, ws: ServerConnection, principal: Principal) -> None:
+        self.core = core
         self.ws = ws
         self.principal = principal
-        self.id = f"{gateway.id}-{secrets.token_hex(6)}"
+        self.id = f"{core.id}-{secrets.token_hex(6)}"
         self.binary = ws.subprotocol is not None
-        self.connected_at = gateway.now_ms()
+        self.connected_at = core.now_ms()
         self.open = True
         self._places: list[Place] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,7 +103,7 @@ class Connection:
             for place in self._places:
                 place.live = False
                 place.feed.followers.discard(place)
-            await asyncio.gather(*(self.gateway.feeds.leave(place.feed) for place in self._places))
+            await asyncio.gather(*(self.core.feeds.leave(place.feed) for place in self._places))
 
     # ── frames out ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -114,7 +112,7 @@ class Connection:
 
     def full(self) -> bool:
         """Whether the peer is so slow that nothing more is queued for it."""
-        return self.ws.transport.get_write_buffer_size() > self.gateway.settings.limit_queued_bytes
+        return self.ws.transport.get_write_buffer_size() > self.core.settings.limit_queued_bytes
 
     def write(self, data: bytes) -> None:
         """Queue a frame without waiting; the caller has looked whether it is `full`."""
@@ -157,12 +155,10 @@ class Connection:
 
     async def _begin(self, cursor: str | None, topics: dict[str, str]) -> None:
         """Open, subscribe, read what was missed, then `welcome`, then what was missed, then live."""
-        keys = self.gateway.backend.keys
+        keys = self.core.backend.keys
         own = await self._place(keys.user_feed(self.principal.user), None, cursor)
-        followed = [
-            await self._place(keys.topic_feed(topic), topic, topics.get(topic)) for topic in self.gateway.topics
-        ]
-        self.gateway.gatekeeper.check(self.principal)  # it may have been revoked since
+        followed = [await self._place(keys.topic_feed(topic), topic, topics.get(topic)) for topic in self.core.topics]
+        self.core.gatekeeper.check(self.principal)  # it may have been revoked since
         await self.send(
             {
                 "type": "welcome",
@@ -182,7 +178,7 @@ class Connection:
             await self.catch_up(one.place)
 
     async def _place(self, feed_keys: tuple[bytes, bytes], topic: str | None, cursor: str | None) -> Welcome:
-        feed = await self.gateway.feeds.follow(feed_keys, topic)
+        feed = await self.core.feeds.follow(feed_keys, topic)
         assert feed.head
         place = Place(self, feed, feed.head)
         self._places.append(place)
@@ -192,7 +188,7 @@ class Connection:
         if parsed is None:
             return Welcome(place, reset=Reset("cursor_unknown", feed.head))
         # All of it at once, so that `replayed` is known: a feed is bounded.
-        missed, reset = await self.gateway.feeds.read(feed, parsed, count=100_000)
+        missed, reset = await self.core.feeds.read(feed, parsed, count=100_000)
         place.cursor = reset.cursor if reset else parsed
         return Welcome(place, missed, reset, resumed=reset is None)
 
@@ -200,13 +196,13 @@ class Connection:
         """Read the feed from the place's cursor, as fast as the peer takes it, until it is live."""
         feed = place.feed
         while feed.head != place.cursor:
-            entries, reset = await self.gateway.feeds.read(feed, place.cursor)
+            entries, reset = await self.core.feeds.read(feed, place.cursor)
             if reset:
                 await self.send(reset_frame(reset, feed.topic))
                 place.cursor = reset.cursor
             await self._replay(place, entries)
             if feed.head and len(entries) < READ and feed.head != place.cursor:
-                await self.gateway.feeds.mend(feed)  # the stream was ahead of what has been announced
+                await self.core.feeds.mend(feed)  # the stream was ahead of what has been announced
         place.live = True  # no await since the comparison: nothing can have come between
 
     async def _replay(self, place: Place, entries: list[FeedEntry]) -> None:
@@ -227,7 +223,11 @@ class Connection:
             frame = decode_frame(message, binary=self.binary)
             request = parse_request(frame)
             # Begun in the order of arrival, up to where the store's order takes over.
-            result = self._renew(request) if isinstance(request, Auth) else self.gateway.begin(self, frame, request)
+            result = (
+                self._renew(request)
+                if isinstance(request, Auth)
+                else self.core.begin(self.principal, self.id, frame, request)
+            )
         except RequestError as error:
             self._in_flight.release()
             await self.send(error.as_frame(request_id(frame)))
@@ -252,7 +252,7 @@ class Connection:
     # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _renew(self, request: Auth) -> dict[str, Any]:
-        principal = await self.gateway.gatekeeper.authorize(request.auth_key)
+        principal = await self.core.gatekeeper.authorize(request.auth_key)
         if principal.user != self.principal.user:
             raise Unauthenticated("this connection is another user's: open a new one")
         if request.cursor is not None or request.topics:
@@ -270,7 +270,7 @@ class Connection:
             self._tasks.add(self._expiry)
 
     async def _expire(self, at_ms: int) -> None:
-        left_s = (at_ms - self.gateway.now_ms()) / 1000
+        left_s = (at_ms - self.core.now_ms()) / 1000
         begun = time.monotonic()
         with contextlib.suppress(ConnectionClosed):
             await asyncio.sleep(max(left_s - EXPIRING_S, 0))

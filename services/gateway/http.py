@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import structlog
@@ -24,10 +24,8 @@ from tidewire.errors import (
 )
 from tidewire.protocol import STORE_ACTIONS, decode_frame, parse_request
 
+from .core import Core
 from .handshake import credential
-
-if TYPE_CHECKING:
-    from .service import Gateway
 
 log = structlog.get_logger(__name__)
 
@@ -42,13 +40,13 @@ class _Static(StaticFiles):
         return response
 
 
-def http_app(gateway: Gateway) -> Starlette:
+def http_app(core: Core) -> Starlette:
     """Routes of the HTTP port."""
 
     async def act(request: Request) -> Response:
         action = request.path_params["action"]
         try:
-            return _json(await _perform(gateway, request, action))
+            return _json(await _perform(core, request, action))
         except RequestError as error:
             frame = error.as_frame(None)
             headers = {}
@@ -60,17 +58,17 @@ def http_app(gateway: Gateway) -> Starlette:
             return _json(Internal("something went wrong on the server").as_frame(None), 500)
 
     routes: list[BaseRoute] = [Route("/v1/{action}", act, methods=["POST"])]
-    if gateway.app.static:
-        routes.append(Mount("/", _Static(directory=gateway.app.static, html=True)))
+    if core.app.static:
+        routes.append(Mount("/", _Static(directory=core.app.static, html=True)))
     return Starlette(routes=routes)
 
 
-async def _perform(gateway: Gateway, request: Request, action: str) -> Any:
+async def _perform(core: Core, request: Request, action: str) -> Any:
     key = credential(request.headers, {})
     if key is None:
         raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
-    principal = await gateway.gatekeeper.authorize(key)
-    frame = await _body(request, gateway.settings.limit_frame_bytes)
+    principal = await core.gatekeeper.authorize(key)
+    frame = await _body(request, core.settings.limit_frame_bytes)
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
     if action == "whoami":
@@ -80,7 +78,7 @@ async def _perform(gateway: Gateway, request: Request, action: str) -> Any:
     parsed = parse_request(frame)
     if action not in STORE_ACTIONS:
         raise UnsupportedAction(f"{action} is for websockets")
-    return await gateway.store(principal, None, frame, parsed)
+    return await core.store(principal, None, frame, parsed)
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

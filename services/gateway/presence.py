@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
 
 from tidewire.app import CONNECTIONS
 from tidewire.errors import NotFound, RequestError
-from tidewire.records import Command
 from tidewire.registry import FORGET_AFTER_MS, Service
 
 from .connection import Connection
-
-if TYPE_CHECKING:
-    from .service import Gateway
+from .core import Core
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +25,8 @@ SWEEP_AGAIN_S = 10.0
 class Presence:
     """Writes and removes this gateway's connections through the store, and sweeps those of dead gateways."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._tasks: set[asyncio.Task[None]] = set()
         self._swept: dict[str, float] = {}  # dead gateway: when to look again
 
@@ -67,7 +64,7 @@ class Presence:
         """Until it is stored. Requests of one partition keep their order, so that a removal comes after its put."""
         while action == "delete" or connection.open:
             try:
-                await self._gateway.command(action, body, connection.principal.user, user=connection.principal.user)
+                await self._core.command(action, body, connection.principal.user, user=connection.principal.user)
                 return
             except NotFound:
                 return  # swept already
@@ -80,8 +77,8 @@ class Presence:
     async def run(self) -> None:
         """Sweep until cancelled. One gateway does it; when it dies, another is the first."""
         while True:
-            await asyncio.sleep(self._gateway.settings.lease_ms / 3000)
-            registry = self._gateway.service.registry
+            await asyncio.sleep(self._core.settings.lease_ms / 3000)
+            registry = self._core.registry
             if registry.live("gateway")[:1] != [registry.id]:
                 continue
             for service in list(registry.services.values()):
@@ -97,12 +94,12 @@ class Presence:
 
     async def _sweep(self, dead: Service) -> None:
         """By state, again and again: what the dead gateway had on its way may still arrive after a first sweep."""
-        partitions = range(self._gateway.backend.keys.partitions)
+        partitions = range(self._core.backend.keys.partitions)
         removed = sum(await asyncio.gather(*(self._sweep_partition(dead.id, partition) for partition in partitions)))
         if removed:
             log.info("connections_swept", gateway=dead.id, count=removed)
         elif dead.silent_ms > FORGET_AFTER_MS:
-            await self._gateway.service.registry.forget(dead.id)
+            await self._core.registry.forget(dead.id)
             self._swept.pop(dead.id, None)
             return
         self._swept[dead.id] = time.monotonic() + SWEEP_AGAIN_S
@@ -110,20 +107,7 @@ class Presence:
     async def _sweep_partition(self, gateway: str, partition: int) -> int:
         removed = 0
         while True:
-            found = int(await self._gateway.command("sweep", {"gateway": gateway}, partition=partition))
+            found = int(await self._core.command("sweep", {"gateway": gateway}, partition=partition))
             removed += found
             if not found:
                 return removed
-
-
-def command(
-    action: str,
-    body: dict[str, Any],
-    *,
-    user: str,
-    deadline: int,
-    reply_to: str,
-    number: int,
-) -> Command:
-    """A command of the gateway itself, in the name of a user."""
-    return Command(action, {"action": action, **body}, user, "service", {}, None, None, 0, deadline, reply_to, number)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -20,34 +19,25 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
-from tidewire.app import CONNECTIONS, App
-from tidewire.audiences import Everyone, Intersection, Union
-from tidewire.bus import Bus
-from tidewire.errors import BadRequest, PermissionDenied, RequestError, TooLarge, Unauthenticated, UnsupportedAction
-from tidewire.keys import Scalar
+from tidewire.app import App
+from tidewire.errors import BadRequest, RequestError, Unauthenticated, UnsupportedAction
 from tidewire.lifecycle import Service
 from tidewire.protocol import (
-    STORE_ACTIONS,
     SUBPROTOCOL,
-    WRITES,
     Auth,
-    Put,
-    Query,
     decode_frame,
     encode_json,
     parse_request,
     request_id,
 )
-from tidewire.records import Command, Principal
+from tidewire.records import Principal
 from tidewire.telemetry import serve_http
 
 from . import handshake
 from .connection import Connection
-from .feeds import Feeds
-from .gatekeeper import Gatekeeper
+from .core import Core
 from .http import http_app
 from .presence import Presence
-from .presence import command as own_command
 
 log = structlog.get_logger(__name__)
 
@@ -57,110 +47,16 @@ CLOSE_AT_A_TIME = 200
 
 
 class Gateway:
-    """What the connections, the HTTP routes and the tasks of one gateway share."""
+    """The sockets of one gateway: who is let in, and how all are let go."""
 
-    def __init__(self, service: Service, app: App) -> None:
-        self.service = service
-        self.app = app
-        self.settings = service.settings
-        self.backend = service.backend
-        self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
-        self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
-        self.gatekeeper.on_revoked = self._on_revoked
-        own_channel = self.backend.keys.replies(self.id)
-        self.feeds = Feeds(self.backend, self.settings.resume_window_s, own_channel)
-        self.presence = Presence(self)
-        self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.settings = core.settings
+        self.presence = Presence(core)
         self.connections: dict[str, Connection] = {}
         self.origins = [origin.strip().rstrip("/") for origin in self.settings.origins.split(",") if origin.strip()]
         self._closing: set[asyncio.Task[None]] = set()
-
-    @property
-    def id(self) -> str:
-        return self.service.registry.id
-
-    def now_ms(self) -> int:
-        return self.service.registry.now_ms()
-
-    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def begin(self, connection: Connection, frame: dict[str, Any], request: Any) -> Awaitable[Any]:
-        """Start on a request; what is awaited is its result. Raises RequestError when it cannot be started."""
-        if request.action in STORE_ACTIONS:
-            return self.store(connection.principal, connection.id, frame, request)
-        return self._here(connection, request.action)
-
-    async def _here(self, connection: Connection, action: str) -> dict[str, Any]:
-        if action == "ping":
-            return {}
-        principal = connection.principal
-        return {"user": principal.user, "connection": connection.id, "claims": principal.claims}
-
-    def store(
-        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
-    ) -> asyncio.Future[Any]:
-        """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
-        body = {name: value for name, value in frame.items() if name not in ("id", "request")}
-        table = self.app[request.table]
-        partition_key: Scalar
-        if isinstance(request, Put):
-            partition_key = table.key_of(request.item).partition
-            self._check_size(request.item)
-        elif isinstance(request, Query):
-            partition_key = table.parse_partition_key(request.key)
-        else:
-            partition_key = table.parse_key(request.key).partition
-        if table.name == CONNECTIONS and request.action in WRITES:
-            raise PermissionDenied("connections are written by the gateways alone")
-        keys, id_, ttl_ms = self.backend.keys, None, 0
-        if request.action in WRITES:
-            # One of our own, so that nothing which the client library repeats is done twice.
-            id_ = f"u:{request.request}" if request.request is not None else f"g:{secrets.token_hex(8)}"
-            window_s = self.settings.request_window_s if request.request is not None else 0
-            ttl_ms = int(1000 * max(window_s, 2 * self.settings.request_timeout_s))
-        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
-
-        def record(number: int) -> Command:
-            return Command(
-                request.action,
-                body,
-                principal.user,
-                principal.role,
-                principal.claims,
-                connection,
-                id_,
-                ttl_ms,
-                deadline,
-                self.id,
-                number,
-            )
-
-        return self.bus.request(keys.commands(keys.partition_of(partition_key)), record)
-
-    async def command(
-        self,
-        action: str,
-        body: dict[str, Any],
-        key: Scalar | None = None,
-        *,
-        partition: int | None = None,
-        user: str = "tidewire:gateway",
-    ) -> Any:
-        """A command of the gateway itself, to the partition of a key or to a given one."""
-        keys = self.backend.keys
-        to = keys.partition_of(cast(Scalar, key)) if partition is None else partition
-        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
-        reply_to = self.id
-        return await self.bus.request(
-            keys.commands(to),
-            lambda number: own_command(action, body, user=user, deadline=deadline, reply_to=reply_to, number=number),
-        )
-
-    def _check_size(self, item: dict[str, Any]) -> None:
-        limit = self.settings.limit_item_bytes
-        size = len(encode_json(item)) if limit else 0
-        if size > limit:
-            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+        core.gatekeeper.on_revoked = self._on_revoked
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,7 +65,7 @@ class Gateway:
         asked = handshake.read(request.path, request.headers, self.origins)
         if isinstance(asked, handshake.Refused):
             return self._refuse(ws, asked.status, asked.message)
-        if self.service.stopping.is_set():
+        if self.core.service.stopping.is_set():
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
         ws.opening = opening = _Opening(asked)  # type: ignore[attr-defined]
         if asked.auth_key is None and self.settings.first_frame_auth_s > 0:
@@ -181,7 +77,7 @@ class Gateway:
         try:
             if opening.handshake.auth_key is None:
                 raise Unauthenticated("a credential is needed in the handshake")
-            opening.principal = await self.gatekeeper.authorize(opening.handshake.auth_key)
+            opening.principal = await self.core.gatekeeper.authorize(opening.handshake.auth_key)
         except Unauthenticated as error:
             if not opening.handshake.browser:
                 return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
@@ -206,7 +102,7 @@ class Gateway:
                 return
             principal, cursor, topics = first
         HANDSHAKES.labels("accepted").inc()
-        connection = Connection(self, ws, principal)
+        connection = Connection(self.core, ws, principal)
         self.connections[connection.id] = connection
         CONNECTED.inc()
         self.presence.connected(connection)
@@ -229,7 +125,7 @@ class Gateway:
             request = parse_request(frame)
             if not isinstance(request, Auth):
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
-            return await self.gatekeeper.authorize(request.auth_key), request.cursor, request.topics
+            return await self.core.gatekeeper.authorize(request.auth_key), request.cursor, request.topics
         except TimeoutError:
             await ws.close(4408, "no credential in time")
         except (BadRequest, UnsupportedAction, Unauthenticated) as error:
@@ -261,7 +157,7 @@ class Gateway:
 
     async def watch_heartbeat(self) -> None:
         """Paused for longer than its word, it has been counted dead: its clients must connect anew."""
-        registry = self.service.registry
+        registry = self.core.registry
         while True:
             await asyncio.sleep(self.settings.lease_ms / 6000)
             if registry.lapsed:
@@ -290,12 +186,12 @@ class Gateway:
         await self.presence.settle(min(2.0, self.settings.drain_seconds))
         with contextlib.suppress(RedisError, OSError):
             if not self.connections:
-                await self.service.registry.leave()
+                await self.core.registry.leave()
 
     @contextlib.asynccontextmanager
     async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[Server]:
         """Accept connections until the block is left."""
-        await self.gatekeeper.start()
+        await self.core.gatekeeper.start()
         async with (
             serve(
                 self.handle,
@@ -309,7 +205,7 @@ class Gateway:
                 close_timeout=1,
                 server_header=None,
             ) as server,
-            serve_http(http_app(self), http_listener),
+            serve_http(http_app(self.core), http_listener),
         ):
             yield server
 
@@ -335,23 +231,15 @@ def _select_subprotocol(_: ServerConnection, offered: Any) -> Subprotocol | None
     return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
 
 
-def open_to_everyone(readers: Any) -> bool:
-    """Whether the table's own topic may have frames: then every connection follows it."""
-    if isinstance(readers, Union):
-        return open_to_everyone(readers.left) or open_to_everyone(readers.right)
-    if isinstance(readers, Intersection):
-        return open_to_everyone(readers.left) and open_to_everyone(readers.right)
-    return isinstance(readers, Everyone) or not hasattr(readers, "admits")  # a function may return everyone
-
-
 def build(service: Service, app: App) -> Gateway:
     """Wire the gateway into a service process."""
-    gateway = Gateway(service, app)
-    service.run(gateway.bus.send)
-    service.run(gateway.bus.receive)
-    service.run(gateway.gatekeeper.run)
-    service.run(gateway.feeds.hear)
-    service.run(gateway.feeds.look)
+    core = Core(service, app)
+    gateway = Gateway(core)
+    service.run(core.bus.send)
+    service.run(core.bus.receive)
+    service.run(core.gatekeeper.run)
+    service.run(core.feeds.hear)
+    service.run(core.feeds.look)
     service.run(gateway.presence.run)
     service.run(gateway.watch_heartbeat)
     service.at_drain(gateway.drain)

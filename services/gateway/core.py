@@ -1,0 +1,133 @@
+"""What the connections, the HTTP routes and the tasks of one gateway share: where requests go, and who is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable
+from typing import Any, cast
+
+from tidewire.app import CONNECTIONS, App
+from tidewire.audiences import Everyone, Intersection, Union
+from tidewire.bus import Bus
+from tidewire.errors import PermissionDenied, TooLarge
+from tidewire.keys import Scalar
+from tidewire.lifecycle import Service
+from tidewire.protocol import STORE_ACTIONS, WRITES, Put, Query, encode_json
+from tidewire.records import Command, Principal
+
+from .feeds import Feeds
+from .gatekeeper import Gatekeeper
+
+
+class Core:
+    """One gateway's way to the store, the authorizers and the feeds."""
+
+    def __init__(self, service: Service, app: App) -> None:
+        self.service = service
+        self.registry = service.registry
+        self.app = app
+        self.settings = service.settings
+        self.backend = service.backend
+        self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
+        self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
+        self.feeds = Feeds(self.backend, self.settings.resume_window_s, self.backend.keys.replies(self.id))
+        self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
+
+    @property
+    def id(self) -> str:
+        """The gateway's id: another one after it was counted dead."""
+        return self.registry.id
+
+    def now_ms(self) -> int:
+        return self.registry.now_ms()
+
+    def begin(
+        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
+    ) -> Awaitable[Any]:
+        """Start on a request; what is awaited is its result. Raises RequestError when it cannot be started."""
+        if request.action in STORE_ACTIONS:
+            return self.store(principal, connection, frame, request)
+        return self._here(principal, connection, request.action)
+
+    async def _here(self, principal: Principal, connection: str | None, action: str) -> dict[str, Any]:
+        if action == "ping":
+            return {}
+        return {"user": principal.user, "connection": connection, "claims": principal.claims}
+
+    def store(
+        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
+    ) -> asyncio.Future[Any]:
+        """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
+        body = {name: value for name, value in frame.items() if name not in ("id", "request")}
+        table = self.app[request.table]
+        partition_key: Scalar
+        if isinstance(request, Put):
+            partition_key = table.key_of(request.item).partition
+            self._check_size(request.item)
+        elif isinstance(request, Query):
+            partition_key = table.parse_partition_key(request.key)
+        else:
+            partition_key = table.parse_key(request.key).partition
+        if table.name == CONNECTIONS and request.action in WRITES:
+            raise PermissionDenied("connections are written by the gateways alone")
+        keys, id_, ttl_ms = self.backend.keys, None, 0
+        if request.action in WRITES:
+            # One of our own, so that nothing which the client library repeats is done twice.
+            id_ = f"u:{request.request}" if request.request is not None else f"g:{secrets.token_hex(8)}"
+            window_s = self.settings.request_window_s if request.request is not None else 0
+            ttl_ms = int(1000 * max(window_s, 2 * self.settings.request_timeout_s))
+        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+
+        def record(number: int) -> Command:
+            return Command(
+                request.action,
+                body,
+                principal.user,
+                principal.role,
+                principal.claims,
+                connection,
+                id_,
+                ttl_ms,
+                deadline,
+                self.id,
+                number,
+            )
+
+        return self.bus.request(keys.commands(keys.partition_of(partition_key)), record)
+
+    async def command(
+        self,
+        action: str,
+        body: dict[str, Any],
+        key: Scalar | None = None,
+        *,
+        partition: int | None = None,
+        user: str = "tidewire:gateway",
+    ) -> Any:
+        """A command of the gateway itself, to the partition of a key or to a given one."""
+        keys = self.backend.keys
+        to = keys.partition_of(cast(Scalar, key)) if partition is None else partition
+        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+        reply_to = self.id
+
+        def record(number: int) -> Command:
+            frame = {"action": action, **body}
+            return Command(action, frame, user, "service", {}, None, None, 0, deadline, reply_to, number)
+
+        return await self.bus.request(keys.commands(to), record)
+
+    def _check_size(self, item: dict[str, Any]) -> None:
+        limit = self.settings.limit_item_bytes
+        size = len(encode_json(item)) if limit else 0
+        if size > limit:
+            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+
+
+def open_to_everyone(readers: Any) -> bool:
+    """Whether the table's own topic may have frames: then every connection follows it."""
+    if isinstance(readers, Union):
+        return open_to_everyone(readers.left) or open_to_everyone(readers.right)
+    if isinstance(readers, Intersection):
+        return open_to_everyone(readers.left) and open_to_everyone(readers.right)
+    return isinstance(readers, Everyone) or not hasattr(readers, "admits")  # a function may return everyone
