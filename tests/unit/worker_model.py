@@ -4,16 +4,17 @@ The loop is the production one. It runs as a bare coroutine, without an event lo
 is made, and again before its answer is seen. A test says who goes on, who is killed, who stays where it is (paused),
 and whose call is made twice, as the client library does after a lost answer, at once or much later.
 
-Three users' feeds lie in three partitions, which all entries go to; a list in the source partition is written by the
-commit. Each effect carries the number of its entry and the epoch of its owner.
+All entries go to the feeds of users in three partitions, and by the commit to a list in the source partition. Each
+effect carries the number of its entry and the epoch of its owner.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import random
 import types
-from collections.abc import Coroutine, Generator, Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -31,11 +32,33 @@ GROUP = "g"
 STREAM = KEYS.changes(SOURCE)
 LEASE = KEYS.lease(SOURCE, GROUP)
 DONE = KEYS.members("done", next(n for n in range(100) if KEYS.partition_of(n) == SOURCE))
-USERS = [next(f"u{n}" for n in range(100) if KEYS.partition_of(f"u{n}") == partition) for partition in range(3)]
+
+
+def users(partition: int, count: int) -> list[str]:
+    return [user for user in (f"u{n}" for n in range(100)) if KEYS.partition_of(user) == partition][:count]
+
+
+USERS = users(0, 2) + users(1, 1) + users(2, 1)
 FEEDS = {user: KEYS.user_feed(user) for user in USERS}
-CLOSED = KEYS.user_feed(next(f"c{n}" for n in range(100) if KEYS.partition_of(f"c{n}") == 1))
+CLOSED = KEYS.user_feed(users(1, 2)[1])
+EFFECTS = [[FEEDS[USERS[0]], FEEDS[USERS[1]]], [CLOSED, FEEDS[USERS[2]]], [FEEDS[USERS[3]]]]
+"""Of each entry at each destination, in the order of their numbers."""
 LEASE_MS = 60_000
 """Leases end when the test says so."""
+
+Entry = tuple[tuple[int, int], dict[bytes, bytes]]
+
+
+CALLS = ["lease_take", "lease_renew", "link_stamp", "batch", "link_append", "commit"]
+STOPS = ["after lease_take", "after link_stamp", "before batch", "after batch", "before link_append"]
+STOPS += ["after link_append", "before commit", "again commit", "after commit"]
+
+
+class Got(NamedTuple):
+    """What lies in a feed."""
+
+    number: int
+    epoch: int
 
 
 @types.coroutine
@@ -44,23 +67,52 @@ def stop(reason: str) -> Generator[str, None, None]:
     yield reason
 
 
-class Gate:
-    """Between a worker and Redis: `fcall` in three steps, and sometimes made twice."""
+@types.coroutine
+def in_any_order(calls: Iterable[Coroutine[Any, Any, Any]], chance: random.Random) -> Generator[str, None, None]:
+    """All of them at a time, as under asyncio, each by single steps."""
+    pending = list(calls)
+    try:
+        while pending:
+            call = chance.choice(pending)
+            try:
+                yield call.send(None)
+            except StopIteration:
+                pending.remove(call)
+    finally:
+        for call in pending:
+            call.close()
 
-    def __init__(self, server: Redis, late: list[tuple[Any, ...]]) -> None:
+
+def unless_fenced(call: Callable[[], Any]) -> None:
+    """A call whose answer nobody sees."""
+    try:
+        call()
+    except ResponseError as error:
+        if "FENCED" not in str(error):
+            raise
+
+
+class Gate:
+    """Between a worker and Redis: `fcall` in steps, and sometimes made twice."""
+
+    def __init__(self, server: Redis, strays: list[Callable[[], Any]]) -> None:
         self.server = server
-        self.late = late  # calls that are on the wire a second time
-        self.repeat: str | None = None  # "now" or "late": what happens to the next call
+        self.strays = strays  # copies of calls that are still on the wire
+        self.repeats: dict[str, str] = {}
+        """What happens to the next call of a function. "at once", "later": its answer is lost, and that of a second
+        call is seen; "stray": a second copy, whose answer nobody waits for, arrives when the test says so."""
 
     async def fcall(self, function: str, numkeys: int, *args: Any) -> Any:
         await stop(f"before {function}")
-        answer = self.server.fcall(function, numkeys, *args)
-        if self.repeat == "now":
-            answer = self.server.fcall(function, numkeys, *args)
-        elif self.repeat == "late" and function not in ("lease_take", "batch"):
-            # A late second lease_take or batch has an answer that nobody waits for any more, and no effect of ours.
-            self.late.append((function, numkeys, *args))
-        self.repeat = None
+        repeat = self.repeats.pop(function, None)
+        call = functools.partial(self.server.fcall, function, numkeys, *args)
+        if repeat == "stray":
+            self.strays.append(call)
+        elif repeat:
+            unless_fenced(call)
+            if repeat == "later":
+                await stop(f"again {function}")
+        answer = call()
         await stop(f"after {function}")
         return answer
 
@@ -69,52 +121,48 @@ class Gate:
 
 
 class ModelTenure:
-    """Each entry goes to every user, in the order of the stream; at most `most` entries at a time."""
+    """Each entry goes to everyone, in the order of the stream; how many at a time, and in how many calls, varies."""
 
-    def __init__(self, owned: Owned, most: int) -> None:
+    def __init__(self, owned: Owned, chance: random.Random) -> None:
         self.owned = owned
-        self.most = most
+        self.chance = chance
 
     def destinations(self) -> Iterable[bytes]:
         return [KEYS.links(partition) for partition in range(KEYS.partitions)]
 
     async def decide(self, batch: Batch) -> Outcome:
-        taken = batch.entries[: self.most]
-        links: dict[bytes, list[list[Append]]] = {}
-        operations = []
+        taken = batch.entries[: self.chance.randint(1, len(batch.entries))]
+        links = {KEYS.links(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
+        return Outcome(len(taken), [Operation("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
+
+    def calls(self, partition: int, taken: Iterable[Entry]) -> list[list[Append]]:
+        calls: list[list[Append]] = [[]]
         for id_, fields in taken:
             body = pack([int(fields[b"n"]), self.owned.fence.epoch])
-            position = Position(SOURCE, 0, *id_)
-            for partition, user in enumerate(USERS):
-                calls = links.setdefault(KEYS.links(partition), [[]])
-                if partition == 1:  # two effects of one change at one destination, in two calls
-                    calls[-1].append(Append(position, 1, body, (CLOSED,)))
-                    calls.append([Append(position, 2, body, (FEEDS[user],))])
-                else:
-                    calls[-1].append(Append(position, 1, body, (FEEDS[user],)))
-            operations.append(Operation("RPUSH", DONE, (fields[b"n"],)))
-        return Outcome(len(taken), operations, links)
+            feeds = EFFECTS[partition]
+            cut = self.chance.randint(1, len(feeds))
+            for first, part in ((1, feeds[:cut]), (cut + 1, feeds[cut:])):
+                if calls[-1] and self.chance.random() < 0.5:
+                    calls.append([])
+                if part:
+                    calls[-1].append(Append(Position(SOURCE, 0, *id_), first, body, tuple(part)))
+        return [appends for appends in calls if appends]
 
     async def committed(self) -> None:
         pass
 
 
-async def in_turn(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    for call in calls:
-        await call
-
-
 class Worker:
-    """One process: takes the lease, works, and starts over when it is fenced."""
+    """One process: takes the lease, works, renews it beside that, and starts over when it is fenced."""
 
-    def __init__(self, model: Model, name: str, most: int) -> None:
+    def __init__(self, model: Model, name: str) -> None:
         self.model = model
         self.name = name
-        self.most = most
-        self.gate = Gate(model.server, model.late)
+        self.gate = Gate(model.server, model.strays)
         self.functions = Functions(self.gate)
         self.owned: Owned | None = None
         self.life = self.live()
+        self.renewal: Coroutine[Any, Any, None] | None = None
 
     async def live(self) -> None:
         while True:
@@ -135,18 +183,18 @@ class Worker:
         loop = PartitionLoop(
             self.functions,
             self.owned,
-            ModelTenure(self.owned, self.most),
+            ModelTenure(self.owned, self.model.chance),
             source="g:0",
             idle=idle,
-            batch=3,
+            batch=self.model.batch,
             most_entries=1000,
-            together=self.stamped,
+            together=self.together,
         )
         await loop.run()
 
-    async def stamped(self, calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
-        """In turn. The first time it is the stamps: once all are there, earlier owners must be silent."""
-        await in_turn(calls)
+    async def together(self, calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
+        """The first time it is the stamps: once all are there, earlier owners must be silent."""
+        await in_any_order(calls, self.model.chance)
         assert self.owned
         self.model.stamped(self.owned.fence.epoch)
 
@@ -154,106 +202,157 @@ class Worker:
         """To its next stop."""
         return str(self.life.send(None))
 
+    def renew(self) -> None:
+        """A step of the renewal; where it is fenced, the work stops at once, wherever it is."""
+        if self.renewal is None and self.owned:
+            self.renewal = self.functions.lease_renew(self.owned, LEASE_MS)
+        try:
+            if self.renewal:
+                self.renewal.send(None)
+        except StopIteration:
+            self.renewal = None
+        except Fenced:
+            self.kill()
+            self.owned, self.life = None, self.live()
+
     def kill(self) -> None:
         self.life.close()
+        if self.renewal:
+            self.renewal.close()
+            self.renewal = None
 
 
 class Model:
-    """The servers' state, the workers, and what must be true."""
+    """The server's state, the workers, and what must be true."""
 
-    def __init__(self, server: Redis, workers: int, most: int) -> None:
+    def __init__(self, server: Redis, workers: int, batch: int, seed: int) -> None:
         self.server = server
-        self.most = most
-        self.appended = 0
+        self.batch = batch
+        self.chance = random.Random(seed)
+        self.positions: list[str] = []  # of what was appended to the stream: the plain list
         self.names = 0
-        self.late: list[tuple[Any, ...]] = []
+        self.strays: list[Callable[[], Any]] = []
         self.stamp: tuple[int, dict[str, int]] = (0, {})
         server.flushall()
         server.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
-        for state, feed in FEEDS.values():
-            server.fcall("feed_open", 2, state, feed, 600_000)
+        self.tags = {user: server.fcall("feed_open", 2, *feed, 600_000)[2].decode() for user, feed in FEEDS.items()}
         self.workers = [self.another() for _ in range(workers)]
 
     def another(self) -> Worker:
         self.names += 1
-        return Worker(self, f"w{self.names}", self.most)
+        return Worker(self, f"w{self.names}")
 
     def append(self) -> None:
-        self.server.xadd(STREAM, {"n": self.appended})
-        self.appended += 1
+        id_: Any = self.server.xadd(STREAM, {"n": len(self.positions)})
+        self.positions.append(f"{SOURCE}-0-{id_.decode()}")
 
-    def kill(self, index: int) -> None:
-        self.workers[index].kill()
-        self.workers[index] = self.another()
+    def owner(self) -> Worker:
+        """The one that took the lease last, as far as it knows."""
+        return max(self.workers, key=lambda worker: worker.owned.fence.epoch if worker.owned else 0)
+
+    def kill(self, worker: Worker) -> None:
+        worker.kill()
+        self.workers[self.workers.index(worker)] = self.another()
 
     def expire(self) -> None:
         self.server.hset(LEASE, "expires", 1)
 
-    def deliver_late(self) -> None:
-        """The second copy of a call arrives."""
-        if self.late:
-            function, numkeys, *args = self.late.pop(0)
-            with contextlib.suppress(ResponseError):  # FENCED, most often
-                self.server.fcall(function, numkeys, *args)
+    def deliver_stray(self) -> None:
+        if self.strays:
+            unless_fenced(self.strays.pop(self.chance.randrange(len(self.strays))))
 
     def stamped(self, epoch: int) -> None:
         if epoch > self.stamp[0]:
-            self.stamp = (epoch, {user: len(self.feed(user)) for user in USERS})
+            self.stamp = (epoch, {user: len(entries) for user, entries in self.look()[0].items()})
 
     # ── what must be true ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def feed(self, user: str) -> list[tuple[int, int]]:
-        """(number, epoch) of a feed's entries; that they are numbered and chained is checked in passing."""
-        state, key = FEEDS[user]
-        entries: Any = self.server.xrange(key)
-        tag = self.server.fcall("feed_read", 2, state, key, 0, 0)[2].decode()
-        previous = None
+    def look(self) -> tuple[dict[str, list[Got]], list[int]]:
+        """What each feed and the list hold, of one moment; on the way, that feeds are numbered and chained."""
+        pipeline = self.server.pipeline(transaction=False)
+        for state, key in FEEDS.values():
+            pipeline.hmget(state, "seq", "tag")
+            pipeline.xrange(key)
+        pipeline.lrange(DONE, 0, -1)
+        pipeline.exists(*CLOSED)
+        *replies, done, closed = pipeline.execute()
+        assert not closed, "a closed feed was written to"
+        feeds = {user: self.feed(user, *replies[2 * i : 2 * i + 2]) for i, user in enumerate(USERS)}
+        return feeds, [int(number) for number in done]
+
+    def feed(self, user: str, state: list[bytes], entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Got]:
+        tag, found = self.tags[user], []
         for seq, (id_, fields) in enumerate(entries, 1):
             assert id_ == b"%d-0" % seq, f"the feed of {user} has a hole before {id_!r}"
-            if previous is not None:
-                expected = chained(previous, fields[b"p"].decode())
-                assert fields[b"t"].decode() == expected, f"the tags of {user} do not chain at {seq}"
-            previous = fields[b"t"].decode()
-        assert previous in (None, tag), f"the state of {user}'s feed is not that of its last entry"
-        return [(number, epoch) for number, epoch in (unpack(fields[b"b"]) for _, fields in entries)]
+            position = fields[b"p"].decode()
+            tag = chained(tag, position)
+            assert fields[b"t"].decode() == tag, f"the tags of {user} do not chain at {seq}"
+            got = Got(*unpack(fields[b"b"]))
+            assert position == self.positions[got.number], f"{user} got {got.number} as {position}"
+            found.append(got)
+        assert state == [b"%d" % len(entries), tag.encode()], (
+            f"the state of {user}'s feed is not that of its last entry"
+        )
+        return found
 
     def check(self) -> None:
-        for user in USERS:
-            entries = self.feed(user)
-            numbers = [number for number, _ in entries]
+        feeds, done = self.look()
+        stamp, lengths = self.stamp
+        for user, entries in feeds.items():
+            numbers, epochs = [got.number for got in entries], [got.epoch for got in entries]
             assert numbers == list(range(len(numbers))), f"{user} got {numbers}: not each once, in order"
-            epoch, lengths = self.stamp
-            late = [entry for entry in entries[lengths.get(user, 0) :] if entry[1] < epoch]
-            assert not late, f"{user} got {late} from an earlier owner, after {epoch} had stamped all destinations"
-        done = [int(number) for number in self.server.lrange(DONE, 0, -1)]
+            assert epochs == sorted(epochs), f"{user} got {entries}: an earlier owner after a later one"
+            late = [got for got in entries[lengths.get(user, 0) :] if got.epoch < stamp]
+            assert not late, f"{user} got {late} of an earlier owner, after {stamp} had stamped all destinations"
+            assert len(done) <= len(numbers), f"{user} got {len(numbers)} when {len(done)} were acknowledged"
         assert done == list(range(len(done))), f"committed {done}: not each once, in order"
-        assert not self.server.exists(*CLOSED), "a closed feed was written to"
 
     def finish(self) -> None:
-        """Let all go on, take the lease from whoever has it, and look at the end."""
-        while self.late:
-            self.deliver_late()
-        for _ in range(2):
-            for worker in self.workers:
-                for _ in range(40):
-                    worker.step()
-            self.expire()
+        """A fresh worker does what is left; all others go on, before it reads or after it is done; look at the end."""
         last = self.another()
-        self.workers.append(last)
+        others = self.workers
+        self.workers = [*others, last]
         self.expire()
-        for _ in range(60 + 60 * self.appended):
-            last.step()
-            if self.server.llen(DONE) == self.appended and not self.pending():
-                break
-        self.check()
-        for user in USERS:
-            assert len(self.feed(user)) == self.appended, f"{user} misses entries after {len(self.feed(user))}"
-        assert self.server.llen(DONE) == self.appended, "something was never committed"
-        assert self.pending() == 0, "something was never acknowledged"
+        if self.chance.random() < 0.5:
+            while last.step() != "before batch":
+                pass
+            self.go_on(others)
+        while self.strays:
+            self.deliver_stray()
+        self.expire()
+        self.complete(last)
+        self.go_on(others)
+        self.expire()
+        self.go_on(others)
+        while self.strays:
+            self.deliver_stray()
+        self.expire()
+        self.complete(last)
 
-    def pending(self) -> int:
-        found: Any = self.server.xpending(STREAM, GROUP)
-        return int(found["pending"])
+    def go_on(self, workers: Iterable[Worker]) -> None:
+        for worker in workers:
+            polls = 0
+            for _ in range(60):
+                reason = worker.step()
+                polls += reason == "before lease_take"
+                if reason == "idle" or polls == 3:
+                    break
+            self.check()
+
+    def complete(self, worker: Worker) -> None:
+        """It comes to the end of the stream, in a bounded number of steps, and then all is as in the plain list."""
+        for _ in range(100 + 60 * len(self.positions)):
+            if worker.step() == "idle":
+                break
+        else:
+            raise AssertionError(f"{worker.name} does not come to the end of {len(self.positions)} entries")
+        self.check()
+        feeds, done = self.look()
+        for user, entries in feeds.items():
+            assert len(entries) == len(self.positions), f"{user} misses entries after {len(entries)}"
+        assert len(done) == len(self.positions), "something was never committed"
+        pending: Any = self.server.xpending(STREAM, GROUP)
+        assert pending["pending"] == 0, "something was never acknowledged"
 
     def close(self) -> None:
         for worker in self.workers:
