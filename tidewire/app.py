@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from tidewire.audiences import Audience, AudienceOf, Members, Vacant, nobody
 from tidewire.errors import BadRequest, ConfigurationError
@@ -18,6 +21,7 @@ from tidewire.records import Item
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 STREAM_VIEWS = ("KEYS_ONLY", "NEW_IMAGE", "OLD_IMAGE", "NEW_AND_OLD_IMAGES")
 CONNECTIONS = "connections"
+BY_MEMBER = "by_member"
 
 
 class Write(NamedTuple):
@@ -30,6 +34,8 @@ class Write(NamedTuple):
 
 
 Writers = Audience | Callable[[Write], Audience | bool]
+Schema = type[msgspec.Struct] | Callable[[Item], Any]
+"""What an item must pass: a msgspec Struct, or a callable that raises for an item that does not fit."""
 
 
 class ItemKey(NamedTuple):
@@ -52,12 +58,41 @@ class Table:
     key: tuple[str, ...]
     readers: AudienceOf
     writers: Writers
-    stream_view: str
-    hidden: frozenset[str]
+    stream_view: str = "NEW_AND_OLD_IMAGES"
+    hidden: frozenset[str] = frozenset()
+    indexes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    expires: str | None = None
+    schema: Schema | None = None
 
     @property
     def sorted(self) -> bool:
         return len(self.key) == 2
+
+    def index(self, name: str) -> tuple[str, str]:
+        """The (partition attribute, sort attribute) of an index. Raises BadRequest when there is none of that name."""
+        try:
+            return self.indexes[name]
+        except KeyError:
+            known = ", ".join(map(repr, self.indexes)) or "none"
+            raise BadRequest(f"table {self.name!r} has no index {name!r}; it has {known}") from None
+
+    def is_expired(self, item: Item, now_ms: int) -> bool:
+        """Whether its time has come. An attribute that is no number names no time."""
+        at = item.get(self.expires) if self.expires else None
+        return isinstance(at, int | float) and not isinstance(at, bool) and at * 1000 <= now_ms
+
+    def validate(self, item: Item) -> None:
+        """Raises BadRequest saying what the table's schema has against the item, and where."""
+        if self.schema is None:
+            return
+        try:
+            if isinstance(self.schema, type) and issubclass(self.schema, msgspec.Struct):
+                msgspec.convert(item, self.schema)
+            else:
+                check: Callable[[Item], Any] = self.schema
+                check(deepcopy(item))
+        except Exception as error:  # the application's own rule: it may raise anything
+            raise BadRequest(f"table {self.name!r}: the item does not fit its schema: {error}") from None
 
     def key_of(self, item: Item) -> ItemKey:
         """The key of an item. Raises BadRequest naming the attribute that is missing or of a wrong kind."""
@@ -80,6 +115,15 @@ class Table:
         else:
             given = {self.key[0]: given}
         return self._key_value(given, self.key[0])
+
+    def parse_index_key(self, index: str, given: Any) -> Scalar:
+        """The value of an index's partition attribute that a query names, in either of the two forms."""
+        attribute = self.index(index)[0]
+        if isinstance(given, dict):
+            if given.keys() != {attribute}:
+                raise BadRequest(f"key: the value of {attribute!r} is needed for index {index!r}")
+            given = given[attribute]
+        return key_value(given, f"attribute {attribute!r} of index {index!r}")
 
     def key_object(self, key: ItemKey) -> dict[str, Scalar]:
         values = (key.partition,) if key.sort is None else (key.partition, key.sort)
@@ -116,6 +160,15 @@ def key_value(value: Any, what: str) -> Scalar:
     if len(value.encode()) > 1024:
         raise BadRequest(f"{what} is longer than 1024 bytes")
     return value
+
+
+def index_key(item: Item, attributes: tuple[str, str]) -> tuple[Scalar, Scalar] | None:
+    """Where an item stands in an index: (partition value, sort value). None for one that is not in it."""
+    try:
+        partition, sort = (key_value(item[attribute], attribute) for attribute in attributes)
+    except (KeyError, BadRequest):
+        return None
+    return partition, sort
 
 
 class Membership(Table):
@@ -157,11 +210,28 @@ class App:
         readers: AudienceOf = nobody,
         writers: Writers = nobody,
         stream_view: str = "NEW_AND_OLD_IMAGES",
+        indexes: Mapping[str, tuple[str, str]] | None = None,
         hidden: Iterable[str] = (),
+        expires: str | None = None,
+        schema: Schema | None = None,
     ) -> Table:
-        """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute)."""
+        """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute).
+
+        `indexes` are name: (partition attribute, sort attribute). `expires` names the attribute that says when an item
+        ends, in seconds since 1970. `schema` is a msgspec Struct, or a callable that raises for what does not fit.
+        """
         attributes: Any = tuple(key) if isinstance(key, list | tuple) else (key,)
-        table = Table(name, attributes, readers, writers, stream_view, _hidden(name, hidden))
+        table = Table(
+            name,
+            attributes,
+            readers,
+            writers,
+            stream_view,
+            _hidden(name, hidden),
+            _indexes(name, indexes or {}),
+            expires,
+            schema,
+        )
         self._declare(table)
         return table
 
@@ -174,18 +244,34 @@ class App:
         readers: AudienceOf | None = None,
         writers: Writers = nobody,
         stream_view: str = "NEW_AND_OLD_IMAGES",
+        indexes: Mapping[str, tuple[str, str]] | None = None,
         hidden: Iterable[str] = (),
+        expires: str | None = None,
+        schema: Schema | None = None,
     ) -> Membership:
-        """Declare a membership. Unless `readers` says otherwise, its members may read it."""
+        """Declare a membership. Unless `readers` says otherwise, its members may read it.
+
+        Its index `by_member` gives the groups of a user.
+        """
         shown = Members(name, group) if readers is None else readers
-        membership = Membership(name, (group, member), shown, writers, stream_view, _hidden(name, hidden))
+        membership = Membership(
+            name,
+            (group, member),
+            shown,
+            writers,
+            stream_view,
+            _hidden(name, hidden),
+            {BY_MEMBER: (member, group)} | _indexes(name, indexes or {}),
+            expires,
+            schema,
+        )
         self._declare(membership)
         return membership
 
     def connections(self, *, readers: AudienceOf = nobody) -> Table:
         """Say who may see who is online: the readers of the table `connections`, which is always there."""
         hidden = frozenset({"source_ip", "user_agent", "claims"})
-        table = Table(CONNECTIONS, ("user", "connection"), readers, nobody, "NEW_AND_OLD_IMAGES", hidden)
+        table = Table(CONNECTIONS, ("user", "connection"), readers, nobody, hidden=hidden)
         self.tables.pop(CONNECTIONS, None)
         self._declare(table)
         return table
@@ -214,11 +300,10 @@ class App:
             raise ConfigurationError(f"table name {table.name!r}: letters, digits and _ (at most 64), no digit first")
         if table.name in self.tables:
             raise ConfigurationError(f"table {table.name!r} is declared twice")
-        attributes = (*table.key, *table.hidden)
-        for attribute in attributes:
-            if not (isinstance(attribute, str) and NAME.match(attribute)):
+        for what, name in _names(table):
+            if not (isinstance(name, str) and NAME.match(name)):
                 raise ConfigurationError(
-                    f"table {table.name!r}: attribute {attribute!r}: letters, digits and _ (at most 64), no digit first"
+                    f"table {table.name!r}: {what} {name!r}: letters, digits and _ (at most 64), no digit first"
                 )
         if len(table.key) not in (1, 2) or len(set(table.key)) != len(table.key):
             raise ConfigurationError(
@@ -226,6 +311,10 @@ class App:
             )
         if set(table.key) & table.hidden:
             raise ConfigurationError(f"table {table.name!r}: a key attribute cannot be hidden")
+        if table.schema is not None and not callable(table.schema):
+            raise ConfigurationError(
+                f"table {table.name!r}: schema is a msgspec Struct or a callable that raises, not {table.schema!r}"
+            )
         for what, rule in (("readers", table.readers), ("writers", table.writers)):
             if not (isinstance(rule, Audience) or callable(rule)):
                 raise ConfigurationError(
@@ -243,6 +332,25 @@ def _hidden(table: str, hidden: Iterable[str]) -> frozenset[str]:
     if isinstance(hidden, str) or not isinstance(hidden, Iterable):
         raise ConfigurationError(f"table {table!r}: hidden is a tuple of attribute names, not {hidden!r}")
     return frozenset(hidden)
+
+
+def _indexes(table: str, indexes: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, attributes in indexes.items() if isinstance(indexes, Mapping) else [("", indexes)]:
+        if not isinstance(attributes, list | tuple) or len(attributes) != 2:
+            raise ConfigurationError(
+                f"table {table!r}: indexes are name: (partition attribute, sort attribute), not {indexes!r}"
+            )
+        found[name] = (attributes[0], attributes[1])
+    return found
+
+
+def _names(table: Table) -> Iterable[tuple[str, Any]]:
+    """What else is named in a declaration."""
+    indexed = [attribute for attributes in table.indexes.values() for attribute in attributes]
+    expires = [] if table.expires is None else [table.expires]
+    yield from (("attribute", attribute) for attribute in (*table.key, *table.hidden, *indexed, *expires))
+    yield from (("index", index) for index in table.indexes)
 
 
 def _parts(rule: Any) -> Iterable[Audience]:

@@ -10,7 +10,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from tidewire.backend import Backend
-from tidewire.errors import Overloaded, Timeout, from_wire
+from tidewire.errors import Overloaded, RequestError, Timeout, from_wire
 from tidewire.records import JSON, Reply, pack, unpack
 
 log = structlog.get_logger(__name__)
@@ -23,12 +23,19 @@ class Bus:
     """The asking side. Requests go out in the order they were made; what gathers meanwhile goes in one pipeline."""
 
     def __init__(
-        self, backend: Backend, name: Callable[[], str], *, timeout_s: float, most_waiting: int = 10_000
+        self,
+        backend: Backend,
+        name: Callable[[], str],
+        *,
+        timeout_s: float,
+        most_waiting: int = 10_000,
+        most_queued: int = 10_000,
     ) -> None:
         self._backend = backend
         self._name = name
         self._timeout_s = timeout_s
         self._most_waiting = most_waiting
+        self._most_queued = most_queued
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[JSON]] = {}
         self._outgoing: list[tuple[bytes, bytes, int]] = []
@@ -37,7 +44,8 @@ class Bus:
     def request(self, stream: bytes, record: Callable[[int], tuple[object, ...]]) -> asyncio.Future[JSON]:
         """Send the record made for a request number; the future has its result.
 
-        The future raises the RequestError of the answer, or Timeout: then it is unknown whether it was done.
+        The future raises the RequestError of the answer, Overloaded when the stream has no room, or Timeout: then it is
+        unknown whether it was done.
         Raises Overloaded at once, with nothing sent, when too many wait already.
         """
         if len(self._waiting) >= self._most_waiting:
@@ -46,7 +54,9 @@ class Bus:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[JSON] = loop.create_future()
         self._waiting[number] = future
-        timer = loop.call_later(self._timeout_s, self._fail, number, "no answer in time: it may or may not be done")
+        timer = loop.call_later(
+            self._timeout_s, self._fail, number, Timeout("no answer in time: it may or may not be done")
+        )
 
         def forget(_: asyncio.Future[JSON]) -> None:
             timer.cancel()
@@ -59,20 +69,26 @@ class Bus:
 
     async def send(self) -> None:
         """Pass requests on, until cancelled."""
-        # One pipeline at a time: two could overtake each other, and requests of one connection keep their order.
+        # One round at a time: two could overtake each other, and requests of one connection keep their order.
         while True:
             await self._ready.wait()
             self._ready.clear()
             outgoing, self._outgoing = self._outgoing, []
-            try:
-                async with self._backend.commands.pipeline(transaction=False) as pipeline:
-                    for stream, record, _ in outgoing:
-                        pipeline.xadd(stream, {"r": record})
-                    await pipeline.execute()
-            except (RedisError, OSError) as error:
-                log.warning("requests_not_sent", count=len(outgoing), error=str(error))
-                for _, _, number in outgoing:
-                    self._fail(number, "the request could not be passed on: it may or may not be done")
+            streams: dict[bytes, list[tuple[bytes, int]]] = {}
+            for stream, record, number in outgoing:
+                streams.setdefault(stream, []).append((record, number))
+            await asyncio.gather(*(self._enqueue(stream, records) for stream, records in streams.items()))
+
+    async def _enqueue(self, stream: bytes, records: list[tuple[bytes, int]]) -> None:
+        try:
+            taken = await self._backend.functions.enqueue(stream, self._most_queued, [record for record, _ in records])
+        except (RedisError, OSError) as error:
+            log.warning("requests_not_sent", count=len(records), error=str(error))
+            for _, number in records:
+                self._fail(number, Timeout("the request could not be passed on: it may or may not be done"))
+            return
+        for _, number in records[taken:]:
+            self._fail(number, Overloaded("too many requests wait for this partition: try again shortly"))
 
     async def receive(self) -> None:
         """Take answers, until cancelled."""
@@ -100,10 +116,10 @@ class Bus:
         else:
             future.set_exception(from_wire(reply.error))
 
-    def _fail(self, number: int, message: str) -> None:
+    def _fail(self, number: int, error: RequestError) -> None:
         future = self._waiting.get(number)
         if future and not future.done():
-            future.set_exception(Timeout(message))
+            future.set_exception(error)
 
 
 async def send_replies(backend: Backend, replies: Mapping[str, Iterable[Reply]]) -> None:

@@ -72,6 +72,14 @@ class Append(NamedTuple):
     feeds: tuple[tuple[bytes, bytes], ...]
 
 
+class Effect(NamedTuple):
+    """What one change does in another partition, where it is taken once."""
+
+    position: Position
+    number: int  # of the effect within the change, from 1 on
+    operations: tuple[Operation, ...]
+
+
 class FeedState(NamedTuple):
     epoch: str
     seq: int
@@ -137,12 +145,12 @@ class Functions:
         keys = [owned.lease, owned.partition, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
         args: list[Arg] = [*owned.fence, owned.group, number, len(ids), *ids]
-        for operation in operations:
-            at = index.setdefault(operation.key, len(keys) + 1)
-            if at > len(keys):
-                keys.append(operation.key)
-            args += [len(operation.args), operation.command, at, *operation.args]
+        _declare(operations, keys, index, args)
         await self._call("commit", keys, *args)
+
+    async def enqueue(self, stream: bytes, most: int, records: Sequence[bytes]) -> int:
+        """Add records to a stream while it has fewer than `most` entries; how many found room, the first ones."""
+        return int(await self._call("enqueue", (stream,), most, *records))
 
     # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,6 +172,16 @@ class Functions:
                     keys += feed
                 args.append(index[feed])
         return int(await self._call("link_append", keys, *args))
+
+    async def link_apply(self, links: bytes, source: str, epoch: int, effects: Iterable[Effect]) -> None:
+        """Do in another partition what has not been done there yet."""
+        keys, index = [links], {links: 1}
+        args: list[Arg] = [source, epoch]
+        for effect in effects:
+            operations: list[Arg] = []
+            _declare(effect.operations, keys, index, operations)
+            args += [*effect.position[1:], effect.number, len(operations), *operations]
+        await self._call("link_apply", keys, *args)
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,6 +212,16 @@ class Functions:
         """Say that a service lives; server time and all services: (expiry in ms, information), dead ones too."""
         now, *flat = await self._call("service_beat", (services,), service, ttl_ms, information)
         return int(now), {id_.decode(): split_beat(value) for id_, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def _declare(operations: Iterable[Operation], keys: list[bytes], index: dict[bytes, int], args: list[Arg]) -> None:
+    """Append operations to a call's arguments, and the keys that they add to its keys."""
+    for operation in operations:
+        at = index.setdefault(operation.key, len(keys) + 1)
+        if at > len(keys):
+            keys.append(operation.key)
+        args += (len(operation.args), operation.command, at)
+        args += operation.args
 
 
 def split_beat(value: bytes | str) -> tuple[int, bytes]:

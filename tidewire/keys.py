@@ -16,6 +16,9 @@ Scalar = str | int | float
 LARGEST_KEY_NUMBER = 2**53
 """Numbers in keys are ordered as IEEE doubles, which are exact up to here."""
 
+CHANGE_GROUPS = ("broadcaster", "indexer")
+"""Who reads the change streams: nothing is trimmed that one of them has not read."""
+
 
 def canonical(value: Scalar) -> Scalar:
     """1.0 and 1 are one key."""
@@ -41,6 +44,39 @@ def sort_bytes(value: Scalar) -> bytes:
     return b"n" + struct.pack(">Q", bits)
 
 
+def value_of(name: bytes) -> Scalar:
+    """The value that `name_of` made this of."""
+    text = name[1:].decode()
+    if name[:1] == b"s":
+        return text
+    return float(text) if any(letter in text for letter in ".en") else int(text)
+
+
+def sort_value(field: bytes) -> Scalar:
+    """The value that `sort_bytes` made this of."""
+    if field[:1] == b"s":
+        return field[1:].decode()
+    (bits,) = struct.unpack(">Q", field[1:])
+    bits = bits & ~(1 << 63) if bits >> 63 else bits ^ 0xFFFFFFFFFFFFFFFF
+    (number,) = struct.unpack(">d", struct.pack(">Q", bits))
+    return canonical(float(number))
+
+
+def tuple_bytes(*values: Scalar) -> bytes:
+    """Several values as bytes whose order is theirs, the first one counting most; no such text begins another."""
+    return b"".join(_closed(sort_bytes(value)) if isinstance(value, str) else sort_bytes(value) for value in values)
+
+
+def prefix_bytes(prefix: str) -> bytes:
+    """What `tuple_bytes` of all strings with that prefix begin with."""
+    return _closed(sort_bytes(prefix))[:-2]
+
+
+def _closed(text: bytes) -> bytes:
+    # A zero byte within is marked, so that the end sorts before all that goes on.
+    return text.replace(b"\0", b"\0\xff") + b"\0\x01"
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys of one stage with its number of partitions."""
@@ -58,7 +94,7 @@ class Keys:
         return b"%s:{p%d}:%s" % (self.stage.encode(), partition, kind)
 
     def partition(self, partition: int) -> bytes:
-        """Hash: the partition's generation."""
+        """Hash: the partition's generation, and the floor under versions of new items."""
         return self._of(partition, b"partition")
 
     def lease(self, partition: int, group: str) -> bytes:
@@ -84,6 +120,28 @@ class Keys:
     def order(self, table: str, value: Scalar) -> bytes:
         """Sorted set (by bytes): the sort keys of the live items of one partition-key value."""
         return self._of(self.partition_of(value), b"order:%s:%s" % (table.encode(), name_of(value)))
+
+    def values(self, partition: int, table: str) -> bytes:
+        """Sorted set (by bytes): the partition-key values, as `name_of`, that have items or tombstones."""
+        return self._of(partition, b"values:" + table.encode())
+
+    def tombstones(self, partition: int) -> bytes:
+        """Sorted set: keys of deleted items whose versions are remembered, by the time of deletion in ms."""
+        return self._of(partition, b"tombstones")
+
+    def expiries(self, partition: int) -> bytes:
+        """Sorted set: keys of items that expire, by when, in seconds since 1970."""
+        return self._of(partition, b"expiries")
+
+    def index(self, table: str, attributes: tuple[str, str], value: Scalar) -> tuple[bytes, bytes]:
+        """(Hash: entry's bytes to item record; sorted set: the entries in order) of one value of an index's key."""
+        name = b"%s.%s.%s:%s" % (table.encode(), attributes[0].encode(), attributes[1].encode(), name_of(value))
+        partition = self.partition_of(value)
+        return self._of(partition, b"index:" + name), self._of(partition, b"indexorder:" + name)
+
+    def indexes(self, partition: int) -> bytes:
+        """Hash: how far each index is filled from the tables' items of this partition."""
+        return self._of(partition, b"indexes")
 
     def request(self, partition: int, user: str, request: str) -> bytes:
         """String with a TTL: the first reply to an idempotent request."""
@@ -118,6 +176,14 @@ class Keys:
     def stage_settings(self) -> bytes:
         """Hash: what was fixed when the stage was created."""
         return self._global(b"stage", b"settings")
+
+    def tables(self) -> bytes:
+        """Hash: the tables as the last store declared them."""
+        return self._global(b"stage", b"tables")
+
+    def sort_kinds(self) -> bytes:
+        """Hash: of each table, whether its sort keys are strings or numbers."""
+        return self._global(b"stage", b"sort-kinds")
 
     def services(self) -> bytes:
         """Hash: every live service process, with the time its word expires."""

@@ -38,12 +38,17 @@ class Service:
         self.stopping = asyncio.Event()
         self.worker: Worker | None = None
         self._runs: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._starts: list[Callable[[], Awaitable[None]]] = []
         self._drains: list[Callable[[], Awaitable[None]]] = []
         self._tells: list[Callable[[], dict[str, Any]]] = []
 
     def run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """A task for the service's whole life: if it dies, so does the service."""
         self._runs.append(task)
+
+    def at_start(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Something to do before all else. Raises ConfigurationError when the service cannot start."""
+        self._starts.append(step)
 
     def at_drain(self, step: Callable[[], Awaitable[None]]) -> None:
         """Something to do before the tasks are ended; the last one registered goes first."""
@@ -77,6 +82,8 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run all that is registered; leave the block to drain. Raises what a task died of."""
+        for step in self._starts:
+            await step()
         await self.registry.beat()
         tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.registry.run, *self._runs)]
         watch = asyncio.create_task(self._watch(tasks))
@@ -86,8 +93,8 @@ class Service:
             watch.cancel()
             self.stopping.set()
             try:
-                for step in reversed(self._drains):
-                    await step()
+                for leave in reversed(self._drains):
+                    await leave()
             finally:
                 await end([*tasks, watch], ask_again_s=1.0)
         for task in tasks:

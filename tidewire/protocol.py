@@ -5,6 +5,7 @@ What a client sends becomes one of the request classes below, checked in shape; 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgpack
@@ -26,6 +27,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     action: str = ""
     id: RequestId = None
+    traceparent: str | None = None
 
 
 class Condition(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,14 +74,42 @@ class Get(_Request, kw_only=True):
     key: Any
 
 
+Edge = str | int | float | list[str | int | float] | None
+"""A bound of a query: a sort-key value or, where an index has several items of one, that and the item's key."""
+
+
 class Query(_Request, kw_only=True):
     table: str
     key: Any
-    after: str | int | float | None = None
-    before: str | int | float | None = None
+    index: str | None = None
+    after: Edge = None
+    before: Edge = None
     prefix: str | None = None
     limit: int = 100
     reverse: bool = False
+
+
+class Check(_Request, kw_only=True):
+    """Within a transaction: nothing is written, and all of it only if the condition holds."""
+
+    table: str
+    key: Any
+    condition: Condition = msgspec.field(name="if")
+
+
+class Transact(_Request, kw_only=True):
+    operations: list[dict[str, Any]]
+    request: str | None = None
+
+
+Operation = Put | Update | Delete | Check
+OPERATIONS: dict[str, type[Put] | type[Update] | type[Delete] | type[Check]] = {
+    "put": Put,
+    "update": Update,
+    "delete": Delete,
+    "check": Check,
+}
+MOST_OPERATIONS = 100
 
 
 class Auth(_Request, kw_only=True):
@@ -102,12 +132,15 @@ ACTIONS: dict[str, type[_Request]] = {
     "delete": Delete,
     "get": Get,
     "query": Query,
+    "transact": Transact,
     "auth": Auth,
     "whoami": Whoami,
     "ping": Ping,
 }
-STORE_ACTIONS = frozenset({"put", "update", "delete", "get", "query"})
-WRITES = frozenset({"put", "update", "delete"})
+WRITES = frozenset({"put", "update", "delete", "transact"})
+STORE_ACTIONS = WRITES | {"get", "query"}
+# W3C Trace Context, section 3.2: version, trace id, parent id, flags.
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
@@ -147,9 +180,41 @@ def parse_request(frame: dict[str, Any]) -> _Request:
         raise BadRequest(f"{action}: {error}") from None
     if isinstance(request, Query) and not 1 <= request.limit <= 1000:
         raise BadRequest("query: limit is between 1 and 1000")
-    if isinstance(request, _Write) and request.request is not None and not 1 <= len(request.request) <= 256:
+    if isinstance(request, _Write | Transact) and request.request is not None and not 1 <= len(request.request) <= 256:
         raise BadRequest(f"{action}: request is a string of 1 to 256 characters")
+    if isinstance(request, Transact) and not 1 <= len(request.operations) <= MOST_OPERATIONS:
+        raise BadRequest(f"transact: operations are 1 to {MOST_OPERATIONS}, not {len(request.operations)}")
+    if request.traceparent is not None and not is_traceparent(request.traceparent):
+        raise BadRequest(f"{action}: traceparent is not one of W3C Trace Context (00-<trace id>-<parent id>-<flags>)")
     return request
+
+
+def parse_operations(request: Transact) -> list[Operation]:
+    """The operations of a transaction. Raises BadRequest saying which one is wrong, and where."""
+    operations: list[Operation] = []
+    for number, fields in enumerate(request.operations):
+        where = f"transact: operations[{number}]"
+        kind = OPERATIONS.get(str(fields.get("action")))
+        if kind is None:
+            raise BadRequest(f"{where}: action is put, update, delete or check, not {fields.get('action')!r:.64}")
+        for name in ("request", "id", "traceparent"):
+            if name in fields:
+                raise BadRequest(f"{where}: {name} belongs to the transaction, not to one of its operations")
+        try:
+            operations.append(msgspec.convert(fields, kind))
+        except msgspec.ValidationError as error:
+            raise BadRequest(f"{where}: {error}") from None
+    return operations
+
+
+def is_traceparent(text: str) -> bool:
+    """Whether it is a traceparent of W3C Trace Context."""
+    return _TRACEPARENT.fullmatch(text) is not None
+
+
+def fault_in(item: Any) -> str | None:
+    """What in an item neither JSON nor our records can hold, and where; None when all is well."""
+    return _fault(item, "$", MAX_DEPTH)
 
 
 def encode_json(frame: Any) -> bytes:

@@ -50,6 +50,7 @@ class Command(NamedTuple):
     deadline: int  # ms since 1970, server time: older than that, it is not done
     reply_to: str  # gateway
     number: int  # of the request within that gateway
+    trace: str | None = None  # W3C traceparent
 
 
 class Reply(NamedTuple):
@@ -73,6 +74,18 @@ class Change(NamedTuple):
     by: str
     connection: str | None
     request: str | None
+    transaction: str | None = None  # the same for all changes of one; they come one after another
+    more: bool = False  # another change of the transaction follows
+    trace: str | None = None  # W3C traceparent
+
+
+class Declaration(NamedTuple):
+    """A table as an application declares it, for those who work on a stage without its application."""
+
+    key: tuple[str, ...]
+    stream_view: str
+    expires: str | None
+    indexes: dict[str, tuple[str, str]]
 
 
 class Authorization(NamedTuple):

@@ -27,6 +27,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "console"
     log_level: str = "info"
 
+    durability: str = "memory"
+    replicas: int = 1
+    durable_timeout_s: float = 3.0
+
+    changes_retention_s: float = 86400.0
+    changes_max: int = 1_000_000
+    commands_max: int = 10_000
+
     lease_ms: int = 3000
     batch: int = 256
     request_timeout_s: float = 10.0
@@ -49,6 +57,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 65535")
         if self.log_format not in ("console", "json"):
             raise ConfigurationError(f"--log-format {self.log_format!r}: console or json")
+        if self.durability not in ("memory", "fsync", "replicated"):
+            raise ConfigurationError(f"--durability {self.durability!r}: memory, fsync or replicated")
+        if not 0 < self.durable_timeout_s <= 4:  # shorter than the socket's time-out
+            raise ConfigurationError(f"TIDEWIRE_DURABLE_TIMEOUT_S={self.durable_timeout_s}: above 0, at most 4")
+        for name, least in (("replicas", 1), ("changes_retention_s", 0), ("changes_max", 0), ("commands_max", 1)):
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"TIDEWIRE_{name.upper()}={getattr(self, name)}: at least {least}")
+        if not 128 <= self.batch <= 2000:  # a batch holds a whole transaction
+            raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 128 and 2000")
         if self.lease_ms < 300:
             raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
 

@@ -6,7 +6,7 @@ What is not known yet is named (`Missing`), fetched, and the batch is decided ag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,14 +62,59 @@ def decide(
     """What a batch of (id, change) comes to, or the groups that must be known first."""
     batch = _Batch(app, keys, known)
     missing: set[Group] = set()
+    for unit in _units(changes):
+        batch.begin()
+        for id_, change in unit:
+            try:
+                batch.one(Position(partition, generation, *id_), change)
+            except Missing as need:
+                missing.add(need.group)
+        batch.send()
+    return missing or batch.done()
+
+
+def _units(changes: Sequence[tuple[tuple[int, int], Change | None]]) -> Iterator[list[tuple[tuple[int, int], Change]]]:
+    """The changes of a transaction together, any other alone. One that is not whole is as much as there is of it."""
+    unit: list[tuple[tuple[int, int], Change]] = []
     for id_, change in changes:
         if change is None:
             continue
-        try:
-            batch.one(Position(partition, generation, *id_), change)
-        except Missing as need:
-            missing.add(need.group)
-    return missing or batch.done()
+        if unit and change.transaction != unit[-1][1].transaction:
+            yield unit
+            unit = []
+        unit.append((id_, change))
+        if not change.more:
+            yield unit
+            unit = []
+    if unit:
+        yield unit
+
+
+def whole(changes: Sequence[tuple[tuple[int, int], Change | None]]) -> int:
+    """How many of the changes make whole transactions; the rest waits for what is still to be read of its own."""
+    count = len(changes)
+    while count and (last := changes[count - 1][1]) is not None and last.more:
+        count -= 1
+    return count or len(changes)
+
+
+class Feed(NamedTuple):
+    """A user's feed, or a topic's."""
+
+    name: str
+    is_topic: bool = False
+
+    def keys(self, keys: Keys) -> tuple[bytes, bytes]:
+        return keys.topic_feed(self.name) if self.is_topic else keys.user_feed(self.name)
+
+
+class _Delivery(NamedTuple):
+    """One change, and what each feed gets to hear of it."""
+
+    position: Position
+    table: Table
+    change: Change
+    events: dict[Feed, str]
 
 
 class _Batch:
@@ -79,6 +124,11 @@ class _Batch:
         self.known = known
         self.decision = Decision()
         self.calls: dict[bytes, _Calls] = {}
+        self.deliveries: list[_Delivery] = []
+
+    def begin(self) -> None:
+        """A transaction, or a change that is none."""
+        self.deliveries = []
 
     def done(self) -> Decision:
         self.decision.links = {links: calls.all for links, calls in self.calls.items()}
@@ -94,7 +144,7 @@ class _Batch:
         if isinstance(table, Membership):
             self.learn(table, change)
         after = self.audience(table, change.new)
-        self.send(position, table, change, before, after)
+        self.deliveries.append(_Delivery(position, table, change, _events(change.event, table.name, before, after)))
 
     def audience(self, table: Table, image: Item | None) -> Recipients:
         if image is None:
@@ -139,46 +189,66 @@ class _Batch:
 
     # ── where it goes ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def send(self, position: Position, table: Table, change: Change, before: Recipients, after: Recipients) -> None:
-        # By event, then by destination: a body is encoded once, however many feeds it goes to.
-        feeds: dict[str, dict[int, list[tuple[bytes, bytes]]]] = {}
-        for user in sorted(before.users | after.users):
-            saw, sees = user in before.users or before.everyone, user in after.users or after.everyone
-            event = event_for(change.event, saw=saw, sees=sees)
-            if event:
-                destination = self.keys.partition_of(user)
-                feeds.setdefault(event, {}).setdefault(destination, []).append(self.keys.user_feed(user))
-        if before.everyone or after.everyone:
-            event = event_for(change.event, saw=before.everyone, sees=after.everyone)
-            if event:
-                destination = self.keys.partition_of(table.name)
-                feeds.setdefault(event, {}).setdefault(destination, []).append(self.keys.topic_feed(table.name))
-        numbers: dict[int, int] = {}
-        for event in sorted(feeds):
-            body = pack(frame_body(position, event, table, change))
-            for destination, targets in feeds[event].items():
-                calls = self.calls.setdefault(self.keys.links(destination), _Calls())
-                for start in range(0, len(targets), CALL_FEEDS):
-                    some = targets[start : start + CALL_FEEDS]
-                    first = numbers.get(destination, 1)
-                    calls.add(Append(position, first, body, tuple(some)))
-                    numbers[destination] = first + len(some)
+    def send(self) -> None:
+        """The deliveries since `begin`. A feed gets those of a transaction one after another, all in one call."""
+        last_for: dict[Feed, int] = {}
+        for number, delivery in enumerate(self.deliveries):
+            last_for |= dict.fromkeys(delivery.events, number)
+        appends: dict[int, list[Append]] = {}
+        for number, delivery in enumerate(self.deliveries):
+            # By body, then by destination: a body is encoded once, however many feeds it goes to.
+            bodies: dict[tuple[str, bool], dict[int, list[tuple[bytes, bytes]]]] = {}
+            for feed, event in delivery.events.items():
+                more = number < last_for[feed]
+                destinations = bodies.setdefault((event, more), {})
+                destinations.setdefault(self.keys.partition_of(feed.name), []).append(feed.keys(self.keys))
+            numbers: dict[int, int] = {}
+            for (event, more), destinations in sorted(bodies.items()):
+                body = pack(frame_body(delivery.position, event, delivery.table, delivery.change, more=more))
+                for destination, targets in destinations.items():
+                    for start in range(0, len(targets), CALL_FEEDS):
+                        some = targets[start : start + CALL_FEEDS]
+                        first = numbers.get(destination, 1)
+                        append = Append(delivery.position, first, body, tuple(some))
+                        appends.setdefault(destination, []).append(append)
+                        numbers[destination] = first + len(some)
+        for destination, some_appends in appends.items():
+            calls = self.calls.setdefault(self.keys.links(destination), _Calls())
+            if len(self.deliveries) > 1:
+                calls.add(some_appends)
+            else:
+                for append in some_appends:
+                    calls.add([append])
 
 
 class _Calls:
-    """Appends for one destination, gathered into calls of a bounded size."""
+    """Appends for one destination, gathered into calls of about a bounded size. What is added together stays so."""
 
     def __init__(self) -> None:
         self.all: list[list[Append]] = []
         self.feeds = self.bytes = 0
 
-    def add(self, append: Append) -> None:
-        self.feeds += len(append.feeds)
-        self.bytes += len(append.body)
+    def add(self, appends: Sequence[Append]) -> None:
+        feeds, size = sum(len(append.feeds) for append in appends), sum(len(append.body) for append in appends)
+        self.feeds += feeds
+        self.bytes += size
         if not self.all or self.feeds > CALL_FEEDS or self.bytes > CALL_BYTES:
             self.all.append([])
-            self.feeds, self.bytes = len(append.feeds), len(append.body)
-        self.all[-1].append(append)
+            self.feeds, self.bytes = feeds, size
+        self.all[-1] += appends
+
+
+def _events(event: str, table: str, before: Recipients, after: Recipients) -> dict[Feed, str]:
+    """What each feed gets to hear, in the order of user names: a decision made again numbers them alike."""
+    events: dict[Feed, str] = {}
+    for user in sorted(before.users | after.users):
+        saw, sees = user in before.users or before.everyone, user in after.users or after.everyone
+        if heard := event_for(event, saw=saw, sees=sees):
+            events[Feed(user)] = heard
+    heard = event_for(event, saw=before.everyone, sees=after.everyone)
+    if heard and (before.everyone or after.everyone):
+        events[Feed(table, is_topic=True)] = heard
+    return events
 
 
 def event_for(event: str, *, saw: bool, sees: bool) -> str | None:
@@ -192,7 +262,7 @@ def event_for(event: str, *, saw: bool, sees: bool) -> str | None:
     return "ENTER" if sees else "LEAVE" if saw else None
 
 
-def frame_body(position: Position, event: str, table: Table, change: Change) -> FeedBody:
+def frame_body(position: Position, event: str, table: Table, change: Change, *, more: bool = False) -> FeedBody:
     """The frame without its cursor. Never an image that a reader of this event may not see."""
     frame: dict[str, object] = {
         "position": str(position),
@@ -211,4 +281,8 @@ def frame_body(position: Position, event: str, table: Table, change: Change) -> 
         if table.stream_view in ("OLD_IMAGE", "NEW_AND_OLD_IMAGES"):
             frame["old"] = old
     frame |= {"at": change.at, "by": change.by}
+    if change.transaction is not None:
+        frame["transaction"] = change.transaction
+        if more:
+            frame["more"] = True
     return FeedBody("change", msgspec.json.encode(frame))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 from prometheus_client import Counter, Histogram
 
 from tidewire.app import App
 from tidewire.backend import Backend
-from tidewire.functions import Batch, Owned
+from tidewire.functions import Append, Batch, Owned
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Change, unpack
 
-from .decide import Decision, Group, Members, decide
+from .decide import Decision, Group, Members, decide, whole
 
 log = structlog.get_logger(__name__)
 
@@ -49,8 +50,11 @@ class BroadcasterTenure:
         keys = self._backend.keys
         return [keys.links(partition) for partition in range(keys.partitions)]
 
-    async def decide(self, batch: Batch) -> Outcome:
+    async def decide(self, batch: Batch) -> Outcome | None:
+        if not batch.entries:
+            return None
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
+        changes = changes[: whole(changes)]
         known = dict(self._groups)
         generation = self._owned.fence.generation
         while isinstance(
@@ -98,6 +102,11 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
         return BroadcasterTenure(app, backend, partition, owned)
 
+    async def link(links: bytes, source: str, epoch: int, appends: Sequence[Append]) -> None:
+        await backend.functions.link_append(links, source, epoch, service.settings.resume_entries, appends)
+
     return service.work(
-        Worker(GROUP, backend, service.registry, service.settings, stream=backend.keys.changes, tenure=tenure)
+        Worker(
+            GROUP, backend, service.registry, service.settings, stream=backend.keys.changes, tenure=tenure, link=link
+        )
     )

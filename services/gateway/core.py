@@ -13,7 +13,7 @@ from tidewire.bus import Bus
 from tidewire.errors import PermissionDenied, TooLarge
 from tidewire.keys import Scalar
 from tidewire.lifecycle import Service
-from tidewire.protocol import STORE_ACTIONS, WRITES, Put, Query, encode_json
+from tidewire.protocol import STORE_ACTIONS, WRITES, Get, Put, Query, Transact, encode_json, parse_operations
 from tidewire.records import Command, Principal
 
 from .feeds import Feeds
@@ -29,7 +29,12 @@ class Core:
         self.app = app
         self.settings = service.settings
         self.backend = service.backend
-        self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
+        self.bus = Bus(
+            self.backend,
+            lambda: self.id,
+            timeout_s=self.settings.request_timeout_s,
+            most_queued=self.settings.commands_max,
+        )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s, self.backend.keys.replies(self.id))
         self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
@@ -59,18 +64,8 @@ class Core:
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
     ) -> asyncio.Future[Any]:
         """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
-        body = {name: value for name, value in frame.items() if name not in ("id", "request")}
-        table = self.app[request.table]
-        partition_key: Scalar
-        if isinstance(request, Put):
-            partition_key = table.key_of(request.item).partition
-            self._check_size(request.item)
-        elif isinstance(request, Query):
-            partition_key = table.parse_partition_key(request.key)
-        else:
-            partition_key = table.parse_key(request.key).partition
-        if table.name == CONNECTIONS and request.action in WRITES:
-            raise PermissionDenied("connections are written by the gateways alone")
+        body = {name: value for name, value in frame.items() if name not in ("id", "request", "traceparent")}
+        partition_key = self._partition_key(request)
         keys, id_, ttl_ms = self.backend.keys, None, 0
         if request.action in WRITES:
             # One of our own, so that nothing which the client library repeats is done twice.
@@ -92,9 +87,28 @@ class Core:
                 deadline,
                 self.id,
                 number,
+                request.traceparent,
             )
 
         return self.bus.request(keys.commands(keys.partition_of(partition_key)), record)
+
+    def _partition_key(self, request: Any) -> Scalar:
+        """The partition-key value that a request is about. Raises BadRequest or TooLarge for what is wrong with it."""
+        if isinstance(request, Transact):
+            # That all operations have the same one is for the store to see.
+            first, *_ = [self._partition_key(operation) for operation in parse_operations(request)]
+            return first
+        table = self.app[request.table]
+        if table.name == CONNECTIONS and not isinstance(request, Get | Query):
+            raise PermissionDenied("connections are written by the gateways alone")
+        if isinstance(request, Put):
+            self._check_size(request.item)
+            return table.key_of(request.item).partition
+        if not isinstance(request, Query):
+            return table.parse_key(request.key).partition
+        if request.index is not None:
+            return table.parse_index_key(request.index, request.key)
+        return table.parse_partition_key(request.key)
 
     async def command(
         self,

@@ -22,7 +22,7 @@ from tidewire.errors import (
     Unauthenticated,
     UnsupportedAction,
 )
-from tidewire.protocol import STORE_ACTIONS, decode_frame, parse_request
+from tidewire.protocol import STORE_ACTIONS, decode_frame, is_traceparent, parse_request
 
 from .core import Core
 from .handshake import credential
@@ -75,6 +75,9 @@ async def _perform(core: Core, request: Request, action: str) -> Any:
         return {"user": principal.user, "connection": None, "claims": principal.claims}
     if action == "ping":
         return {}
+    trace = request.headers.get("traceparent")
+    if trace is not None and is_traceparent(trace):  # else it is as if there were none: Trace Context, section 3.2
+        frame.setdefault("traceparent", trace)
     parsed = parse_request(frame)
     if action not in STORE_ACTIONS:
         raise UnsupportedAction(f"{action} is for websockets")

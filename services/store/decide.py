@@ -1,28 +1,41 @@
 """What a batch of commands comes to: writes, changes and replies. Pure: no I/O, no clock.
 
-The store decides in order and in memory; a later command sees what an earlier one did. What it does not know it names,
-is given, and decides again from the start: so the same code says what must be fetched and what is to be done.
+The store decides in order and in memory; a later command sees what an earlier one did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import structlog
 
-from tidewire.app import CONNECTIONS, App, ItemKey, Table, Write
-from tidewire.audiences import Audience, resolve
-from tidewire.errors import BadRequest, Conflict, Internal, NotFound, PermissionDenied, RequestError, Timeout, TooLarge
+from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.errors import BadRequest, Internal, PermissionDenied, RequestError, Timeout, TooLarge
 from tidewire.functions import Operation
-from tidewire.keys import Keys, Scalar
-from tidewire.protocol import Condition, Delete, Get, Put, Query, Update, parse_request
-from tidewire.records import Change, Command, Item, ItemRecord, Position, Reply, pack
+from tidewire.keys import Keys, Scalar, prefix_bytes, sort_bytes, tuple_bytes
+from tidewire.protocol import (
+    Check,
+    Delete,
+    Edge,
+    Get,
+    Put,
+    Query,
+    Transact,
+    Update,
+    fault_in,
+    parse_operations,
+    parse_request,
+)
+from tidewire.records import Command, Item, ItemRecord, Reply, pack
 
-from .facts import PAGE_BYTES, ConnectedFact, CountFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
+from . import chores
+from .facts import PAGE_BYTES, ConnectedFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
+from .rights import Rights
 from .updates import apply_update, touched
+from .view import Author, Effects, Missing, Situation, View, same
 
 log = structlog.get_logger(__name__)
 
@@ -33,27 +46,12 @@ SCAN_AT_A_TIME = 1000
 COMMIT_BYTES = 4 << 20
 """A commit larger than this is cut: the rest of the batch comes with the next."""
 
-
-class Missing(Exception):
-    """A fact must be fetched before this command can be decided."""
-
-    def __init__(self, fact: Fact) -> None:
-        self.fact = fact
+SWEEP, LOAD = "sweep", "load"
+"""What gateways and the import ask for, beside the actions of clients."""
 
 
 class NextBatch(Exception):
     """This command must be decided after what goes before it is committed."""
-
-
-@dataclass(frozen=True)
-class Situation:
-    """Where and when a batch is decided."""
-
-    partition: int
-    generation: int
-    now: int  # ms since 1970, the server's
-    last: tuple[int, int]  # id of the partition's last change
-    item_bytes: int  # most bytes of an item as JSON; 0: no limit
 
 
 @dataclass
@@ -62,38 +60,30 @@ class Decision:
     operations: list[Operation] = field(default_factory=list)
     replies: dict[str, list[Reply]] = field(default_factory=dict)
     last: tuple[int, int] = (0, 0)
+    floor: int = 0
     size_bytes: int = 0
     changes: int = 0
+    written: bool = False  # some reply tells of a write, now or earlier: it must be as durable as was promised
+    lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
+    more_to_expire: bool = False
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
-
-
-@dataclass
-class _Effects:
-    """What one command would do; nothing of it counts until it succeeds."""
-
-    items: dict[ItemKey, ItemRecord] = field(default_factory=dict)
-    operations: list[Operation] = field(default_factory=list)
-    ids: list[tuple[int, int]] = field(default_factory=list)
 
 
 def decide(
     app: App, keys: Keys, facts: dict[Fact, Value], commands: Sequence[Command | None], situation: Situation
 ) -> Decision | set[Fact]:
     """The decision, or the facts that are missing for it. A command of None (unreadable) is skipped."""
-    return _Batch(app, keys, facts, situation).decide(commands)
+    return _Batch(View(app, keys, facts, situation)).decide(commands)
 
 
 class _Batch:
-    def __init__(self, app: App, keys: Keys, facts: dict[Fact, Value], situation: Situation) -> None:
-        self.app = app
-        self.keys = keys
-        self.facts = facts
-        self.situation = situation
-        self.decision = Decision(last=situation.last)
-        self.written: dict[ItemKey, ItemRecord] = {}
-        self.counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.app = view.app
+        self.keys = view.keys
+        self.situation = view.situation
+        self.decision = Decision(floor=view.situation.floor)
         self.answered: dict[RequestFact, Reply] = {}
-        self.effects = _Effects()
 
     def decide(self, commands: Sequence[Command | None]) -> Decision | set[Fact]:
         missing: set[Fact] = set()
@@ -102,22 +92,45 @@ class _Batch:
                 if command is not None:
                     self.one(command)
             except Missing as need:
-                missing.add(need.fact)
+                missing |= need.facts
             except NextBatch:
                 break
             self.decision.consumed += 1
             if self.decision.size_bytes > COMMIT_BYTES:
                 break
+        for chore in self.chores():
+            self.view.begin()
+            try:
+                chore()
+            except Missing as need:
+                missing |= need.facts
+            else:
+                self.keep(self.view.accept())
+        self.decision.last = self.view.last
         return missing or self.decision
+
+    def chores(self) -> Iterator[Callable[[], None]]:
+        if self.situation.expire:
+            yield self.expire
+        if self.situation.keep_since is not None:
+            yield self.trim
+
+    def expire(self) -> None:
+        self.decision.more_to_expire = chores.expire(self.view)
+
+    def trim(self) -> None:
+        self.decision.lost = chores.trim(self.view)
+        self.decision.floor = chores.purge(self.view)
 
     # ── one command ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def one(self, command: Command) -> None:
-        self.effects = _Effects()
+        self.view.begin()
         repeat = RequestFact(command.user, command.request) if command.request is not None else None
         if repeat:
-            first = self.first_reply(repeat)
+            first = self.first_reply(repeat, command)
             if first is not None:
+                self.decision.written = True
                 self.reply(command, first)
                 return
         try:
@@ -125,7 +138,7 @@ class _Batch:
                 raise Timeout("the request waited longer than its time, and was not done")
             reply = Reply(command.number, self.perform(command), None)
         except RequestError as error:
-            self.effects = _Effects()
+            self.view.begin()
             reply = Reply(command.number, None, _error(error))
             self.decision.errors.append(error.code)
             if error.retry:
@@ -134,344 +147,351 @@ class _Batch:
             raise
         except Exception:  # the edge of one command: the next ones must not suffer
             log.exception("command_failed", action=command.action, table=command.body.get("table"))
-            self.effects = _Effects()
+            self.view.begin()
             reply = Reply(command.number, None, _error(Internal("something went wrong on the server")))
             repeat = None
-        self.accept(command, reply, repeat)
-
-    def accept(self, command: Command, reply: Reply, repeat: RequestFact | None) -> None:
-        effects = self.effects
-        self.effects = _Effects()  # from here on `record` is what was before
-        for key, record in effects.items.items():
-            was, is_ = self.live(self.record(key)) is not None, self.live(record) is not None
-            group = (key.table, key.partition)
-            self.counted[group] = self.counted.get(group, 0) + int(is_) - int(was)
-            self.written[key] = record
-        self.decision.operations += effects.operations
-        if effects.ids:
-            self.decision.last = effects.ids[-1]
-            self.decision.changes += len(effects.ids)
+        self.keep(self.view.accept(), transaction=command.action == "transact")
         if repeat:
             self.answered[repeat] = reply
-            key_ = self.keys.request(self.situation.partition, repeat.user, repeat.request)
-            self.decision.operations.append(Operation("SET", key_, (pack(reply), "PX", max(command.request_ttl_ms, 1))))
-        self.decision.size_bytes += sum(
-            len(arg) for operation in effects.operations for arg in operation.args if isinstance(arg, bytes)
-        )
+            key = self.keys.request(self.situation.partition, repeat.user, repeat.request)
+            self.decision.operations.append(Operation("SET", key, (pack(reply), "PX", max(command.request_ttl_ms, 1))))
         self.reply(command, reply)
+
+    def first_reply(self, repeat: RequestFact, command: Command) -> Reply | None:
+        if repeat in self.answered:
+            return self.answered[repeat]
+        try:
+            reply: Reply | None = self.view.know(repeat)
+        except Missing:
+            # What it will most likely need as well: one round of fetching instead of two.
+            raise Missing((repeat, *self.foreseen(command))) from None
+        return reply
+
+    def foreseen(self, command: Command) -> Iterable[Fact]:
+        try:
+            table = self.app[command.body.get("table", "")]
+            key = (
+                table.key_of(command.body["item"])
+                if command.action == "put"
+                else table.parse_key(command.body.get("key"))
+            )
+        except (RequestError, KeyError, TypeError):
+            return ()
+        return () if key in self.view.written else (ItemFact(key),)
+
+    def keep(self, effects: Effects, *, transaction: bool = False) -> None:
+        """What a command does becomes part of the commit."""
+        decision, stream = self.decision, self.keys.changes(self.situation.partition)
+        name = self.view.position(effects.changes[0][0]) if transaction and effects.changes else None
+        for number, (id_, change) in enumerate(effects.changes, 1):
+            more = name is not None and number < len(effects.changes)
+            record = pack(change._replace(transaction=name, more=more) if name is not None else change)
+            decision.operations.append(Operation("XADD", stream, (f"{id_[0]}-{id_[1]}", "r", record)))
+            decision.size_bytes += 2 * len(record)
+        decision.operations += effects.operations
+        decision.changes += len(effects.changes)
+        decision.written = decision.written or bool(effects.changes)
 
     def reply(self, command: Command, reply: Reply) -> None:
         self.decision.replies.setdefault(command.reply_to, []).append(reply._replace(number=command.number))
 
     def perform(self, command: Command) -> Any:
-        if command.action == "sweep":
+        if command.action == SWEEP:
             return self.sweep(command)
-        request = parse_request(command.body)
-        table = self.app[getattr(request, "table", "")]
+        if command.action == LOAD:
+            return self.load(command)
+        request, rights = parse_request(command.body), Rights(self.view, command)
+        author = Author(command.user, command.connection, command.request, command.trace)
         match request:
-            case Put():
-                return self.put(command, table, request)
-            case Update():
-                return self.update(command, table, request)
-            case Delete():
-                return self.delete(command, table, request)
+            case Put() | Update() | Delete():
+                return self.write(author, rights, request)
+            case Transact():
+                return self.transact(author, rights, request)
             case Get():
-                return self.get(command, table, request)
+                return self.get(rights, request)
             case Query():
-                return self.query(command, table, request)
+                return self.query(rights, request)
         raise BadRequest(f"the store has no action {command.action!r}")
 
-    # ── the actions ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, command: Command, table: Table, request: Put) -> Any:
+    def write(self, author: Author, rights: Rights, request: Put | Update | Delete) -> dict[str, Any]:
+        table = self.app[request.table]
+        match request:
+            case Put():
+                return self.put(author, rights, table, request)
+            case Update():
+                return self.update(author, rights, table, request)
+            case Delete():
+                return self.delete(author, rights, table, request)
+
+    def put(self, author: Author, rights: Rights, table: Table, request: Put) -> dict[str, Any]:
         key = table.key_of(request.item)
-        old = self.live(self.record(key))
-        self.keep_hidden(command, table, request.item)
+        old = self.view.item(table, key)
+        rights.keep_hidden(table, request.item)
         new = dict(request.item)
-        if old and command.role != "service":
+        if old and not rights.all:
             # A client cannot send back what it is not shown.
             new = {name: value for name, value in old.items() if name in table.hidden} | new
-        self.may_write(command, table, old, new)
-        self.check(command, table, key, request.condition)
-        return self.write(command, table, key, new)
+        rights.may_write(table, old, new)
+        rights.check(table, key, request.condition)
+        table.validate(new)
+        return self.written(author, table, key, new)
 
-    def update(self, command: Command, table: Table, request: Update) -> Any:
+    def update(self, author: Author, rights: Rights, table: Table, request: Update) -> dict[str, Any]:
         key = table.parse_key(request.key)
-        old = self.readable(command, table, key)
-        self.keep_hidden(command, table, touched(request))
+        old = rights.readable(table, key)
+        rights.keep_hidden(table, touched(request))
         new = apply_update(old, request)
         if table.key_of(new) != key:
             raise BadRequest("update: the key of an item cannot change")
-        self.may_write(command, table, old, new)
-        self.check(command, table, key, request.condition)
-        result = self.write(command, table, key, new)
-        if self.may_read(command, table, new):
-            result["item"] = table.visible(new, command.role)
+        if fault := fault_in(new):
+            raise BadRequest(f"update: the item would hold {fault}")
+        rights.may_write(table, old, new)
+        rights.check(table, key, request.condition)
+        table.validate(new)
+        result = self.written(author, table, key, new)
+        if rights.may_read(table, new):
+            result["item"] = table.visible(new, "service" if rights.all else "client")
         return result
 
-    def delete(self, command: Command, table: Table, request: Delete) -> Any:
+    def delete(self, author: Author, rights: Rights, table: Table, request: Delete) -> dict[str, Any]:
         key = table.parse_key(request.key)
-        old = self.readable(command, table, key)
-        self.may_write(command, table, old, None)
-        self.check(command, table, key, request.condition)
-        return self.write(command, table, key, None)
+        old = rights.readable(table, key)
+        rights.may_write(table, old, None)
+        rights.check(table, key, request.condition)
+        return self.written(author, table, key, None)
 
-    def get(self, command: Command, table: Table, request: Get) -> Any:
+    def written(self, author: Author, table: Table, key: ItemKey, new: Item | None) -> dict[str, Any]:
+        version, position = self.view.write(author, table, key, new)
+        return {"key": table.key_object(key), "version": version, "position": position}
+
+    def transact(self, author: Author, rights: Rights, request: Transact) -> dict[str, Any]:
+        """All or none; each operation sees what those before it did. Errors say which operation it was."""
+        operations = parse_operations(request)
+        keys = [self.key_of(operation) for operation in operations]
+        for number, key in enumerate(keys):
+            if keys.index(key) != number:
+                raise BadRequest(f"transact: operations {keys.index(key)} and {number} are about the same item")
+            if not same(key.partition, keys[0].partition):
+                raise BadRequest(
+                    f"transact: operations 0 and {number} have the partition keys {keys[0].partition!r} and "
+                    f"{key.partition!r}; all must have the same"
+                )
+        self.view.need(ItemFact(key) for key in keys)
+        results = []
+        for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
+            try:
+                if isinstance(operation, Check):
+                    results.append(self.checked(rights, operation, key))
+                else:
+                    results.append(self.write(author, rights, operation))
+            except RequestError as error:
+                error.message = f"operations[{number}]: {error.message}"
+                error.details = error.details | {"operation": number}
+                raise
+        return {"results": results}
+
+    def checked(self, rights: Rights, request: Check, key: ItemKey) -> dict[str, Any]:
+        table = self.app[request.table]
+        item, condition = self.view.item(table, key), request.condition
+        if not (rights.all or condition.absent or (item is not None and rights.may_read(table, item))):
+            rights.readable(table, key)
+        if condition.absent and not rights.all and (item is None or not rights.may_read(table, item)):
+            # Whether there is an item that he may not read is not to be found out, unless he may write there.
+            rights.may_write(table, item, None)
+        rights.check(table, key, condition)
+        record = self.view.record(key)
+        version = record.version if record and record.item is not None else 0
+        return {"key": table.key_object(key), "version": version, "position": self.view.position(self.view.last_id)}
+
+    def key_of(self, request: Put | Update | Delete | Check) -> ItemKey:
+        table = self.app[request.table]
+        if table.name == CONNECTIONS:
+            raise PermissionDenied("connections are written by the gateways alone")
+        return table.key_of(request.item) if isinstance(request, Put) else table.parse_key(request.key)
+
+    # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get(self, rights: Rights, request: Get) -> dict[str, Any]:
+        table = self.app[request.table]
         key = table.parse_key(request.key)
-        item = self.readable(command, table, key)
-        record = self.record(key)
+        item = rights.readable(table, key)
+        record = self.view.record(key)
         assert record
-        return self.shown(command, table, item, record) | {"position": self.position(self.decision.last)}
+        return self.shown(rights, table, item, record) | {"position": self.view.position(self.view.last)}
 
-    def query(self, command: Command, table: Table, request: Query) -> Any:
-        partition = table.parse_partition_key(request.key)
-        items: list[dict[str, Any]] = []
+    def query(self, rights: Rights, request: Query) -> dict[str, Any]:
+        table = self.app[request.table]
+        attributes: tuple[str, str] | None
+        if request.index is None:
+            partition = table.parse_partition_key(request.key)
+            found, attributes = self.scan(table, partition, request), None
+            position = self.view.position(self.view.last)
+        else:
+            attributes = table.index(request.index)
+            rights.keep_hidden(table, attributes)
+            value = table.parse_index_key(request.index, request.key)
+            order, items = self.keys.index(table.name, attributes, value)[::-1]
+            found = self.pages(order, items, _Bounds(request, table, attributes))
+            # It follows the tables of other partitions, by and by: of none of them it contains all.
+            position = self.view.position((0, 0))
+        shown: list[dict[str, Any]] = []
+        last: Item | None = None
         following, size_bytes = None, 0
-        for record in self.scan(table, partition, request):
-            if record.item is None or not self.may_read(command, table, record.item):
+        for record in found:
+            item = self.view.alive(table, record)
+            if item is None or not rights.may_read(table, item):
                 continue
-            shown = self.shown(command, table, record.item, record)
-            size_bytes += len(msgspec.json.encode(shown))
-            if items and (len(items) == request.limit or size_bytes > PAGE_BYTES):
-                # Of an item that is shown, and only because there is one more to show: it tells of no other.
-                following = items[-1]["item"][table.key[1]]
+            entry = self.shown(rights, table, item, record)
+            size_bytes += len(msgspec.json.encode(entry))
+            if last is not None and (len(shown) == request.limit or size_bytes > PAGE_BYTES):
+                # Of items that are shown, and only because there is one more to show: it tells of no other.
+                following = _next(table, attributes, last, item)
                 break
-            items.append(shown)
-        return {"items": items, "next": following, "position": self.position(self.decision.last)}
+            shown.append(entry)
+            last = item
+        return {"items": shown, "next": following, "position": position}
 
     def scan(self, table: Table, partition: Scalar, request: Query) -> Iterator[ItemRecord]:
-        """The items in the order asked for, page by page.
-
-        Raises TooLarge when it goes on and on over what is not shown.
-        """
+        """The items of a partition-key value, in the order asked for."""
         if not table.sorted:
-            record = self.record(ItemKey(table.name, partition, None))
-            if record and self.live(record):
-                yield record
-            return
-        if any((key.table, key.partition) == (table.name, partition) for key in self.written):
+            record = self.view.record(ItemKey(table.name, partition, None))
+            return iter([record] if record else [])
+        if any((key.table, key.partition) == (table.name, partition) for key in self.view.written):
             raise NextBatch  # a page is read as it was committed; it must have what went before
-        after, before, limit, scanned = request.after, request.before, request.limit + 1, 0
+        order, items = self.keys.order(table.name, partition), self.keys.items(table.name, partition)
+        return self.pages(order, items, _Bounds(request, table, None))
+
+    def pages(self, order: bytes, items: bytes, bounds: _Bounds) -> Iterator[ItemRecord]:
+        """Page by page. Raises TooLarge when it goes on and on over what is not shown."""
+        limit, scanned = bounds.request.limit + 1, 0
         while True:
-            fact = PageFact(table.name, partition, after, before, request.prefix, limit, request.reverse)
-            page: Page = self.know(fact)
+            low, high = bounds.range()
+            page: Page = self.view.know(PageFact(order, items, low, high, limit, bounds.request.reverse))
             yield from page.records
             scanned += len(page.records)
             if not page.more:
                 return
             if scanned > MOST_SCANNED:
                 raise TooLarge("too many items lie between those that you may read: narrow the query by its bounds")
-            last = page.records[-1].item
-            assert last is not None
-            edge = last[table.key[1]]
-            after, before = (after, edge) if request.reverse else (edge, before)
+            bounds.go_on_from(page.records[-1])
             limit = SCAN_AT_A_TIME
 
-    def sweep(self, command: Command) -> Any:
-        """Remove connections of a gateway that is dead; how many there were in this round."""
-        if command.role != "service":
-            raise PermissionDenied("sweep is the gateways' own")
-        gateway, table = command.body["gateway"], self.app[CONNECTIONS]
-        connected: list[tuple[str, str]] = self.know(ConnectedFact(gateway))
-        for user, connection in connected:
-            key = ItemKey(CONNECTIONS, user, connection)
-            if self.live(self.record(key)):
-                self.write(command, table, key, None)
-            else:
-                self.forget_connection(gateway, key)
-        return len(connected)
-
-    # ── what is known ───────────────────────────────────────────────────────────────────────────────────────────────
-
-    def know(self, fact: Fact) -> Any:
-        if fact not in self.facts:
-            raise Missing(fact)
-        return self.facts[fact]
-
-    def record(self, key: ItemKey) -> ItemRecord | None:
-        """The item as it stands after what was decided so far."""
-        for written in (self.effects.items, self.written):
-            if key in written:
-                return written[key]
-        record: ItemRecord | None = self.know(ItemFact(key))
-        return record
-
-    @staticmethod
-    def live(record: ItemRecord | None) -> Item | None:
-        return record.item if record else None
-
-    def first_reply(self, repeat: RequestFact) -> Reply | None:
-        if repeat in self.answered:
-            return self.answered[repeat]
-        reply: Reply | None = self.know(repeat)
-        return reply
-
-    # `Knowledge`, for the audiences: memberships are tables, so that the same facts serve.
-
-    def member(self, membership: str, group: Scalar, user: str) -> Item | None:
-        return self.live(self.record(ItemKey(membership, group, user)))
-
-    def members(self, membership: str, group: Scalar) -> dict[str, Item]:
-        raise NotImplementedError("the store asks of one user at a time")
-
-    def vacant(self, membership: str, group: Scalar) -> bool:
-        count: int = self.know(CountFact(membership, group))
-        return count + self.counted.get((membership, group), 0) <= 0
-
-    # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def may_read(self, command: Command, table: Table, item: Item) -> bool:
-        if command.role == "service":
-            return True
-        try:
-            audience = resolve(table.readers, item)
-        except Exception as error:  # the application's function: what it cannot say yes to, nobody reads
-            log.warning("readers_failed", table=table.name, error=repr(error))
-            return False
-        return audience.admits(item, command.user, self)
-
-    def readable(self, command: Command, table: Table, key: ItemKey) -> Item:
-        """The live item. Raises NotFound where there is none, or none that this user may know of."""
-        item = self.live(self.record(key))
-        if item is None or not self.may_read(command, table, item):
-            raise NotFound(f"there is no such item in table {table.name!r}")
-        return item
-
-    def may_write(self, command: Command, table: Table, old: Item | None, new: Item | None) -> None:
-        """Raises PermissionDenied unless the user is among the writers of the item as it is and as it would be."""
-        if new is not None:
-            self.check_readers(table, new)
-        if command.role == "service":
-            return
-        audience: Audience | bool
-        try:
-            if isinstance(table.writers, Audience):
-                audience = table.writers
-            else:
-                audience = table.writers(Write(old, new, command.user, command.claims))
-                if not isinstance(audience, bool | Audience):
-                    raise TypeError(f"a writers function returns an audience or a bool, not {audience!r}")
-        except Exception as error:
-            log.warning("writers_failed", table=table.name, error=repr(error))
-            raise BadRequest(f"the rules of table {table.name!r} cannot be applied to this item") from None
-        images = [image for image in (old, new) if image is not None]
-        allowed = (
-            audience
-            if isinstance(audience, bool)
-            else all(audience.admits(image, command.user, self) for image in images)
-        )
-        if not allowed:
-            raise PermissionDenied(f"you may not write this item of table {table.name!r}")
-
-    def check_readers(self, table: Table, new: Item) -> None:
-        try:
-            resolve(table.readers, new)
-        except Exception as error:
-            log.warning("readers_failed", table=table.name, error=repr(error))
-            raise BadRequest(f"the rules of table {table.name!r} cannot be applied to this item") from None
-
-    def check(self, command: Command, table: Table, key: ItemKey, condition: Condition | None) -> None:
-        """`if`. Raises Conflict, with the item's version for who may read it."""
-        if condition is None:
-            return
-        record = self.record(key)
-        item = self.live(record)
-        if condition.equals is not None:
-            self.keep_hidden(command, table, condition.equals)
-        told = record is not None and item is not None and self.may_read(command, table, item)
-        if item is not None and not told and (condition.version is not None or condition.equals is not None):
-            holds = False  # what one may write and not read cannot be found out by guessing
-        elif condition.version is not None:
-            holds = record is not None and item is not None and record.version == condition.version
-        elif condition.equals is not None:
-            holds = item is not None and all(
-                name in item and _same(item[name], value) for name, value in condition.equals.items()
-            )
-        else:
-            holds = (item is None) == bool(condition.absent)
-        if not holds:
-            details = {"version": record.version} if told and record else {}
-            raise Conflict("the item is not as `if` says it must be", **details)
-
-    def keep_hidden(self, command: Command, table: Table, names: Iterable[str]) -> None:
-        """Raises PermissionDenied where a client names a hidden attribute: its answers would tell what is in it."""
-        if command.role != "service" and (hidden := table.hidden.intersection(names)):
-            raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
-
-    # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def write(self, command: Command, table: Table, key: ItemKey, new: Item | None) -> dict[str, Any]:
-        """Item, order and change, as one step of the commit. Nothing, where nothing changes."""
-        record = self.record(key)
-        old = self.live(record)
-        version = record.version if record else 0
-        key_object = table.key_object(key)
-        if new is not None and old is not None and _same(old, new):
-            return {"key": key_object, "version": version, "position": self.position(self.decision.last)}
-        if new is not None:
-            self.check_size(new)
-        now, id_ = self.situation.now, self.next_id()
-        version += 1
-        written = ItemRecord(version, now, command.user, new)
-        event = "REMOVE" if new is None else "INSERT" if old is None else "MODIFY"
-        change = Change(
-            event, table.name, key_object, version, new, old, now, command.user, command.connection, command.request
-        )
-        at = f"{id_[0]}-{id_[1]}"
-        operations = [
-            Operation("XADD", self.keys.changes(self.situation.partition), (at, "r", pack(change))),
-            Operation("HSET", self.keys.items(key.table, key.partition), (key.field, pack(written))),
-        ]
-        if table.sorted and (old is None) != (new is None):
-            order = self.keys.order(key.table, key.partition)
-            args = ("0", key.field) if new is not None else (key.field,)
-            operations.append(Operation("ZADD" if new is not None else "ZREM", order, args))
-        self.effects.items[key] = written
-        self.effects.operations += operations
-        self.effects.ids.append(id_)
-        if table.name == CONNECTIONS:
-            self.keep_connection(key, old, new)
-        return {"key": key_object, "version": version, "position": self.position(id_)}
-
-    def keep_connection(self, key: ItemKey, old: Item | None, new: Item | None) -> None:
-        """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
-        if old is not None:
-            self.forget_connection(str(old.get("gateway")), key)
-        if new is not None:
-            connected = self.keys.connected(self.situation.partition, str(new.get("gateway")))
-            self.effects.operations.append(Operation("SADD", connected, (pack((key.partition, key.sort)),)))
-
-    def forget_connection(self, gateway: str, key: ItemKey) -> None:
-        connected = self.keys.connected(self.situation.partition, gateway)
-        self.effects.operations.append(Operation("SREM", connected, (pack((key.partition, key.sort)),)))
-
-    def check_size(self, item: Item) -> None:
-        limit = self.situation.item_bytes
-        size = len(msgspec.json.encode(item)) if limit else 0
-        if size > limit:
-            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
-
-    def next_id(self) -> tuple[int, int]:
-        ms, seq = self.effects.ids[-1] if self.effects.ids else self.decision.last
-        return (self.situation.now, 0) if self.situation.now > ms else (ms, seq + 1)
-
-    def position(self, id_: tuple[int, int]) -> str:
-        return str(Position(self.situation.partition, self.situation.generation, *id_))
-
-    def shown(self, command: Command, table: Table, item: Item, record: ItemRecord) -> dict[str, Any]:
-        visible = table.visible(item, command.role)
+    def shown(self, rights: Rights, table: Table, item: Item, record: ItemRecord) -> dict[str, Any]:
+        visible = table.visible(item, "service" if rights.all else "client")
         return {"item": visible, "version": record.version, "at": record.at, "by": record.by}
 
+    # ── what gateways and the import ask for ────────────────────────────────────────────────────────────────────────
 
-def _same(a: Any, b: Any) -> bool:
-    """JSON equality: as ==, but true is not 1."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    def sweep(self, command: Command) -> int:
+        """Remove connections of a gateway that is dead; how many there were in this round."""
+        _service_only(command)
+        gateway, table = command.body["gateway"], self.app[CONNECTIONS]
+        connected: list[tuple[str, str]] = self.view.know(ConnectedFact(gateway))
+        keys = [ItemKey(CONNECTIONS, user, connection) for user, connection in connected]
+        self.view.need(ItemFact(key) for key in keys)
+        for key in keys:
+            if self.view.item(table, key):
+                self.view.write(Author(command.user), table, key, None)
+            else:
+                self.view.forget_connection(gateway, key)
+        return len(connected)
+
+    def load(self, command: Command) -> int:
+        """Write many items of this partition at once, as an import does; how many. All or none, checked as any write.
+
+        Errors name the item by its place in `items`, a list of [table, item].
+        """
+        _service_only(command)
+        author, keys = Author(command.user), []
+        rows: list[tuple[str, Item]] = command.body["items"]
+        for number, (name, item) in enumerate(rows):
+            with _place(number):
+                keys.append(self.app[name].key_of(item))
+        self.view.need(ItemFact(key) for key in keys)
+        for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
+            with _place(number):
+                table = self.app[name]
+                table.validate(item)
+                self.view.write(author, table, key, item)
+        return len(rows)
+
+
+class _place:  # noqa: N801 - a context manager
+    """Errors within say where in the command they arose."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, RequestError):
+            error.details = error.details | {"item": self._number}
+
+
+class _Bounds:
+    """The range that a query asks for, in the bytes of a table's order or of an index, page by page."""
+
+    def __init__(self, request: Query, table: Table, attributes: tuple[str, str] | None) -> None:
+        """Raises BadRequest for a bound that is none of a table."""
+        self.request = request
+        self._table = table
+        self._attributes = attributes
+        after, before = ((name, getattr(request, name)) for name in ("after", "before"))
+        low = [] if after[1] is None else [b"(" + self._edge(*after, past=True)]
+        high = [] if before[1] is None else [b"(" + self._edge(*before, past=False)]
+        if request.prefix:
+            start = sort_bytes(request.prefix) if attributes is None else prefix_bytes(request.prefix)
+            low.append(b"[" + start)
+            high.append(b"(" + start + b"\xff")  # beyond all of UTF-8
+        self._low = max(low, key=lambda bound: bound[1:], default=b"-")
+        self._high = min(high, key=lambda bound: bound[1:], default=b"+")
+
+    def range(self) -> tuple[bytes, bytes]:
+        """As ZRANGEBYLEX has it."""
+        return self._low, self._high
+
+    def go_on_from(self, record: ItemRecord) -> None:
+        assert record.item is not None, "tombstones have no place in the order"
+        key = self._table.key_of(record.item)
+        edge = b"(" + (key.field if self._attributes is None else index_field(key, record.item, self._attributes))
+        if self.request.reverse:
+            self._high = edge
+        else:
+            self._low = edge
+
+    def _edge(self, name: str, edge: Edge, *, past: bool) -> bytes:
+        if isinstance(edge, list):
+            if self._attributes is None:
+                raise BadRequest(f"query: {name} is a sort-key value, not a list")
+            return tuple_bytes(*edge)
+        assert edge is not None
+        if self._attributes is None:
+            return sort_bytes(edge)
+        return tuple_bytes(edge) + (b"\xff" if past else b"")  # past all entries of that value
+
+
+def index_field(key: ItemKey, item: Item, attributes: tuple[str, str]) -> bytes:
+    """The bytes by which an item stands in an index: its sort value, then its own key."""
+    return tuple_bytes(item[attributes[1]], *(value for value in key[1:] if value is not None))
+
+
+def _next(table: Table, attributes: tuple[str, str] | None, last: Item, following: Item) -> Any:
+    """The sort value of a page's end; in an index that goes on with the same value, together with the item's key."""
+    if attributes is None:
+        return last[table.key[1]]
+    attribute = attributes[1]
+    if not same(last[attribute], following[attribute]):
+        return last[attribute]
+    return [last[attribute], *(last[name] for name in table.key)]
+
+
+def _service_only(command: Command) -> None:
+    if command.role != "service":
+        raise PermissionDenied(f"{command.action} is for service keys alone")
 
 
 def _error(error: RequestError) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tidewire.app import App, ItemKey
+from redis.asyncio.client import Pipeline
+from redis.exceptions import ResponseError
+
+from tidewire.app import ItemKey
 from tidewire.backend import Backend
-from tidewire.keys import Scalar, sort_bytes
-from tidewire.records import ItemRecord, Reply, unpack
+from tidewire.keys import CHANGE_GROUPS, Keys, Scalar
+from tidewire.records import ItemRecord, Reply, stream_id, unpack
 
 PAGE_BYTES = 1 << 20
 """A page of a query ends here, with a `next`."""
+AT_A_TIME = 500
+"""So many expired items, or forgotten versions, go into one commit."""
 
 
 class ItemFact(NamedTuple):
@@ -27,13 +32,12 @@ class CountFact(NamedTuple):
 
 
 class PageFact(NamedTuple):
-    """Up to `limit` items between two sort keys (exclusive), with one more to see whether there is more."""
+    """Up to `limit` records between two bounds of ZRANGEBYLEX, and whether there are more."""
 
-    table: str
-    partition: Scalar
-    after: Scalar | None
-    before: Scalar | None
-    prefix: str | None
+    order: bytes
+    items: bytes
+    low: bytes
+    high: bytes
     limit: int
     reverse: bool
 
@@ -56,19 +60,72 @@ class ConnectedFact(NamedTuple):
     gateway: str
 
 
-Fact = ItemFact | CountFact | PageFact | RequestFact | ConnectedFact
-Value = ItemRecord | int | Page | Reply | list[tuple[str, str]] | None
+class KindFact(NamedTuple):
+    """Of what kind a table's sort keys are, in all partitions: "s" or "n". Where no item came before, this kind."""
+
+    table: str
+    kind: str
 
 
-async def fetch(backend: Backend, app: App, partition: int, facts: Iterable[Fact]) -> dict[Fact, Value]:
-    """All of them, concurrently: simple ones in one pipeline, pages in calls of their own."""
+class DueFact(NamedTuple):
+    """Keys of items that expired before now (ms), at most AT_A_TIME."""
+
+    now: int
+
+
+class ChangesFact(NamedTuple):
+    """How the partition's change stream stands."""
+
+
+class Stream(NamedTuple):
+    length: int
+    first: tuple[int, int]  # id of its first entry
+    read_by_all: tuple[int, int]  # every group has acknowledged what is before that
+    unread: dict[str, int]  # by group: entries that it has not acknowledged
+
+
+class TombstonesFact(NamedTuple):
+    """Keys of items deleted before that time (ms), at most AT_A_TIME."""
+
+    before: int
+
+
+class FieldsFact(NamedTuple):
+    """How many items and tombstones a partition-key value has."""
+
+    table: str
+    partition: Scalar
+
+
+Fact = (
+    ItemFact
+    | CountFact
+    | PageFact
+    | RequestFact
+    | ConnectedFact
+    | KindFact
+    | DueFact
+    | ChangesFact
+    | TombstonesFact
+    | FieldsFact
+)
+Value = ItemRecord | int | str | Page | Reply | Stream | list[tuple[str, str]] | list[ItemKey] | None
+
+
+async def fetch(backend: Backend, partition: int, facts: Iterable[Fact]) -> dict[Fact, Value]:
+    """All of them, concurrently: simple ones in one pipeline, the others in calls of their own."""
     wanted = list(facts)
-    simple = [fact for fact in wanted if not isinstance(fact, PageFact)]
-    pages = [fact for fact in wanted if isinstance(fact, PageFact)]
-    values, found = await asyncio.gather(
-        _simple(backend, partition, simple), asyncio.gather(*(_page(backend, fact) for fact in pages))
+    simple = [fact for fact in wanted if not isinstance(fact, PageFact | ChangesFact)]
+    values, *found = await asyncio.gather(
+        _simple(backend, partition, simple),
+        *(
+            _page(backend, fact) if isinstance(fact, PageFact) else _stream(backend, partition)
+            for fact in wanted
+            if isinstance(fact, PageFact | ChangesFact)
+        ),
     )
-    return dict[Fact, Value](zip(simple, values, strict=True)) | dict(zip(pages, found, strict=True))
+    others = [fact for fact in wanted if isinstance(fact, PageFact | ChangesFact)]
+    return dict[Fact, Value](zip(simple, values, strict=True)) | dict(zip(others, found, strict=True))
 
 
 async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> list[Value]:
@@ -77,38 +134,57 @@ async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> li
         return []
     async with backend.commands.pipeline(transaction=False) as pipeline:
         for fact in facts:
-            if isinstance(fact, ItemFact):
-                pipeline.hget(keys.items(fact.key.table, fact.key.partition), fact.key.field)
-            elif isinstance(fact, CountFact):
-                pipeline.zcard(keys.order(fact.table, fact.partition))
-            elif isinstance(fact, RequestFact):
-                pipeline.get(keys.request(partition, fact.user, fact.request))
-            elif isinstance(fact, ConnectedFact):
-                pipeline.srandmember(keys.connected(partition, fact.gateway), 200)
-        raw = await pipeline.execute()
-    return [_value(fact, answer) for fact, answer in zip(facts, raw, strict=True)]
+            _ask(pipeline, keys, partition, fact)
+        raw = iter(await pipeline.execute())
+    values = []
+    for fact in facts:
+        if isinstance(fact, KindFact):
+            next(raw)
+        values.append(_value(fact, next(raw)))
+    return values
 
 
-def _value(fact: Fact, raw: object) -> Value:
-    if isinstance(fact, CountFact):
-        assert isinstance(raw, int)
-        return raw
+def _ask(pipeline: Pipeline, keys: Keys, partition: int, fact: Fact) -> None:
+    if isinstance(fact, ItemFact):
+        pipeline.hget(keys.items(fact.key.table, fact.key.partition), fact.key.field)
+    elif isinstance(fact, CountFact):
+        pipeline.zcard(keys.order(fact.table, fact.partition))
+    elif isinstance(fact, RequestFact):
+        pipeline.get(keys.request(partition, fact.user, fact.request))
+    elif isinstance(fact, ConnectedFact):
+        pipeline.srandmember(keys.connected(partition, fact.gateway), 200)
+    elif isinstance(fact, KindFact):
+        # The first one who asks decides, for all partitions: nothing but this is written to know it.
+        pipeline.hsetnx(keys.sort_kinds(), fact.table, fact.kind)
+        pipeline.hget(keys.sort_kinds(), fact.table)
+    elif isinstance(fact, DueFact):
+        pipeline.zrangebyscore(keys.expiries(partition), "-inf", fact.now / 1000, 0, AT_A_TIME)
+    elif isinstance(fact, TombstonesFact):
+        pipeline.zrangebyscore(keys.tombstones(partition), "-inf", f"({fact.before}", 0, AT_A_TIME)
+    elif isinstance(fact, FieldsFact):
+        pipeline.hlen(keys.items(fact.table, fact.partition))
+
+
+def _value(fact: Fact, raw: Any) -> Value:
+    if isinstance(fact, CountFact | FieldsFact):
+        return int(raw)
     if isinstance(fact, ConnectedFact):
-        assert isinstance(raw, list | set)
         return sorted((user, connection) for user, connection in map(unpack, raw))
+    if isinstance(fact, DueFact | TombstonesFact):
+        return [ItemKey(*unpack(member)) for member in raw]
+    if isinstance(fact, KindFact):
+        return str(raw.decode())
     if raw is None:
         return None
-    assert isinstance(raw, bytes)
     return Reply(*unpack(raw)) if isinstance(fact, RequestFact) else ItemRecord(*unpack(raw))
 
 
 async def _page(backend: Backend, fact: PageFact) -> Page:
-    low, high = bounds(fact)
     found, cut = await backend.functions.page(
-        backend.keys.order(fact.table, fact.partition),
-        backend.keys.items(fact.table, fact.partition),
-        low,
-        high,
+        fact.order,
+        fact.items,
+        fact.low,
+        fact.high,
         reverse=fact.reverse,
         count=fact.limit + 1,
         size_bytes=PAGE_BYTES,
@@ -117,15 +193,28 @@ async def _page(backend: Backend, fact: PageFact) -> Page:
     return Page(records[: fact.limit], cut or len(found) > fact.limit)
 
 
-def bounds(fact: PageFact) -> tuple[bytes, bytes]:
-    """The range of sort bytes, as ZRANGEBYLEX has it."""
-    low = [b"-"] if fact.after is None else [b"(" + sort_bytes(fact.after)]
-    high = [b"+"] if fact.before is None else [b"(" + sort_bytes(fact.before)]
-    if fact.prefix:
-        start = sort_bytes(fact.prefix)
-        low.append(b"[" + start)
-        high.append(b"(" + start + b"\xff")  # beyond all of UTF-8
-    # "-" and "+" compare below "(" only by accident of ASCII, hence the explicit choice.
-    lowest = max(low, key=lambda bound: b"" if bound == b"-" else bound[1:])
-    highest = min(high, key=lambda bound: (1, b"") if bound == b"+" else (0, bound[1:]))
-    return lowest, highest
+async def _stream(backend: Backend, partition: int) -> Stream:
+    stream = backend.keys.changes(partition)
+    try:
+        info: Any = await backend.commands.xinfo_stream(stream)
+    except ResponseError as error:
+        if "no such key" not in str(error).lower():
+            raise
+        return Stream(0, (0, 0), (0, 0), {})
+    groups: list[Any] = await backend.commands.xinfo_groups(stream)
+    first = stream_id(info["first-entry"][0]) if info["first-entry"] else (2**63, 0)
+    read = [await _read_by(backend, stream, group) for group in groups]
+    if len({group["name"] for group in groups} & {name.encode() for name in CHANGE_GROUPS}) < len(CHANGE_GROUPS):
+        read.append((0, 0))  # one of them has not begun
+    unread = {group["name"].decode(): int(group.get("lag") or 0) + int(group["pending"]) for group in groups}
+    return Stream(int(info["length"]), first, min(read), unread)
+
+
+async def _read_by(backend: Backend, stream: bytes, group: Any) -> tuple[int, int]:
+    """The first id that a group has not acknowledged."""
+    if group["pending"]:
+        pending: Any = await backend.commands.xpending(stream, group["name"])
+        if pending["min"]:
+            return stream_id(pending["min"])
+    ms, seq = stream_id(group["last-delivered-id"])
+    return ms, seq + 1

@@ -11,23 +11,32 @@ from redis.exceptions import ResponseError
 from tidewire.app import App
 from tidewire.backend import Backend
 from tidewire.bus import send_replies
+from tidewire.errors import ConfigurationError
 from tidewire.functions import Batch, Operation, Owned
+from tidewire.keys import CHANGE_GROUPS
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
-from tidewire.records import Command, stream_id, unpack
+from tidewire.records import Command, Declaration, pack, stream_id, unpack
 from tidewire.settings import Settings
 
-from .decide import Decision, Situation, decide
-from .facts import Fact, Value, fetch
+from .decide import Decision, decide
+from .facts import Fact, KindFact, Value, fetch
+from .indexer import GROUP as INDEXER
+from .indexer import IndexerTenure
+from .view import Situation
 
 log = structlog.get_logger(__name__)
 
 GROUP = "store"
+EXPIRE_EVERY_S = 1.0
+TRIM_EVERY_S = 10.0
+"""Or ten times within the time that changes are kept, if that is shorter."""
 
 COMMANDS = Counter("tidewire_store_commands_total", "Commands decided.")
 CHANGES = Counter("tidewire_store_changes_total", "Changes appended.")
 ERRORS = Counter("tidewire_store_errors_total", "Commands answered with an error.", ["code"])
+LOST = Counter("tidewire_store_changes_lost_total", "Changes trimmed before a group had read them.", ["group"])
 UNREADABLE = Counter("tidewire_store_unreadable_total", "Command entries that could not be read, and were skipped.")
 DECIDE_SECONDS = Histogram("tidewire_store_decide_seconds", "From a batch to its decision, fetches included.")
 
@@ -42,32 +51,60 @@ class StoreTenure:
         self._partition = partition
         self._owned = owned
         self._last: tuple[int, int] | None = None  # id of the partition's last change
+        self._floor = 0
+        self._kinds: dict[str, str] = {}
         self._decision = Decision()
+        self._expires = any(table.expires for table in app.tables.values())
+        self._expire_at = self._trim_at = 0.0  # monotonic: when to look again
+        self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
 
     def destinations(self) -> tuple[bytes, ...]:
         return ()
 
-    async def decide(self, batch: Batch) -> Outcome:
+    async def decide(self, batch: Batch) -> Outcome | None:
         begun = time.perf_counter()
+        expire, trim = self._expires and begun >= self._expire_at, begun >= self._trim_at
+        if not (batch.entries or expire or trim):
+            return None
         if self._last is None:
             self._last = await self._last_change()
+            self._floor = int(await self._backend.commands.hget(self._owned.partition, "floor") or 0)
         situation = Situation(
-            self._partition, self._owned.fence.generation, batch.now, self._last, self._settings.limit_item_bytes
+            self._partition,
+            self._owned.fence.generation,
+            batch.now,
+            self._last,
+            self._settings.limit_item_bytes,
+            floor=self._floor,
+            kinds=self._kinds,
+            expire=expire,
+            keep_since=(batch.now - int(1000 * self._settings.changes_retention_s), 0) if trim else None,
+            keep_changes=self._settings.changes_max,
         )
         commands = [_command(fields) for _, fields in batch.entries]
         facts: dict[Fact, Value] = {}
         while isinstance(decided := decide(self._app, self._backend.keys, facts, commands, situation), set):
-            facts |= await fetch(self._backend, self._app, self._partition, decided)
+            facts |= await fetch(self._backend, self._partition, decided)
         self._decision = decided
-        consumed_to = batch.entries[decided.consumed - 1][0]
-        # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.
-        trim = Operation("XTRIM", self._owned.stream, ("MINID", "=", f"{consumed_to[0]}-{consumed_to[1] + 1}"))
+        self._kinds |= {fact.table: str(kind) for fact, kind in facts.items() if isinstance(fact, KindFact)}
+        if expire and not decided.more_to_expire:
+            self._expire_at = begun + EXPIRE_EVERY_S
+        if trim:
+            self._trim_at = begun + self._trim_every_s
+        operations = decided.operations
+        if decided.consumed:
+            ms, seq = batch.entries[decided.consumed - 1][0]
+            # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.
+            operations.append(Operation("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
         DECIDE_SECONDS.observe(time.perf_counter() - begun)
-        return Outcome(decided.consumed, [*decided.operations, trim])
+        return Outcome(decided.consumed, operations) if operations else None
 
     async def committed(self) -> None:
         decision = self._decision
-        self._last = decision.last
+        self._last, self._floor = decision.last, decision.floor
+        for group, count in decision.lost.items():
+            LOST.labels(group).inc(count)
+            log.error("changes_trimmed_unread", partition=self._partition, group=group, count=count)
         COMMANDS.inc(decision.consumed)
         CHANGES.inc(decision.changes)
         for code in decision.errors:
@@ -101,4 +138,43 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> StoreTenure:
         return StoreTenure(app, backend, settings, partition, owned)
 
-    return service.work(Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure))
+    def indexer(partition: int, owned: Owned) -> IndexerTenure:
+        return IndexerTenure(app, backend, partition, owned)
+
+    async def declare() -> None:
+        await declare_tables(backend, app)
+        for partition in range(backend.keys.partitions):
+            for group in CHANGE_GROUPS:  # from now on nothing is trimmed that one of them has not read
+                await backend.ensure_group(backend.keys.changes(partition), group)
+
+    service.at_start(declare)
+    worker = service.work(
+        Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure)
+    )
+    indexing = Worker(
+        INDEXER,
+        backend,
+        service.registry,
+        settings,
+        stream=backend.keys.changes,
+        tenure=indexer,
+        link=backend.functions.link_apply,
+    )
+    service.run(indexing.run)
+    service.at_drain(indexing.drain)
+    return worker
+
+
+async def declare_tables(backend: Backend, app: App) -> None:
+    """Tell the stage what its tables are. Raises ConfigurationError where a table's key is not that of its items."""
+    stored = await backend.commands.hgetall(backend.keys.tables())
+    for table in app.tables.values():
+        raw = stored.get(table.name.encode())
+        if raw is not None and (key := tuple(Declaration(*unpack(raw)).key)) != table.key:
+            raise ConfigurationError(
+                f"table {table.name!r} has the key {table.key}, and in stage {backend.keys.stage!r} its items were "
+                f"written with the key {key}: give it another name, or use another --stage"
+            )
+        declaration = Declaration(table.key, table.stream_view, table.expires, dict(table.indexes))
+        if raw != pack(declaration):
+            await backend.commands.hset(backend.keys.tables(), table.name, pack(declaration))

@@ -15,18 +15,24 @@ from tidewire.app import App, ItemKey, Write
 from tidewire.audiences import Audience, everyone, nobody, user
 from tidewire.keys import Keys
 from tidewire.records import Change, Command, Item, ItemRecord, Reply, unpack
-from tidewire.services.store.decide import Decision, Situation, decide
+from tidewire.services.store.decide import Decision, decide
 from tidewire.services.store.facts import (
+    ChangesFact,
     ConnectedFact,
     CountFact,
+    DueFact,
     Fact,
+    FieldsFact,
     ItemFact,
+    KindFact,
     Page,
     PageFact,
     RequestFact,
+    Stream,
+    TombstonesFact,
     Value,
-    bounds,
 )
+from tidewire.services.store.view import Situation
 
 KEYS = Keys("dev", 1)
 NOW = 1_795_409_459_002
@@ -47,6 +53,9 @@ class World:
         self.strings: dict[bytes, tuple[bytes, int]] = {}
         self.sets: dict[bytes, set[bytes]] = defaultdict(set)
         self.changes: list[tuple[str, Change]] = []
+        self.kinds: dict[str, str] = {}
+        self.scores: dict[bytes, dict[bytes, Any]] = defaultdict(dict)
+        self.stream = Stream(0, (0, 0), (0, 0), {})
         self.batches = 0
         self._numbers = itertools.count(1)
 
@@ -95,7 +104,7 @@ class World:
             facts |= {fact: self.fetch(fact) for fact in found}
         raise AssertionError("the facts are never enough")
 
-    def fetch(self, fact: Fact) -> Value:
+    def fetch(self, fact: Fact) -> Value:  # noqa: PLR0911 - one for each kind of fact
         if isinstance(fact, ItemFact):
             raw = self.hashes[KEYS.items(fact.key.table, fact.key.partition)].get(fact.key.field)
             return ItemRecord(*unpack(raw)) if raw else None
@@ -106,16 +115,27 @@ class World:
             return Reply(*unpack(stored[0])) if stored else None
         if isinstance(fact, ConnectedFact):
             return sorted(tuple(unpack(raw)) for raw in self.sets[KEYS.connected(0, fact.gateway)])
+        if isinstance(fact, KindFact):
+            return self.kinds.setdefault(fact.table, fact.kind)
+        if isinstance(fact, DueFact):
+            due = self.scores[KEYS.expiries(0)]
+            return [ItemKey(*unpack(member)) for member, at in due.items() if float(at) * 1000 <= fact.now]
+        if isinstance(fact, TombstonesFact):
+            dead = self.scores[KEYS.tombstones(0)]
+            return [ItemKey(*unpack(member)) for member, at in dead.items() if float(at) < fact.before]
+        if isinstance(fact, FieldsFact):
+            return len(self.hashes[KEYS.items(fact.table, fact.partition)])
+        if isinstance(fact, ChangesFact):
+            return self.stream
         return self.page(fact)
 
     def page(self, fact: PageFact) -> Page:
-        low, high = bounds(fact)
         fields = [
             field
-            for field in sorted(self.orders[KEYS.order(fact.table, fact.partition)], reverse=fact.reverse)
-            if _within(field, low, high)
+            for field in sorted(self.orders[fact.order], reverse=fact.reverse)
+            if _within(field, fact.low, fact.high)
         ]
-        records = self.hashes[KEYS.items(fact.table, fact.partition)]
+        records = self.hashes[fact.items]
         found = [ItemRecord(*unpack(records[field])) for field in fields[: fact.limit]]
         return Page(found, len(fields) > fact.limit)
 
@@ -134,9 +154,14 @@ class World:
             elif command == "ZADD":
                 assert isinstance(args[1], bytes)
                 self.orders[key].add(args[1])
+                self.scores[key][args[1]] = args[0]
             elif command == "ZREM":
                 assert isinstance(args[0], bytes)
                 self.orders[key].remove(args[0])
+                del self.scores[key][args[0]]
+            elif command == "HDEL":
+                assert isinstance(args[0], bytes)
+                del self.hashes[key][args[0]]
             elif command == "SET":
                 assert isinstance(args[0], bytes)
                 assert isinstance(args[2], int)
@@ -199,6 +224,7 @@ def make_app() -> App:
     )
     app.table("notes", key="id", readers=everyone, writers=everyone)
     app.table("lines", key=("page", "n"), readers=everyone, writers=everyone)
+    app.table("words", key=("page", "n"), readers=everyone, writers=everyone)
     app.table("mine", key=("owner", "id"), readers=user("owner"), writers=user("owner"))
     app.table("by_author", key="id", readers=everyone, writers=user("author"))
     app.table("letters", key="id", readers=user("to"), writers=everyone)
@@ -551,27 +577,27 @@ class TestQueries:
         for n in (10, 9, -1, 2.5, 100):
             world.do("alice", "put", table="lines", item={"page": "p", "n": n})
         for text in ("b", "a", "ab", "é", "z", "abc"):
-            world.do("alice", "put", table="lines", item={"page": "texts", "n": text})
+            world.do("alice", "put", table="words", item={"page": "p", "n": text})
         return world
 
-    def ns(self, world: World, page: str = "p", **fields: Any) -> tuple[list[Any], Any]:
-        result = world.do("bob", "query", table="lines", key=page, **fields)
+    def ns(self, world: World, table: str = "lines", **fields: Any) -> tuple[list[Any], Any]:
+        result = world.do("bob", "query", table=table, key="p", **fields)
         return [entry["item"]["n"] for entry in result["items"]], result["next"]
 
     def test_numbers_come_as_numbers_and_strings_by_their_bytes(self, world: World) -> None:
         assert self.ns(world) == ([-1, 2.5, 9, 10, 100], None)
-        assert self.ns(world, "texts") == (["a", "ab", "abc", "b", "z", "é"], None)
+        assert self.ns(world, "words") == (["a", "ab", "abc", "b", "z", "é"], None)
         assert self.ns(world, reverse=True) == ([100, 10, 9, 2.5, -1], None)
 
     def test_after_and_before_are_exclusive(self, world: World) -> None:
         assert self.ns(world, after=2.5, before=100) == ([9, 10], None)
-        assert self.ns(world, "texts", after="ab") == (["abc", "b", "z", "é"], None)
+        assert self.ns(world, "words", after="ab") == (["abc", "b", "z", "é"], None)
 
     def test_a_prefix_is_of_strings(self, world: World) -> None:
-        assert self.ns(world, "texts", prefix="ab") == (["ab", "abc"], None)
-        assert self.ns(world, "texts", prefix="ab", after="ab") == (["abc"], None)
-        assert self.ns(world, "texts", prefix="a", before="abc") == (["a", "ab"], None)
-        assert self.ns(world, "texts", prefix="", limit=2) == (["a", "ab"], "ab")
+        assert self.ns(world, "words", prefix="ab") == (["ab", "abc"], None)
+        assert self.ns(world, "words", prefix="ab", after="ab") == (["abc"], None)
+        assert self.ns(world, "words", prefix="a", before="abc") == (["a", "ab"], None)
+        assert self.ns(world, "words", prefix="", limit=2) == (["a", "ab"], "ab")
 
     @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -611,7 +637,7 @@ class TestQueries:
             world.command("alice", "query", table="lines", key="q"),
             world.command("alice", "delete", table="lines", key={"page": "q", "n": 1}),
             world.command("alice", "query", table="lines", key="q"),
-            world.command("alice", "query", table="lines", key="texts", limit=1),
+            world.command("alice", "query", table="words", key="p", limit=1),
         )
         assert [len(reply.result["items"]) for reply in replies if "items" in reply.result] == [1, 0, 1]
         assert world.batches == before + 3

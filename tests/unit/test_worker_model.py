@@ -28,7 +28,7 @@ BROKEN = {
         "if false then",
         WRONG,
     ),
-    "dedupe": ("if later(effect, taken) then", "if true then", WRONG),
+    "dedupe": ("if later(effect, taken) then\n        local feed", "if true then\n        local feed", WRONG),
     "stamp": (
         "redis.call('HSET', keys[1], args[1], link_text(tonumber(args[2]), position))\n  return 'OK'",
         "return 'OK'",

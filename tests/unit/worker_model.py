@@ -120,6 +120,10 @@ class Gate:
         raise AssertionError("the functions are there")
 
 
+async def append(functions: Functions, links: bytes, source: str, epoch: int, appends: Iterable[Append]) -> None:
+    await functions.link_append(links, source, epoch, 1000, appends)
+
+
 class ModelTenure:
     """Each entry goes to everyone, in the order of the stream; how many at a time, and in how many calls, varies."""
 
@@ -130,7 +134,9 @@ class ModelTenure:
     def destinations(self) -> Iterable[bytes]:
         return [KEYS.links(partition) for partition in range(KEYS.partitions)]
 
-    async def decide(self, batch: Batch) -> Outcome:
+    async def decide(self, batch: Batch) -> Outcome | None:
+        if not batch.entries:
+            return None
         taken = batch.entries[: self.chance.randint(1, len(batch.entries))]
         links = {KEYS.links(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
         return Outcome(len(taken), [Operation("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
@@ -187,7 +193,7 @@ class Worker:
             source="g:0",
             idle=idle,
             batch=self.model.batch,
-            most_entries=1000,
+            link=functools.partial(append, self.functions),
             together=self.together,
         )
         await loop.run()

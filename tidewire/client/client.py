@@ -97,6 +97,17 @@ class Client:
     async def delete(self, table: str, key: Any, **options: Any) -> Frame:
         return await self._write("delete", {"table": table, "key": key}, options)
 
+    async def transact(self, *operations: Frame, request: str | None = None) -> list[Frame]:
+        """Several writes of one partition-key value, all or none; their results. Operations are frames of actions:
+
+        await client.transact(
+            {"action": "put", "table": "members", "item": {"room": "r1", "user": "alice"}},
+            {"action": "check", "table": "rooms", "key": "r1", "if": {"present": True}},
+        )
+        """
+        options = {} if request is None else {"request": request}
+        return list((await self._write("transact", {"operations": list(operations)}, options))["results"])
+
     async def get(self, table: str, key: Any) -> Frame:
         """The item with version, at, by and position. Raises NotFound."""
         result: Frame = await self.request("get", table=table, key=key)

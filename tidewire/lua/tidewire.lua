@@ -49,34 +49,49 @@ end)
 -- ── the partition's stream ────────────────────────────────────────────────────────────────────────────────────────
 
 -- keys: lease, partition, stream. args: epoch, generation, group, count. Returns {now in ms, id of the stream's last
--- entry, entries}: what is pending, else what is new, so that a call that is repeated gives the same batch again.
+-- entry, entries}: what is pending, then what is new, so that a call that is repeated gives the same entries again.
 redis.register_function('batch', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  local entries = {}
+  local entries, count = {}, tonumber(args[4])
   for _, id in ipairs({'0', '>'}) do
-    local reply = redis.call('XREADGROUP', 'GROUP', args[3], 'owner', 'COUNT', args[4], 'STREAMS', keys[3], id)
-    if reply then
-      if type(reply[1]) == 'table' then entries = reply[1][2] else entries = reply[2] or {} end -- fakeredis: the second
+    if #entries < count then
+      local some = count - #entries
+      local reply = redis.call('XREADGROUP', 'GROUP', args[3], 'owner', 'COUNT', some, 'STREAMS', keys[3], id)
+      local found = {}
+      if reply then
+        if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis: the second
+      end
+      for i = 1, #found do entries[#entries + 1] = found[i] end
     end
-    if #entries > 0 then break end
   end
   local last = redis.call('XREVRANGE', keys[3], '+', '-', 'COUNT', '1')
   return {now_ms(), last[1] and last[1][1] or '0-0', entries}
 end)
 
--- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, call number (1, 2, 3…
--- under this epoch), number of ids, ids to acknowledge, then for each operation: number of its arguments, command,
--- index of its key, arguments. All of it or, when fenced or done before, nothing.
-redis.register_function('commit', function(keys, args)
-  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  if tonumber(args[4]) <= tonumber(redis.call('HGET', keys[1], 'call')) then return 'ALREADY' end
-  local at = 6 + tonumber(args[5])
-  local acknowledged = at - 1
-  while at <= #args do
+-- Plain commands, one after another: for each the number of its arguments, command, index of its key, arguments.
+local function operate(keys, args, at, last)
+  while at <= last do
     local count = tonumber(args[at])
     redis.call(args[at + 1], keys[tonumber(args[at + 2])], unpack(args, at + 3, at + 2 + count))
     at = at + 3 + count
   end
+end
+
+-- keys: stream. args: most entries, records. Adds as many as there is room for; returns how many.
+redis.register_function('enqueue', function(keys, args)
+  local room = math.min(tonumber(args[1]) - redis.call('XLEN', keys[1]), #args - 1)
+  for i = 2, 1 + room do redis.call('XADD', keys[1], '*', 'r', args[i]) end
+  return math.max(room, 0)
+end)
+
+-- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, call number (1, 2, 3…
+-- under this epoch), number of ids, ids to acknowledge, then the operations. All of it or, when fenced or done before,
+-- nothing.
+redis.register_function('commit', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  if tonumber(args[4]) <= tonumber(redis.call('HGET', keys[1], 'call')) then return 'ALREADY' end
+  local acknowledged = 5 + tonumber(args[5])
+  operate(keys, args, acknowledged + 1, #args)
   for i = 6, acknowledged do redis.call('XACK', keys[3], args[3], args[i]) end
   redis.call('HSET', keys[1], 'call', args[4])
   return 'OK'
@@ -145,6 +160,26 @@ redis.register_function('link_append', function(keys, args)
   end
   redis.call('HSET', keys[1], source, link_text(epoch, taken))
   return appended
+end)
+
+-- keys: links, then those of the operations. args: source, epoch, then for each effect: generation, ms, seq, number,
+-- number of arguments of its operations in all, the operations. Taken once and in order, as above.
+redis.register_function('link_apply', function(keys, args)
+  local source, epoch = args[1], tonumber(args[2])
+  local known, taken = link_state(keys[1], source)
+  if epoch < known then return redis.error_reply(FENCED) end
+  local at = 3
+  while at <= #args do
+    local effect = {tonumber(args[at]), tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3])}
+    local last = at + 4 + tonumber(args[at + 4])
+    if later(effect, taken) then
+      operate(keys, args, at + 5, last)
+      taken = effect
+    end
+    at = last + 1
+  end
+  redis.call('HSET', keys[1], source, link_text(epoch, taken))
+  return 'OK'
 end)
 
 -- ── feeds ─────────────────────────────────────────────────────────────────────────────────────────────────────────

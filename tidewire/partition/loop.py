@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tidewire.functions import Append, Batch, Functions, Operation, Owned
+from tidewire.functions import Batch, Functions, Operation, Owned
 
 
 class Outcome(NamedTuple):
@@ -18,8 +18,8 @@ class Outcome(NamedTuple):
 
     consumed: int
     operations: Sequence[Operation]
-    links: Mapping[bytes, Sequence[Sequence[Append]]] = {}
-    """For each destination (the key of its links): calls, each a bounded list of appends, in order."""
+    links: Mapping[bytes, Sequence[Any]] = {}
+    """For each destination (the key of its links): calls in order, each what the worker's `Link` takes."""
 
 
 class Tenure(Protocol):
@@ -28,14 +28,19 @@ class Tenure(Protocol):
     def destinations(self) -> Iterable[bytes]:
         """The links that may be written to: they are stamped before the first read."""
 
-    async def decide(self, batch: Batch) -> Outcome:
-        """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing."""
+    async def decide(self, batch: Batch) -> Outcome | None:
+        """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing.
+
+        A batch may be empty: then it is asked for what time brings, and None is nothing.
+        """
 
     async def committed(self) -> None:
         """The last outcome is done."""
 
 
 Idle = Callable[[tuple[int, int]], Awaitable[None]]
+Link = Callable[[bytes, str, int, Any], Awaitable[Any]]
+"""Sends one call to a destination: (its links, source, epoch, what the tenure gave for it)."""
 Together = Callable[[Iterable[Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
 
@@ -62,7 +67,7 @@ class PartitionLoop:
         source: str,
         idle: Idle,
         batch: int,
-        most_entries: int,
+        link: Link | None = None,
         together: Together = concurrently,
     ) -> None:
         self._functions = functions
@@ -71,7 +76,7 @@ class PartitionLoop:
         self._source = source
         self._idle = idle
         self._batch = batch
-        self._most_entries = most_entries
+        self._link = link
         self._together = together
         self.commits = 0
 
@@ -86,10 +91,10 @@ class PartitionLoop:
 
     async def turn(self) -> None:
         batch = await self._functions.batch(self._owned, self._batch)
-        if not batch.entries:
+        outcome = await self._tenure.decide(batch)
+        if outcome is None:
             await self._idle(batch.last)
             return
-        outcome = await self._tenure.decide(batch)
         # Before the acknowledgement: an effect may be sent twice, and is taken once; it is never forgotten.
         await self._together(self._send(links, calls) for links, calls in outcome.links.items())
         self.commits += 1
@@ -97,6 +102,7 @@ class PartitionLoop:
         await self._functions.commit(self._owned, self.commits, acknowledged, outcome.operations)
         await self._tenure.committed()
 
-    async def _send(self, links: bytes, calls: Sequence[Sequence[Append]]) -> None:
-        for appends in calls:
-            await self._functions.link_append(links, self._source, self._owned.fence.epoch, self._most_entries, appends)
+    async def _send(self, links: bytes, calls: Sequence[Any]) -> None:
+        assert self._link or not calls
+        for call in calls:
+            await self._link(links, self._source, self._owned.fence.epoch, call)  # type: ignore[misc]

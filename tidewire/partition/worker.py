@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from tidewire.backend import Backend
 from tidewire.errors import Fenced
 from tidewire.functions import Owned
-from tidewire.partition.loop import PartitionLoop, Tenure
+from tidewire.partition.loop import Link, PartitionLoop, Tenure
 from tidewire.registry import Registry
 from tidewire.settings import Settings
 from tidewire.tasks import end
@@ -31,7 +31,8 @@ def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
 class Worker:
     """Takes, renews, works on and hands over partitions of one group.
 
-    `stream` gives the key of a partition's stream; `tenure` makes what is done with a partition while it is owned.
+    `stream` gives the key of a partition's stream; `tenure` makes what is done with a partition while it is owned;
+    `link` sends its effects to other partitions.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Worker:
         *,
         stream: Callable[[int], bytes],
         tenure: Callable[[int, Owned], Tenure],
+        link: Link | None = None,
     ) -> None:
         self.group = group
         self._backend = backend
@@ -50,6 +52,7 @@ class Worker:
         self._settings = settings
         self._stream = stream
         self._tenure = tenure
+        self._link = link
         self._loops: dict[int, PartitionLoop] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
@@ -126,7 +129,7 @@ class Worker:
             source=f"{self.group}:{partition}",
             idle=idle,
             batch=self._settings.batch,
-            most_entries=self._settings.resume_entries,
+            link=self._link,
         )
         self._owned[partition], self._loops[partition] = owned, loop
         self._tasks[partition] = asyncio.create_task(loop.run(), name=f"{self.group}:{partition}")

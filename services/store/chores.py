@@ -1,0 +1,90 @@
+"""What time brings: items that expire, changes and versions that need be kept no longer. Pure.
+
+Each is done within the commit of a batch, as if it were one more command.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tidewire.app import ItemKey
+from tidewire.functions import Operation
+from tidewire.keys import Scalar, name_of
+
+from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
+from .view import EXPIRY, View, member_of
+
+
+def expire(view: View) -> bool:
+    """Remove items whose time has come; whether there may be more of them."""
+    due: list[ItemKey] = view.know(DueFact(view.situation.now))
+    view.need(ItemFact(key) for key in due)
+    for key in due:
+        table = view.app.tables.get(key.table)
+        record = view.record(key)
+        if table and record and record.item is not None and table.is_expired(record.item, view.situation.now):
+            view.write(EXPIRY, table, key, None)
+        else:  # written since, or of a table that names no such attribute any more
+            _forget(view, key)
+    return len(due) == AT_A_TIME
+
+
+def _forget(view: View, key: ItemKey) -> None:
+    if key not in view.written:
+        expiries = view.keys.expiries(view.situation.partition)
+        view.effects.operations.append(Operation("ZREM", expiries, (member_of(key),)))
+
+
+def trim(view: View) -> dict[str, int]:
+    """Trim the change stream behind its slowest reader and the time to keep; (group: changes it never read).
+
+    That is nothing, unless the stream is longer than its limit: then the limit counts, whatever it costs.
+    """
+    situation = view.situation
+    stream: Stream = view.know(ChangesFact())
+    changes = view.keys.changes(situation.partition)
+    assert situation.keep_since is not None
+    oldest = min(situation.keep_since, stream.read_by_all)
+    if oldest > stream.first:
+        view.effects.operations.append(Operation("XTRIM", changes, ("MINID", "=", f"{oldest[0]}-{oldest[1]}")))
+    most = situation.keep_changes
+    if not most or stream.length <= most:
+        return {}
+    view.effects.operations.append(Operation("XTRIM", changes, ("MAXLEN", "=", most)))
+    return {group: unread - most for group, unread in stream.unread.items() if unread > most}
+
+
+def purge(view: View) -> int:
+    """Forget versions of items that were deleted before the oldest change; the floor under new items from then on.
+
+    Raises Missing. Nothing is done for partition-key values that this batch writes to: they come later.
+    """
+    situation, floor = view.situation, view.situation.floor
+    stream: Stream = view.know(ChangesFact())
+    assert situation.keep_since is not None
+    before = min(situation.keep_since, stream.read_by_all)[0]
+    dead: list[ItemKey] = view.know(TombstonesFact(before))
+    busy = {(key.table, key.partition) for key in (*view.written, *view.effects.items)}
+    dead = [key for key in dead if (key.table, key.partition) not in busy]
+    groups = Counter((key.table, key.partition) for key in dead)
+    view.need(_of_tombstones(dead, groups))
+    operations = view.effects.operations
+    for key in dead:
+        record = view.record(key)
+        assert record is None or record.item is None, "a live item has no tombstone"
+        floor = max(floor, record.version if record else 0)
+        operations.append(Operation("HDEL", view.keys.items(key.table, key.partition), (key.field,)))
+        operations.append(Operation("ZREM", view.keys.tombstones(situation.partition), (member_of(key),)))
+    for (table, partition), count in groups.items():
+        if view.know(FieldsFact(table, partition)) <= count:
+            values = view.keys.values(situation.partition, table)
+            operations.append(Operation("ZREM", values, (name_of(partition),)))
+    if floor > situation.floor:
+        operations.append(Operation("HSET", view.keys.partition(situation.partition), ("floor", floor)))
+    return floor
+
+
+def _of_tombstones(keys: Iterable[ItemKey], groups: Iterable[tuple[str, Scalar]]) -> Iterable[Fact]:
+    yield from (ItemFact(key) for key in keys)
+    yield from (FieldsFact(table, partition) for table, partition in groups)

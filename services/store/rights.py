@@ -1,0 +1,110 @@
+"""Who may read, who may write, and what `if` may tell. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import structlog
+
+from tidewire.app import ItemKey, Table, Write
+from tidewire.audiences import Audience, resolve
+from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied
+from tidewire.protocol import Condition
+from tidewire.records import Command, Item
+
+from .view import View, same
+
+log = structlog.get_logger(__name__)
+
+
+class Rights:
+    """What the user of one command may do."""
+
+    def __init__(self, view: View, command: Command) -> None:
+        self._view = view
+        self._user = command.user
+        self._claims = command.claims
+        self.all = command.role == "service"
+
+    def may_read(self, table: Table, item: Item) -> bool:
+        if self.all:
+            return True
+        try:
+            audience = resolve(table.readers, item)
+        except Exception as error:  # the application's function: what it cannot say yes to, nobody reads
+            log.warning("readers_failed", table=table.name, error=repr(error))
+            return False
+        return audience.admits(item, self._user, self._view)
+
+    def readable(self, table: Table, key: ItemKey) -> Item:
+        """The live item. Raises NotFound where there is none, or none that this user may know of."""
+        item = self._view.item(table, key)
+        if item is None or not self.may_read(table, item):
+            raise NotFound(f"there is no such item in table {table.name!r}")
+        return item
+
+    def may_write(self, table: Table, old: Item | None, new: Item | None) -> None:
+        """Raises PermissionDenied unless the user is among the writers of the item as it is and as it would be."""
+        if new is not None:
+            _check_readers(table, new)
+        if self.all:
+            return
+        audience: Audience | bool
+        try:
+            if isinstance(table.writers, Audience):
+                audience = table.writers
+            else:
+                audience = table.writers(Write(old, new, self._user, self._claims))
+                if not isinstance(audience, bool | Audience):
+                    raise TypeError(f"a writers function returns an audience or a bool, not {audience!r}")
+        except Exception as error:
+            log.warning("writers_failed", table=table.name, error=repr(error))
+            raise _rules_failed(table) from None
+        images = [image for image in (old, new) if image is not None]
+        allowed = (
+            audience
+            if isinstance(audience, bool)
+            else all(audience.admits(image, self._user, self._view) for image in images)
+        )
+        if not allowed:
+            raise PermissionDenied(f"you may not write this item of table {table.name!r}")
+
+    def keep_hidden(self, table: Table, names: Iterable[str]) -> None:
+        """Raises PermissionDenied where a client names a hidden attribute: its answers would tell what is in it."""
+        if not self.all and (hidden := table.hidden.intersection(names)):
+            raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
+
+    def check(self, table: Table, key: ItemKey, condition: Condition | None) -> None:
+        """`if`. Raises Conflict, with the item's version for who may read it."""
+        if condition is None:
+            return
+        record = self._view.record(key)
+        item = self._view.alive(table, record)
+        if condition.equals is not None:
+            self.keep_hidden(table, condition.equals)
+        told = record is not None and item is not None and self.may_read(table, item)
+        if item is not None and not told and (condition.version is not None or condition.equals is not None):
+            holds = False  # what one may write and not read cannot be found out by guessing
+        elif condition.version is not None:
+            holds = record is not None and item is not None and record.version == condition.version
+        elif condition.equals is not None:
+            holds = item is not None and all(
+                name in item and same(item[name], value) for name, value in condition.equals.items()
+            )
+        else:
+            holds = (item is None) == bool(condition.absent)
+        if not holds:
+            details = {"version": record.version} if told and record else {}
+            raise Conflict("the item is not as `if` says it must be", **details)
+
+
+def _check_readers(table: Table, new: Item) -> None:
+    try:
+        resolve(table.readers, new)
+    except Exception as error:
+        log.warning("readers_failed", table=table.name, error=repr(error))
+        raise _rules_failed(table) from None
+
+
+def _rules_failed(table: Table) -> BadRequest:
+    return BadRequest(f"the rules of table {table.name!r} cannot be applied to this item")

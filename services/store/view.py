@@ -1,0 +1,293 @@
+"""One partition as it stands after what was decided so far: what is known of it, and what will be written to it. Pure.
+
+What is not known is named (`Missing`), fetched, and everything is decided again from the start: so the same code says
+what must be fetched and what is to be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.errors import BadRequest, TooLarge
+from tidewire.functions import Operation
+from tidewire.keys import Keys, Scalar, name_of
+from tidewire.records import Change, Item, ItemRecord, Position, pack
+
+from .facts import CountFact, Fact, ItemFact, KindFact, Value
+
+
+class Missing(Exception):
+    """These facts must be fetched before a command can be decided."""
+
+    def __init__(self, facts: Iterable[Fact]) -> None:
+        self.facts = set(facts)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where and when a batch is decided."""
+
+    partition: int
+    generation: int
+    now: int  # ms since 1970, the server's
+    last: tuple[int, int]  # id of the partition's last change
+    item_bytes: int  # most bytes of an item as JSON; 0: no limit
+    floor: int = 0  # no item begins with a version at or below it
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of sort keys, as far as they are known: "s" or "n"
+    expire: bool = False  # it is time to look for expired items
+    keep_since: tuple[int, int] | None = None  # it is time to trim what is older than this change id…
+    keep_changes: int = 0  # … and what is beyond so many; 0: no limit
+
+
+class Author(NamedTuple):
+    """Who writes, as the change tells it."""
+
+    user: str
+    connection: str | None = None
+    request: str | None = None
+    trace: str | None = None
+
+
+EXPIRY = Author("tidewire:expiry")
+
+
+@dataclass
+class Effects:
+    """What one command would do; nothing of it counts until it succeeds."""
+
+    items: dict[ItemKey, ItemRecord] = field(default_factory=dict)
+    changes: list[tuple[tuple[int, int], Change]] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+
+
+class View:
+    """Facts, over them what earlier commands of the batch wrote, and over that what the present one would write."""
+
+    def __init__(self, app: App, keys: Keys, facts: dict[Fact, Value], situation: Situation) -> None:
+        self.app = app
+        self.keys = keys
+        self.situation = situation
+        self.last = situation.last
+        self.written: dict[ItemKey, ItemRecord] = {}
+        self.effects = Effects()
+        self._facts = facts
+        self._counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
+
+    # ── what is known ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def know(self, fact: Fact) -> Any:
+        try:
+            return self._facts[fact]
+        except KeyError:
+            raise Missing((fact,)) from None
+
+    def need(self, facts: Iterable[Fact]) -> None:
+        """Raises Missing with all that is not known yet: one round of fetching instead of several."""
+        missing = [
+            fact
+            for fact in facts
+            if fact not in self._facts and not (isinstance(fact, ItemFact) and fact.key in self.written)
+        ]
+        if missing:
+            raise Missing(missing)
+
+    def record(self, key: ItemKey) -> ItemRecord | None:
+        if key in self.effects.items:
+            return self.effects.items[key]
+        if key in self.written:
+            return self.written[key]
+        record: ItemRecord | None = self.know(ItemFact(key))
+        return record
+
+    def alive(self, table: Table, record: ItemRecord | None) -> Item | None:
+        """The item, unless it was deleted or its time has come."""
+        if record is None or record.item is None:
+            return None
+        return None if table.expires and table.is_expired(record.item, self.situation.now) else record.item
+
+    def item(self, table: Table, key: ItemKey) -> Item | None:
+        return self.alive(table, self.record(key))
+
+    # `Knowledge`, for the audiences: memberships are tables, so that the same facts serve. A group that lies in another
+    # partition is seen as it is now.
+
+    def member(self, membership: str, group: Scalar, user: str) -> Item | None:
+        return self.item(self.app[membership], ItemKey(membership, group, user))
+
+    def members(self, membership: str, group: Scalar) -> dict[str, Item]:
+        raise NotImplementedError("the store asks of one user at a time")
+
+    def vacant(self, membership: str, group: Scalar) -> bool:
+        count: int = self.know(CountFact(membership, group))
+        count += self._counted.get((membership, group), 0)
+        for key in self.effects.items:
+            if (key.table, key.partition) == (membership, group):
+                count += self._grown(key)
+        return count <= 0
+
+    def _grown(self, key: ItemKey) -> int:
+        before = self.written.get(key) if key in self.written else self.know(ItemFact(key))
+        after = self.effects.items[key]
+        return int(after.item is not None) - int(before is not None and before.item is not None)
+
+    # ── what will be written ────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self) -> None:
+        """Forget what the command before would have done."""
+        self.effects = Effects()
+
+    def accept(self) -> Effects:
+        """What the present command would do is done: the next ones see it."""
+        done = self.effects
+        for key in done.items:
+            group = (key.table, key.partition)
+            self._counted[group] = self._counted.get(group, 0) + self._grown(key)
+        self.written |= done.items
+        if done.changes:
+            self.last = done.changes[-1][0]
+        self.effects = Effects()
+        return done
+
+    def write(self, author: Author, table: Table, key: ItemKey, new: Item | None) -> tuple[int, str]:
+        """One item's change, with all that is kept beside the item; (version, position). Nothing, if nothing changes.
+
+        An item whose time has come has its REMOVE first. Raises TooLarge, or BadRequest for a sort key of a kind that
+        the table does not have.
+        """
+        record = self.record(key)
+        if record and record.item is not None and author is not EXPIRY and self.alive(table, record) is None:
+            self.write(EXPIRY, table, key, None)
+            record = self.record(key)
+        old = record.item if record else None
+        version = record.version if record else self.situation.floor
+        if (new is None and old is None) or (new is not None and old is not None and same(old, new)):
+            return version, self.position(self.last_id)
+        if new is not None:
+            self._check_size(new)
+            if old is None and key.sort is not None:
+                self._check_kind(table, key.sort)
+        version += 1
+        event = "REMOVE" if new is None else "INSERT" if old is None else "MODIFY"
+        id_, now = self._next_id(), self.situation.now
+        change = Change(
+            event,
+            table.name,
+            table.key_object(key),
+            version,
+            new,
+            old,
+            now,
+            author.user,
+            author.connection,
+            author.request,
+            trace=author.trace,
+        )
+        written = ItemRecord(version, now, author.user, new)
+        self.effects.changes.append((id_, change))
+        self.effects.items[key] = written
+        self.effects.operations.append(
+            Operation("HSET", self.keys.items(key.table, key.partition), (key.field, pack(written)))
+        )
+        if event != "MODIFY":
+            self._keep_order(table, key, record, id_, live=new is not None)
+        if table.expires:
+            self._keep_expiry(table, key, old, new)
+        if table.name == CONNECTIONS:
+            self._keep_connection(key, old, new)
+        return version, self.position(id_)
+
+    def _keep_order(
+        self, table: Table, key: ItemKey, record: ItemRecord | None, id_: tuple[int, int], *, live: bool
+    ) -> None:
+        """Which items there are, in order; which values; and which versions are remembered."""
+        operations, partition = self.effects.operations, self.situation.partition
+        if table.sorted:
+            order = self.keys.order(key.table, key.partition)
+            operations.append(
+                Operation("ZADD", order, ("0", key.field)) if live else Operation("ZREM", order, (key.field,))
+            )
+        if not live:
+            operations.append(Operation("ZADD", self.keys.tombstones(partition), (id_[0], member_of(key))))
+        elif record is None:
+            operations.append(Operation("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition))))
+        else:
+            operations.append(Operation("ZREM", self.keys.tombstones(partition), (member_of(key),)))
+
+    def _keep_expiry(self, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
+        before, after = (_expiry(table, image) for image in (old, new))
+        if before == after:
+            return
+        expiries = self.keys.expiries(self.situation.partition)
+        self.effects.operations.append(
+            Operation("ZREM", expiries, (member_of(key),))
+            if after is None
+            else Operation("ZADD", expiries, (repr(after), member_of(key)))
+        )
+
+    def _keep_connection(self, key: ItemKey, old: Item | None, new: Item | None) -> None:
+        """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
+        if old is not None:
+            self.forget_connection(str(old.get("gateway")), key)
+        if new is not None:
+            connected = self.keys.connected(self.situation.partition, str(new.get("gateway")))
+            self.effects.operations.append(Operation("SADD", connected, (pack((key.partition, key.sort)),)))
+
+    def forget_connection(self, gateway: str, key: ItemKey) -> None:
+        connected = self.keys.connected(self.situation.partition, gateway)
+        self.effects.operations.append(Operation("SREM", connected, (pack((key.partition, key.sort)),)))
+
+    def _check_size(self, item: Item) -> None:
+        limit = self.situation.item_bytes
+        size = len(msgspec.json.encode(item)) if limit else 0
+        if size > limit:
+            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+
+    def _check_kind(self, table: Table, sort: Scalar) -> None:
+        """Within a table, sort keys are of one kind: that of the first one."""
+        kind = "s" if isinstance(sort, str) else "n"
+        known = self.situation.kinds.get(table.name) or self.know(KindFact(table.name, kind))
+        if known != kind:
+            names = {"s": "string", "n": "number"}
+            raise BadRequest(
+                f"key attribute {table.key[1]!r} of table {table.name!r} must be a {names[known]}, "
+                f"as that of its first item; this one is a {names[kind]}"
+            )
+
+    # ── positions ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def last_id(self) -> tuple[int, int]:
+        return self.effects.changes[-1][0] if self.effects.changes else self.last
+
+    def _next_id(self) -> tuple[int, int]:
+        ms, seq = self.last_id
+        return (self.situation.now, 0) if self.situation.now > ms else (ms, seq + 1)
+
+    def position(self, id_: tuple[int, int]) -> str:
+        return str(Position(self.situation.partition, self.situation.generation, *id_))
+
+
+def member_of(key: ItemKey) -> bytes:
+    """An item's key in the sets of a partition."""
+    return pack([key.table, key.partition, key.sort])
+
+
+def _expiry(table: Table, item: Item | None) -> float | None:
+    at = item.get(table.expires) if item and table.expires else None
+    return at if isinstance(at, int | float) and not isinstance(at, bool) else None
+
+
+def same(a: Any, b: Any) -> bool:
+    """JSON equality: as ==, but true is not 1."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
