@@ -37,7 +37,8 @@ class Bus:
         self._most_waiting = most_waiting
         self._most_queued = most_queued
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[JSON]] = {}
+        self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}  # until when; the oldest first
+        self._timer: asyncio.TimerHandle | None = None
         self._outgoing: list[tuple[bytes, bytes, int]] = []
         self._ready = asyncio.Event()
 
@@ -53,16 +54,10 @@ class Bus:
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[JSON] = loop.create_future()
-        self._waiting[number] = future
-        timer = loop.call_later(
-            self._timeout_s, self._fail, number, Timeout("no answer in time: it may or may not be done")
-        )
-
-        def forget(_: asyncio.Future[JSON]) -> None:
-            timer.cancel()
-            self._waiting.pop(number, None)
-
-        future.add_done_callback(forget)
+        self._waiting[number] = (loop.time() + self._timeout_s, future)
+        # One timer for all: they have the same time, so that the one asked first is the first to run out of it.
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout_s, self._expire)
         self._outgoing.append((stream, pack(record(number)), number))
         self._ready.set()
         return future
@@ -108,7 +103,7 @@ class Bus:
                         self._settle(Reply(*raw))
 
     def _settle(self, reply: Reply) -> None:
-        future = self._waiting.get(reply.number)
+        _, future = self._waiting.pop(reply.number, (0, None))
         if future is None or future.done():
             return
         if reply.error is None:
@@ -117,9 +112,19 @@ class Bus:
             future.set_exception(from_wire(reply.error))
 
     def _fail(self, number: int, error: RequestError) -> None:
-        future = self._waiting.get(number)
+        _, future = self._waiting.pop(number, (0, None))
         if future and not future.done():
             future.set_exception(error)
+
+    def _expire(self) -> None:
+        """Fail those whose time is over, and look again when the next one's is."""
+        loop = asyncio.get_running_loop()
+        now, self._timer = loop.time(), None
+        for number, (until, _) in list(self._waiting.items()):
+            if until > now:
+                self._timer = loop.call_at(until, self._expire)
+                break
+            self._fail(number, Timeout("no answer in time: it may or may not be done"))
 
 
 async def send_replies(backend: Backend, replies: Mapping[str, Iterable[Reply]]) -> None:
