@@ -12,7 +12,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from tidewire.errors import ConfigurationError
-from tidewire.functions import Functions
+from tidewire.functions import Arg, Functions, Wait
 from tidewire.keys import Keys
 
 BLOCK_MS = 1000
@@ -31,7 +31,7 @@ class Backend:
         self.commands = commands
         self._blocking = blocking
         self.keys = keys
-        self.functions = Functions(commands)
+        self.functions = Functions(commands, self.confirmed)
 
     async def __aenter__(self) -> Backend:
         return self
@@ -59,6 +59,22 @@ class Backend:
     ) -> list[Entry]:
         found = await self._blocking.xreadgroup(group, consumer, {stream: ">"}, count=count, block=block_ms)
         return [entry for _, entries in _streams(found) for entry in entries]
+
+    async def confirmed(self, call: tuple[Arg, ...], wait: Wait) -> tuple[Any, int]:
+        """A call and, on the connection that wrote, WAIT or WAITAOF: (answer or error, how many confirmed)."""
+        async with self.commands.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command(*call)
+            pipeline.execute_command(*wait.command)
+            answer, confirmed = await pipeline.execute(raise_on_error=False)
+        if isinstance(answer, Exception):
+            return answer, 0
+        if isinstance(confirmed, Exception):
+            raise confirmed
+        return answer, int(confirmed[0] if isinstance(confirmed, list) else confirmed)
+
+    async def wait(self, command: tuple[Arg, ...]) -> Any:
+        """WAIT or WAITAOF by itself."""
+        return await self.commands.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def pubsub(self) -> PubSub:
         """A subscriber with a connection of its own."""

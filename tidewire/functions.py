@@ -7,7 +7,7 @@ same answer again, or recognises the repeat. A node that does not know the libra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
@@ -63,6 +63,17 @@ class Operation(NamedTuple):
     args: tuple[Arg, ...]
 
 
+class Wait(NamedTuple):
+    """What a commit waits for on the connection that wrote: WAIT or WAITAOF, and how many must have confirmed."""
+
+    command: tuple[Arg, ...]
+    needed: int
+
+
+Confirmed = Callable[[tuple[Arg, ...], Wait], Awaitable[tuple[Any, int]]]
+"""Makes a call, then waits on the same connection: (the call's answer, how many confirmed). An error is an answer."""
+
+
 class Append(NamedTuple):
     """One change on its way into feeds of one destination partition."""
 
@@ -96,21 +107,23 @@ class FeedEntry(NamedTuple):
 class Functions:
     """The calls. Each raises `Fenced` where the fence refuses it, and redis-py's errors otherwise."""
 
-    def __init__(self, redis: Calls) -> None:
+    def __init__(self, redis: Calls, confirmed: Confirmed | None = None) -> None:
         self._redis = redis
+        self._confirmed = confirmed
 
     async def load(self) -> None:
         await self._redis.function_load(SOURCE, replace=True)
 
-    async def _call(self, name: str, keys: Sequence[bytes], *args: Arg) -> Any:
+    async def _call(self, name: str, keys: Sequence[bytes], *args: Arg, fcall: Any = None) -> Any:
+        fcall = fcall or self._redis.fcall
         try:
             try:
-                return await self._redis.fcall(name, len(keys), *keys, *args)
+                return await fcall(name, len(keys), *keys, *args)
             except ResponseError as error:
                 if "function not found" not in str(error).lower():
                     raise
             await self.load()
-            return await self._redis.fcall(name, len(keys), *keys, *args)
+            return await fcall(name, len(keys), *keys, *args)
         except ResponseError as error:
             if "FENCED" in str(error):
                 raise Fenced(f"{name}: another worker owns this partition") from None
@@ -138,15 +151,38 @@ class Functions:
         return Batch(int(now), stream_id(last), [(stream_id(id_), _fields(raw)) for id_, raw in entries])
 
     async def commit(
-        self, owned: Owned, number: int, acknowledged: Iterable[tuple[int, int]], operations: Iterable[Operation]
-    ) -> None:
-        """All operations and the acknowledgement, once for each call number."""
+        self,
+        owned: Owned,
+        number: int,
+        acknowledged: Iterable[tuple[int, int]],
+        operations: Iterable[Operation],
+        wait: Wait | None = None,
+    ) -> bool:
+        """All operations and the acknowledgement, once for each call number.
+
+        False when it is done, but what was to be waited for has not confirmed it in time.
+        """
         ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
         keys = [owned.lease, owned.partition, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
         args: list[Arg] = [*owned.fence, owned.group, number, len(ids), *ids]
         _declare(operations, keys, index, args)
-        await self._call("commit", keys, *args)
+        if wait is None:
+            await self._call("commit", keys, *args)
+            return True
+        assert self._confirmed, "only a real server has WAIT"
+        count = 0
+
+        async def fcall(name: str, numkeys: int, *given: Arg) -> Any:
+            nonlocal count
+            assert self._confirmed
+            answer, count = await self._confirmed(("FCALL", name, numkeys, *given), wait)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        await self._call("commit", keys, *args, fcall=fcall)
+        return count >= wait.needed
 
     async def enqueue(self, stream: bytes, most: int, records: Sequence[bytes]) -> int:
         """Add records to a stream while it has fewer than `most` entries; how many found room, the first ones."""

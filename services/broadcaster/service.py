@@ -69,7 +69,7 @@ class BroadcasterTenure:
         self._written = [change.at for _, change in changes if change]
         return Outcome(len(changes), decided.operations, decided.links)
 
-    async def committed(self) -> None:
+    async def committed(self, *, confirmed: bool) -> None:
         self._groups |= self._decision.groups
         FAILED.inc(self._decision.failed)
         CHANGES.inc(len(self._written))

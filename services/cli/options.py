@@ -30,6 +30,10 @@ AdminPort = Annotated[int | None, _option("--admin-port", "Port of probes and me
 Origins = Annotated[
     str | None, _option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
 ]
+Durability = Annotated[
+    str | None,
+    _option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),
+]
 DrainSeconds = Annotated[float | None, _option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
 LogFormat = Annotated[str | None, _option("--log-format", "console or json.", shown="console")]
 Url = Annotated[str, _option("--url", "HTTP address of a gateway.")]

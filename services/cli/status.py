@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tidewire.backend import Backend
+from tidewire.records import unpack
 from tidewire.registry import all_services
 
-STREAMS = {"store": "commands", "broadcaster": "changes"}
+STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
 
 
 async def owners(backend: Backend, group: str) -> dict[int, str | None]:
@@ -58,7 +59,31 @@ async def collect(backend: Backend) -> dict[str, Any]:
         "connections": sum(service.get("connections", 0) for service in services if service["alive"]),
         "services": sorted(services, key=lambda service: (service["kind"], service["id"])),
         "groups": groups,
+        "indexes": await _indexes(backend),
     }
+
+
+async def _indexes(backend: Backend) -> list[dict[str, Any]]:
+    """Each index, and how much of its table's partition-key values it has been filled from."""
+    keys, found = backend.keys, dict[tuple[str, str, str], list[float]]()
+    for partition in range(keys.partitions):
+        for field, raw in (await backend.commands.hgetall(keys.indexes(partition))).items():
+            table, *attributes = unpack(field)
+            add, place, done = unpack(raw)
+            if add:
+                share = 1.0 if done else await _share(backend, keys.values(partition, table), place)
+                found.setdefault((table, *attributes), []).append(share)
+    return [
+        {"table": table, "attributes": [first, second], "filled": round(sum(shares) / keys.partitions, 3)}
+        for (table, first, second), shares in sorted(found.items())
+    ]
+
+
+async def _share(backend: Backend, values: bytes, place: Any) -> float:
+    if place is None:
+        return 0.0
+    done = await backend.commands.zlexcount(values, "-", b"[" + place[0])
+    return float(done) / max(await backend.commands.zcard(values), 1)
 
 
 async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int]:
@@ -98,3 +123,6 @@ def show(status: dict[str, Any]) -> None:
         orphans = [str(one["partition"]) for one in numbers["partitions"] if one["owner"] is None]
         groups.add_row(group, str(numbers["lag"]), str(numbers["pending"]), " ".join(orphans) or "none")
     console.print(groups)
+    filling = [index for index in status["indexes"] if index["filled"] < 1]
+    for index in filling:
+        console.print(f"index {index['table']} {index['attributes']}: filled to {index['filled']:.0%}")

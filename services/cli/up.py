@@ -168,6 +168,7 @@ class _Up:
             "TIDEWIRE_WS_PORT": str(self.settings.ws_port),
             "TIDEWIRE_HTTP_PORT": str(self.settings.http_port),
             "TIDEWIRE_ORIGINS": self.settings.origins,
+            "TIDEWIRE_DURABILITY": self.settings.durability,
             "TIDEWIRE_DRAIN_SECONDS": str(self.settings.drain_seconds),
             "TIDEWIRE_LOG_FORMAT": self.settings.log_format,
             # Ready is said by `up`; of the services only what is unusual is of interest beside it.

@@ -63,7 +63,7 @@ class Decision:
     floor: int = 0
     size_bytes: int = 0
     changes: int = 0
-    written: bool = False  # some reply tells of a write, now or earlier: it must be as durable as was promised
+    writes: set[tuple[str, int]] = field(default_factory=set)  # (gateway, number) of replies that tell of a write
     lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
     more_to_expire: bool = False
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
@@ -130,7 +130,7 @@ class _Batch:
         if repeat:
             first = self.first_reply(repeat, command)
             if first is not None:
-                self.decision.written = True
+                self.decision.writes.add((command.reply_to, command.number))
                 self.reply(command, first)
                 return
         try:
@@ -150,7 +150,10 @@ class _Batch:
             self.view.begin()
             reply = Reply(command.number, None, _error(Internal("something went wrong on the server")))
             repeat = None
-        self.keep(self.view.accept(), transaction=command.action == "transact")
+        effects = self.view.accept()
+        if effects.changes:
+            self.decision.writes.add((command.reply_to, command.number))
+        self.keep(effects, transaction=command.action == "transact")
         if repeat:
             self.answered[repeat] = reply
             key = self.keys.request(self.situation.partition, repeat.user, repeat.request)
@@ -190,7 +193,6 @@ class _Batch:
             decision.size_bytes += 2 * len(record)
         decision.operations += effects.operations
         decision.changes += len(effects.changes)
-        decision.written = decision.written or bool(effects.changes)
 
     def reply(self, command: Command, reply: Reply) -> None:
         self.decision.replies.setdefault(command.reply_to, []).append(reply._replace(number=command.number))

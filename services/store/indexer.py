@@ -160,7 +160,7 @@ class IndexerTenure:
             {self._keys.links(partition): [effects] for partition, effects in links.items()},
         )
 
-    async def committed(self) -> None:
+    async def committed(self, *, confirmed: bool) -> None:
         self._indexes, self._at = self._next, self._next_at
         if self._oldest is not None:
             LAG.labels(self._partition).set(max(time.time() - self._oldest / 1000, 0))

@@ -11,13 +11,13 @@ from redis.exceptions import ResponseError
 from tidewire.app import App
 from tidewire.backend import Backend
 from tidewire.bus import send_replies
-from tidewire.errors import ConfigurationError
-from tidewire.functions import Batch, Operation, Owned
+from tidewire.errors import ConfigurationError, Timeout
+from tidewire.functions import Batch, Operation, Owned, Wait
 from tidewire.keys import CHANGE_GROUPS
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
-from tidewire.records import Command, Declaration, pack, stream_id, unpack
+from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
 from tidewire.settings import Settings
 
 from .decide import Decision, decide
@@ -37,6 +37,7 @@ COMMANDS = Counter("tidewire_store_commands_total", "Commands decided.")
 CHANGES = Counter("tidewire_store_changes_total", "Changes appended.")
 ERRORS = Counter("tidewire_store_errors_total", "Commands answered with an error.", ["code"])
 LOST = Counter("tidewire_store_changes_lost_total", "Changes trimmed before a group had read them.", ["group"])
+UNCONFIRMED = Counter("tidewire_store_unconfirmed_total", "Writes that were not confirmed as durable in time.")
 UNREADABLE = Counter("tidewire_store_unreadable_total", "Command entries that could not be read, and were skipped.")
 DECIDE_SECONDS = Histogram("tidewire_store_decide_seconds", "From a batch to its decision, fetches included.")
 
@@ -54,6 +55,7 @@ class StoreTenure:
         self._floor = 0
         self._kinds: dict[str, str] = {}
         self._decision = Decision()
+        self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
         self._expire_at = self._trim_at = 0.0  # monotonic: when to look again
         self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
@@ -97,9 +99,11 @@ class StoreTenure:
             # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.
             operations.append(Operation("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
         DECIDE_SECONDS.observe(time.perf_counter() - begun)
-        return Outcome(decided.consumed, operations) if operations else None
+        if not operations:
+            return None
+        return Outcome(decided.consumed, operations, wait=self._wait if decided.writes else None)
 
-    async def committed(self) -> None:
+    async def committed(self, *, confirmed: bool) -> None:
         decision = self._decision
         self._last, self._floor = decision.last, decision.floor
         for group, count in decision.lost.items():
@@ -109,7 +113,7 @@ class StoreTenure:
         CHANGES.inc(decision.changes)
         for code in decision.errors:
             ERRORS.labels(code).inc()
-        await send_replies(self._backend, decision.replies)
+        await send_replies(self._backend, decision.replies if confirmed else unconfirmed(decision))
 
     async def _last_change(self) -> tuple[int, int]:
         try:
@@ -119,6 +123,28 @@ class StoreTenure:
                 raise
             return (0, 0)
         return stream_id(stream["last-generated-id"])
+
+
+def wait_for(settings: Settings) -> Wait | None:
+    """What a commit waits for before its writes are answered."""
+    timeout_ms = int(1000 * settings.durable_timeout_s)
+    if settings.durability == "fsync":
+        return Wait(("WAITAOF", 1, 0, timeout_ms), 1)
+    if settings.durability == "replicated":
+        return Wait(("WAIT", settings.replicas, timeout_ms), settings.replicas)
+    return None
+
+
+def unconfirmed(decision: Decision) -> dict[str, list[Reply]]:
+    """The replies, where those that tell of a write may not say so yet."""
+    error = Timeout("the write was not confirmed as durable in time: repeat it with the same request id").as_frame(None)
+    told = {name: list(replies) for name, replies in decision.replies.items()}
+    for name, replies in told.items():
+        for at, reply in enumerate(replies):
+            if (name, reply.number) in decision.writes and reply.error is None:
+                replies[at] = Reply(reply.number, None, error)
+                UNCONFIRMED.inc()
+    return told
 
 
 def _command(fields: dict[bytes, bytes]) -> Command | None:
@@ -142,6 +168,7 @@ def build(service: Service, app: App) -> Worker:
         return IndexerTenure(app, backend, partition, owned)
 
     async def declare() -> None:
+        await check_durability(backend, settings)
         await declare_tables(backend, app)
         for partition in range(backend.keys.partitions):
             for group in CHANGE_GROUPS:  # from now on nothing is trimmed that one of them has not read
@@ -163,6 +190,18 @@ def build(service: Service, app: App) -> Worker:
     service.run(indexing.run)
     service.at_drain(indexing.drain)
     return worker
+
+
+async def check_durability(backend: Backend, settings: Settings) -> None:
+    """Raises ConfigurationError where the server cannot keep the promise."""
+    if settings.durability == "fsync":
+        try:
+            await backend.wait(("WAITAOF", 1, 0, 1))
+        except ResponseError as error:
+            raise ConfigurationError(
+                f"--durability fsync: the server cannot say what is on its disk ({error}): it must be Redis 7.2 or "
+                "newer, or Valkey, with appendonly yes"
+            ) from None
 
 
 async def declare_tables(backend: Backend, app: App) -> None:

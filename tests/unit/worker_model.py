@@ -154,7 +154,7 @@ class ModelTenure:
                     calls[-1].append(Append(Position(SOURCE, 0, *id_), first, body, tuple(part)))
         return [appends for appends in calls if appends]
 
-    async def committed(self) -> None:
+    async def committed(self, *, confirmed: bool) -> None:
         pass
 
 

@@ -89,7 +89,11 @@ end)
 -- nothing.
 redis.register_function('commit', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  if tonumber(args[4]) <= tonumber(redis.call('HGET', keys[1], 'call')) then return 'ALREADY' end
+  local call = redis.call('HGET', keys[1], 'call')
+  if tonumber(args[4]) <= tonumber(call) then
+    redis.call('HSET', keys[1], 'call', call) -- WAIT and WAITAOF look at what this connection wrote last
+    return 'ALREADY'
+  end
   local acknowledged = 5 + tonumber(args[5])
   operate(keys, args, acknowledged + 1, #args)
   for i = 6, acknowledged do redis.call('XACK', keys[3], args[3], args[i]) end

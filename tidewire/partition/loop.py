@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tidewire.functions import Batch, Functions, Operation, Owned
+from tidewire.functions import Batch, Functions, Operation, Owned, Wait
 
 
 class Outcome(NamedTuple):
@@ -20,6 +20,8 @@ class Outcome(NamedTuple):
     operations: Sequence[Operation]
     links: Mapping[bytes, Sequence[Any]] = {}
     """For each destination (the key of its links): calls in order, each what the worker's `Link` takes."""
+    wait: Wait | None = None
+    """What to wait for after the commit."""
 
 
 class Tenure(Protocol):
@@ -34,8 +36,8 @@ class Tenure(Protocol):
         A batch may be empty: then it is asked for what time brings, and None is nothing.
         """
 
-    async def committed(self) -> None:
-        """The last outcome is done."""
+    async def committed(self, *, confirmed: bool) -> None:
+        """The last outcome is done; `confirmed` unless the wait that it asked for was in vain."""
 
 
 Idle = Callable[[tuple[int, int]], Awaitable[None]]
@@ -99,8 +101,10 @@ class PartitionLoop:
         await self._together(self._send(links, calls) for links, calls in outcome.links.items())
         self.commits += 1
         acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
-        await self._functions.commit(self._owned, self.commits, acknowledged, outcome.operations)
-        await self._tenure.committed()
+        confirmed = await self._functions.commit(
+            self._owned, self.commits, acknowledged, outcome.operations, outcome.wait
+        )
+        await self._tenure.committed(confirmed=confirmed)
 
     async def _send(self, links: bytes, calls: Sequence[Any]) -> None:
         assert self._link or not calls

@@ -116,11 +116,12 @@ async function queryAgain() {
 const roomIds = () => rooms.entries().map(([room]) => room);
 const titleOf = (room) => String(rooms.get(room)?.title ?? room);
 
-/** The rooms known from the link and from earlier visits, each looked at again: one may have been removed. */
+/** One's rooms are one query of an index. It follows within moments, so each membership is then read itself. */
 async function loadRooms() {
-  const known = new Set([...rememberedRooms(), ...roomIds(), link.get("room")].filter(Boolean));
+  const query = { table: "members", index: "by_member", key: me, limit: 1000 };
+  const { items } = await connection.request("query", query);
+  const known = new Set([...items.map(({ item }) => item.room), ...roomIds(), link.get("room")].filter(Boolean));
   await Promise.all([...known].map(loadMembership));
-  rememberRooms();
 }
 
 async function loadMembership(room) {
@@ -132,23 +133,10 @@ async function loadMembership(room) {
   }
 }
 
-function rememberedRooms() {
-  try {
-    return JSON.parse(localStorage.getItem(`rooms of ${me}`)) ?? [];
-  } catch {
-    return [];
-  }
-}
-
-function rememberRooms() {
-  localStorage.setItem(`rooms of ${me}`, JSON.stringify(roomIds()));
-}
-
 function myMembership(room, item, position, by) {
   const title = titleOf(room);
   const before = rooms.get(room);
   if (!rooms.apply(room, item, position)) return;
-  rememberRooms();
   if (item && !before && by !== me) say(`${by} invited you to “${titleOf(room)}”.`);
   if (item && !here) show(room);
   if (item || !before) return;
@@ -230,7 +218,6 @@ async function createRoom(title) {
   const item = { room, user: me, role: "owner", title };
   const { position } = await put("members", item); // who writes first into a vacant room owns it
   rooms.apply(room, item, position);
-  rememberRooms();
   show(room);
   if (wide.matches) $("text").focus();
 }
