@@ -77,10 +77,14 @@ class ChangesFact(NamedTuple):
     """How the partition's change stream stands."""
 
 
+NEVER = (2**63, 0)
+"""Later than any id of a stream."""
+
+
 class Stream(NamedTuple):
     length: int
     first: tuple[int, int]  # id of its first entry
-    read_by_all: tuple[int, int]  # every group has acknowledged what is before that
+    read_by_all: tuple[int, int]  # every group has acknowledged what is before that; NEVER, where that is all
     unread: dict[str, int]  # by group: entries that it has not acknowledged
 
 
@@ -202,19 +206,20 @@ async def _stream(backend: Backend, partition: int) -> Stream:
             raise
         return Stream(0, (0, 0), (0, 0), {})
     groups: list[Any] = await backend.commands.xinfo_groups(stream)
-    first = stream_id(info["first-entry"][0]) if info["first-entry"] else (2**63, 0)
-    read = [await _read_by(backend, stream, group) for group in groups]
+    first = stream_id(info["first-entry"][0]) if info["first-entry"] else NEVER
+    last = stream_id(info["last-generated-id"])
+    read = [await _read_by(backend, stream, group, last) for group in groups]
     if len({group["name"] for group in groups} & {name.encode() for name in CHANGE_GROUPS}) < len(CHANGE_GROUPS):
         read.append((0, 0))  # one of them has not begun
     unread = {group["name"].decode(): int(group.get("lag") or 0) + int(group["pending"]) for group in groups}
     return Stream(int(info["length"]), first, min(read), unread)
 
 
-async def _read_by(backend: Backend, stream: bytes, group: Any) -> tuple[int, int]:
+async def _read_by(backend: Backend, stream: bytes, group: Any, last: tuple[int, int]) -> tuple[int, int]:
     """The first id that a group has not acknowledged."""
     if group["pending"]:
         pending: Any = await backend.commands.xpending(stream, group["name"])
         if pending["min"]:
             return stream_id(pending["min"])
     ms, seq = stream_id(group["last-delivered-id"])
-    return ms, seq + 1
+    return NEVER if (ms, seq) >= last else (ms, seq + 1)
