@@ -143,6 +143,10 @@ class Keys:
         """Hash: how far each index is filled from the tables' items of this partition."""
         return self._of(partition, b"indexes")
 
+    def asked(self, partition: int, gateway: str) -> bytes:
+        """String with a TTL: the number of the last command that was done for a gateway."""
+        return self._of(partition, b"asked:" + gateway.encode())
+
     def request(self, partition: int, user: str, request: str) -> bytes:
         """String with a TTL: the first reply to an idempotent request."""
         return self._of(partition, b"request:%s\0%s" % (user.encode(), request.encode()))

@@ -45,11 +45,11 @@ class Command(NamedTuple):
     role: str  # "client" or "service"
     claims: dict[str, Any]
     connection: str | None
-    request: str | None  # the same user's same id gives the first result again
+    request: str | None  # the client's own: the same user's same id gives the first result again
     request_ttl_ms: int
     deadline: int  # ms since 1970, server time: older than that, it is not done
     reply_to: str  # gateway
-    number: int  # of the request within that gateway
+    number: int  # of the request within that gateway, greater than all before: what comes again is known by it
     trace: str | None = None  # W3C traceparent
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable
 from typing import Any, cast
 
@@ -66,12 +65,9 @@ class Core:
         """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
         body = {name: value for name, value in frame.items() if name not in ("id", "request", "traceparent")}
         partition_key = self._partition_key(request)
-        keys, id_, ttl_ms = self.backend.keys, None, 0
-        if request.action in WRITES:
-            # One of our own, so that nothing which the client library repeats is done twice.
-            id_ = f"u:{request.request}" if request.request is not None else f"g:{secrets.token_hex(8)}"
-            window_s = self.settings.request_window_s if request.request is not None else 0
-            ttl_ms = int(1000 * max(window_s, 2 * self.settings.request_timeout_s))
+        keys = self.backend.keys
+        id_: str | None = request.request if request.action in WRITES else None
+        ttl_ms = int(1000 * self.settings.request_window_s)
         deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
 
         def record(number: int) -> Command:

@@ -32,7 +32,7 @@ from tidewire.protocol import (
 from tidewire.records import Command, Item, ItemRecord, Reply, pack
 
 from . import chores
-from .facts import PAGE_BYTES, ConnectedFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
+from .facts import PAGE_BYTES, AskedFact, ConnectedFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
 from .rights import Rights
 from .updates import apply_update, touched
 from .view import Author, Effects, Missing, Situation, View, same
@@ -66,6 +66,7 @@ class Decision:
     writes: set[tuple[str, int]] = field(default_factory=set)  # (gateway, number) of replies that tell of a write
     lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
     more_to_expire: bool = False
+    asked: dict[str, int] = field(default_factory=dict)  # by gateway: its last command, for those of the batch
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
 
 
@@ -84,6 +85,7 @@ class _Batch:
         self.situation = view.situation
         self.decision = Decision(floor=view.situation.floor)
         self.answered: dict[RequestFact, Reply] = {}
+        self.deadlines: dict[str, int] = {}
 
     def decide(self, commands: Sequence[Command | None]) -> Decision | set[Fact]:
         missing: set[Fact] = set()
@@ -106,8 +108,17 @@ class _Batch:
                 missing |= need.facts
             else:
                 self.keep(self.view.accept())
+        self.remember()
         self.decision.last = self.view.last
         return missing or self.decision
+
+    def remember(self) -> None:
+        """Whose commands are done, up to where: for as long as one that comes again might still be done."""
+        for gateway, number in self.decision.asked.items():
+            ttl_ms = self.deadlines[gateway] - self.situation.now + 1000
+            if ttl_ms > 0:
+                key = self.keys.asked(self.situation.partition, gateway)
+                self.decision.operations.append(Operation("SET", key, (number, "PX", ttl_ms)))
 
     def chores(self) -> Iterator[Callable[[], None]]:
         if self.situation.expire:
@@ -126,6 +137,8 @@ class _Batch:
 
     def one(self, command: Command) -> None:
         self.view.begin()
+        if command.number <= self.last_of(command.reply_to):
+            return  # the client library has sent it twice: it is done, and answered
         repeat = RequestFact(command.user, command.request) if command.request is not None else None
         if repeat:
             first = self.first_reply(repeat, command)
@@ -159,6 +172,13 @@ class _Batch:
             key = self.keys.request(self.situation.partition, repeat.user, repeat.request)
             self.decision.operations.append(Operation("SET", key, (pack(reply), "PX", max(command.request_ttl_ms, 1))))
         self.reply(command, reply)
+
+    def last_of(self, gateway: str) -> int:
+        for known in (self.decision.asked, self.situation.asked):
+            if gateway in known:
+                return known[gateway]
+        last: int = self.view.know(AskedFact(gateway))
+        return last
 
     def first_reply(self, repeat: RequestFact, command: Command) -> Reply | None:
         if repeat in self.answered:
@@ -195,7 +215,10 @@ class _Batch:
         decision.changes += len(effects.changes)
 
     def reply(self, command: Command, reply: Reply) -> None:
-        self.decision.replies.setdefault(command.reply_to, []).append(reply._replace(number=command.number))
+        gateway = command.reply_to
+        self.decision.asked[gateway] = command.number
+        self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
+        self.decision.replies.setdefault(gateway, []).append(reply._replace(number=command.number))
 
     def perform(self, command: Command) -> Any:
         if command.action == SWEEP:

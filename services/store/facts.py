@@ -54,6 +54,12 @@ class RequestFact(NamedTuple):
     request: str
 
 
+class AskedFact(NamedTuple):
+    """The number of the last command that was done for a gateway; 0 when none is remembered."""
+
+    gateway: str
+
+
 class ConnectedFact(NamedTuple):
     """Connections of a gateway in this partition, a few hundred of them: (user, connection)."""
 
@@ -106,6 +112,7 @@ Fact = (
     | CountFact
     | PageFact
     | RequestFact
+    | AskedFact
     | ConnectedFact
     | KindFact
     | DueFact
@@ -155,6 +162,8 @@ def _ask(pipeline: Pipeline, keys: Keys, partition: int, fact: Fact) -> None:
         pipeline.zcard(keys.order(fact.table, fact.partition))
     elif isinstance(fact, RequestFact):
         pipeline.get(keys.request(partition, fact.user, fact.request))
+    elif isinstance(fact, AskedFact):
+        pipeline.get(keys.asked(partition, fact.gateway))
     elif isinstance(fact, ConnectedFact):
         pipeline.srandmember(keys.connected(partition, fact.gateway), 200)
     elif isinstance(fact, KindFact):
@@ -170,8 +179,8 @@ def _ask(pipeline: Pipeline, keys: Keys, partition: int, fact: Fact) -> None:
 
 
 def _value(fact: Fact, raw: Any) -> Value:
-    if isinstance(fact, CountFact | FieldsFact):
-        return int(raw)
+    if isinstance(fact, CountFact | FieldsFact | AskedFact):
+        return int(raw or 0)
     if isinstance(fact, ConnectedFact):
         return sorted((user, connection) for user, connection in map(unpack, raw))
     if isinstance(fact, DueFact | TombstonesFact):

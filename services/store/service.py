@@ -29,6 +29,8 @@ from .view import Situation
 log = structlog.get_logger(__name__)
 
 GROUP = "store"
+GATEWAYS_KEPT = 1000
+"""Gateways whose last command a partition's owner keeps in memory; beyond, it forgets all, and fetches them again."""
 EXPIRE_EVERY_S = 1.0
 TRIM_EVERY_S = 10.0
 """Or ten times within the time that changes are kept, if that is shorter."""
@@ -54,6 +56,7 @@ class StoreTenure:
         self._last: tuple[int, int] | None = None  # id of the partition's last change
         self._floor = 0
         self._kinds: dict[str, str] = {}
+        self._asked: dict[str, int] = {}
         self._decision = Decision()
         self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
@@ -79,6 +82,7 @@ class StoreTenure:
             self._settings.limit_item_bytes,
             floor=self._floor,
             kinds=self._kinds,
+            asked=self._asked,
             expire=expire,
             keep_since=(batch.now - int(1000 * self._settings.changes_retention_s), 0) if trim else None,
             keep_changes=self._settings.changes_max,
@@ -106,6 +110,9 @@ class StoreTenure:
     async def committed(self, *, confirmed: bool) -> None:
         decision = self._decision
         self._last, self._floor = decision.last, decision.floor
+        if len(self._asked) > GATEWAYS_KEPT:
+            self._asked = {}
+        self._asked |= decision.asked
         for group, count in decision.lost.items():
             LOST.labels(group).inc(count)
             log.error("changes_trimmed_unread", partition=self._partition, group=group, count=count)

@@ -39,6 +39,7 @@ class Situation:
     item_bytes: int  # most bytes of an item as JSON; 0: no limit
     floor: int = 0  # no item begins with a version at or below it
     kinds: Mapping[str, str] = field(default_factory=dict)  # of sort keys, as far as they are known: "s" or "n"
+    asked: Mapping[str, int] = field(default_factory=dict)  # by gateway: its last command, as far as that is known
     expire: bool = False  # it is time to look for expired items
     keep_since: tuple[int, int] | None = None  # it is time to trim what is older than this change id…
     keep_changes: int = 0  # … and what is beyond so many; 0: no limit
@@ -76,6 +77,7 @@ class View:
         self.written: dict[ItemKey, ItemRecord] = {}
         self.effects = Effects()
         self._facts = facts
+        self._kinds: dict[str, str] = {}
         self._counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
 
     # ── what is known ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +252,8 @@ class View:
     def _check_kind(self, table: Table, sort: Scalar) -> None:
         """Within a table, sort keys are of one kind: that of the first one."""
         kind = "s" if isinstance(sort, str) else "n"
-        known = self.situation.kinds.get(table.name) or self.know(KindFact(table.name, kind))
+        first = self._kinds.setdefault(table.name, kind)  # of several in one batch the first one is asked for
+        known = self.situation.kinds.get(table.name) or self.know(KindFact(table.name, first))
         if known != kind:
             names = {"s": "string", "n": "number"}
             raise BadRequest(
