@@ -31,7 +31,7 @@ class Core:
         self.backend = service.backend
         self.bus = Bus(self.backend, lambda: self.id, timeout_s=self.settings.request_timeout_s)
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
-        self.feeds = Feeds(self.backend, self.settings.resume_window_s, self.backend.keys.replies(self.id))
+        self.feeds = Feeds(self.backend, self.settings.resume_window_s)
         self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
 
     @property
