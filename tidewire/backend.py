@@ -1,23 +1,44 @@
-"""Connections to Redis, by URL. Services ask for what they need; which topology is behind it is decided here."""
+"""Connections to Redis, by URL. Services ask for what they need; which topology is behind it is decided here.
+
+Every key has a hash tag, and each call stays with one tag: so the same calls do for a single server and for a cluster.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, cast
+from urllib.parse import unquote
 
+from redis._parsers import AsyncCommandsParser
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    MovedError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 
 from tidewire.errors import ConfigurationError
 from tidewire.functions import Arg, Functions, Wait
 from tidewire.keys import Keys
+from tidewire.subscriber import Heard, Subscriber
 
 BLOCK_MS = 1000
 """How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
 
+_COMMANDS: dict[str, Any] = {"socket_connect_timeout": 5, "max_connections": 1000}
+_BLOCKING: dict[str, Any] = {
+    "socket_connect_timeout": 5,
+    "socket_timeout": BLOCK_MS / 1000 + 5,
+    "max_connections": 10000,
+}
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 """A stream's entry: id and fields."""
@@ -35,6 +56,11 @@ class Backend:
 
     async def __aenter__(self) -> Backend:
         return self
+
+    async def reach(self) -> None:
+        """Find whoever is needed before the first command; of a cluster, its nodes."""
+        await self.commands.initialize()
+        await self._blocking.initialize()
 
     async def __aexit__(self, *_: object) -> None:
         await self.commands.aclose()
@@ -62,23 +88,39 @@ class Backend:
 
     async def confirmed(self, call: tuple[Arg, ...], wait: Wait) -> tuple[Any, int]:
         """A call and, on the connection that wrote, WAIT or WAITAOF: (answer or error, how many confirmed)."""
-        async with self.commands.pipeline(transaction=False) as pipeline:
+        async with self.node_of(cast(bytes, call[3])).pipeline(transaction=False) as pipeline:
             pipeline.execute_command(*call)
             pipeline.execute_command(*wait.command)
             answer, confirmed = await pipeline.execute(raise_on_error=False)
         if isinstance(answer, Exception):
+            if isinstance(answer, MovedError):
+                await self.find_node_of(cast(bytes, call[3]))
             return answer, 0
         if isinstance(confirmed, Exception):
             raise confirmed
         return answer, int(confirmed[0] if isinstance(confirmed, list) else confirmed)
 
-    async def wait(self, command: tuple[Arg, ...]) -> Any:
-        """WAIT or WAITAOF by itself."""
-        return await self.commands.execute_command(*command)  # type: ignore[no-untyped-call]
+    async def wait(self, command: tuple[Arg, ...], key: bytes) -> Any:
+        """WAIT or WAITAOF by itself, at the node that has the key."""
+        return await self.node_of(key).execute_command(*command)  # type: ignore[no-untyped-call]
 
-    def pubsub(self) -> PubSub:
-        """A subscriber with a connection of its own."""
-        return self._blocking.pubsub()
+    def subscriber(self, heard: Heard) -> Subscriber:
+        """One who hears channels, once it runs. It has connections of its own."""
+        return Subscriber(self, heard)
+
+    def node_of(self, channel: bytes) -> Redis:
+        """The node that has the slot of a channel or key, as far as is known here."""
+        return self._blocking
+
+    async def find_node_of(self, channel: bytes) -> Redis:
+        """The same, when what is known has proven wrong."""
+        await self.commands.exists(channel)  # where it is refused, the client is told who has the slot
+        return self.node_of(channel)
+
+    async def now_ms(self) -> int:
+        """The server's time since 1970; of a cluster, that of any node."""
+        seconds, microseconds = await self.commands.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def ensure_group(self, stream: bytes, group: str) -> None:
         """Create the consumer group, from the stream's beginning, unless it is there."""
@@ -116,35 +158,144 @@ def _entries(raw: Any) -> list[Entry]:
     return [(id_, fields or {}) for id_, fields in raw]
 
 
-def clients(url: str) -> tuple[Redis, Redis]:
-    """(for commands, for blocking reads). Raises ConfigurationError for an address that is none of ours."""
-    scheme = urlsplit(url).scheme
-    if scheme in ("redis+sentinel", "redis+cluster"):
-        raise ConfigurationError(f"--redis {scheme}://…: this version speaks to a single server (redis://)")
+class ClusterBackend(Backend):
+    """A stage on a Redis Cluster."""
+
+    def __init__(self, address: Cluster, keys: Keys) -> None:
+        self._address = address
+        self._cluster = _Client(address, _COMMANDS)
+        self._nodes: dict[str, Redis] = {}
+        # The cluster client has the same commands, and is no Redis for its types alone.
+        super().__init__(cast(Redis, self._cluster), cast(Redis, _Client(address, _BLOCKING)), keys)
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        for node in self._nodes.values():
+            await node.aclose()
+
+    def node_of(self, channel: bytes) -> Redis:
+        try:
+            node = self._cluster.get_node_from_key(cast(str, channel))  # bytes do as well
+        except RedisClusterException as error:
+            raise ConnectionError(str(error)) from None
+        assert node, "only a replica may be missing"
+        if node.name not in self._nodes:
+            # Soon given up: the node may have been replaced, and what was wanted of it is then to be had elsewhere.
+            retry = Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.2), 5)
+            self._nodes[node.name] = Redis(
+                host=node.host,
+                port=int(node.port),
+                username=self._address.username,
+                password=self._address.password,
+                retry=retry,
+                **_BLOCKING,
+            )
+        return self._nodes[node.name]
+
+
+class _Client(RedisCluster):
+    """redis-py's, whose errors are all RedisError, and which finds the keys of our calls without asking a server."""
+
+    def __init__(self, address: Cluster, options: dict[str, Any]) -> None:
+        super().__init__(
+            startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
+            username=address.username,
+            password=address.password,
+            # A slot that moved is noted. To learn all anew would break the connections of every call under way.
+            reinitialize_steps=0,
+            **options,
+        )
+        self.commands_parser = _KeyFinder()
+
+    async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
+        try:
+            return await super().initialize(*args, **kwargs)
+        except RedisClusterException as error:
+            cause = error.__cause__
+            if isinstance(cause, AuthenticationError):
+                raise cause from None
+            if isinstance(cause, RedisClusterException):
+                raise NotACluster(str(cause)) from None
+            raise ConnectionError(str(cause or error)) from None
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **kwargs)
+        except RedisClusterException as error:
+            raise ConnectionError(str(error)) from None
+
+
+class _KeyFinder(AsyncCommandsParser):
+    """Where the keys of a command are. redis-py asks a server where they are not in a fixed place: once a call."""
+
+    async def get_keys(self, *args: Any) -> Any:
+        command = str(args[0]).upper()
+        if command in ("FCALL", "FCALL_RO"):
+            return args[3 : 3 + int(args[2])]
+        if command in ("XREAD", "XREADGROUP"):
+            streams = args[args.index(b"STREAMS") + 1 :]
+            return streams[: len(streams) // 2]
+        return await super().get_keys(*args)
+
+
+class NotACluster(ConnectionError):
+    """The server answers, and is not in cluster mode."""
+
+
+class Cluster(NamedTuple):
+    """What redis+cluster://user:password@host:port,host:port says."""
+
+    nodes: list[tuple[str, int]]
+    username: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> Cluster:
+        """Raises ConfigurationError for what is no such address."""
+        # A password may hold anything, the rest neither of these signs.
+        login, _, rest = url.partition("://")[2].rpartition("@")
+        hosts, *behind = re.split(r"[/?#]", rest, maxsplit=1)
+        user, _, password = login.partition(":")
+        found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?", host) for host in hosts.split(",")]
+        nodes = [(one[1].strip("[]"), int(one[2] or 6379)) for one in found if one]
+        if len(nodes) < len(found) or any(not 0 < port < 65536 for _, port in nodes):
+            wrong = "some of the cluster's nodes, as redis+cluster://host:port,host:port"
+        elif any(behind):
+            wrong = "nothing after the nodes: a cluster has no numbered databases"
+        else:
+            return cls(nodes, unquote(user) or None, unquote(password) or None)
+        raise ConfigurationError(f"--redis {redacted(url)!r}: write {wrong}")
+
+
+def backend_at(url: str, keys: Keys) -> Backend:
+    """A backend that has not been reached yet. Raises ConfigurationError for an address that is none of ours."""
+    scheme = url.partition("://")[0]
+    if scheme == "redis+cluster":
+        return ClusterBackend(Cluster.parse(url), keys)
+    if scheme == "redis+sentinel":
+        raise ConfigurationError("--redis redis+sentinel://…: this version speaks to a single server or a cluster")
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
-            f"--redis {url!r}: an address like redis://host:6379, rediss://… or unix://… is needed"
+            f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://… or "
+            "redis+cluster://host:6379,host:6379 is needed"
         )
     try:
-        commands = Redis.from_url(url, socket_connect_timeout=5, max_connections=1000)
-        blocking = Redis.from_url(
-            url, socket_connect_timeout=5, socket_timeout=BLOCK_MS / 1000 + 5, max_connections=10000
-        )
+        return Backend(Redis.from_url(url, **_COMMANDS), Redis.from_url(url, **_BLOCKING), keys)
     except ValueError as error:
-        raise ConfigurationError(f"--redis {url!r}: {error}") from None
-    return commands, blocking
+        raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
 
 
 async def connect(url: str, keys: Keys) -> Backend:
     """A backend whose server answers and whose stage is open. Raises ConfigurationError with one sentence."""
-    backend = Backend(*clients(url), keys)
+    backend = backend_at(url, keys)
     try:
         async with _explained(url):
+            await backend.reach()
             version = (await backend.commands.info("server")).get("redis_version", "0")
             if int(str(version).split(".", 1)[0]) < 7:
                 raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
             await backend.open_stage()
-    except ConfigurationError:
+    except BaseException:
         await backend.__aexit__()
         raise
     return backend
@@ -152,27 +303,37 @@ async def connect(url: str, keys: Keys) -> Backend:
 
 async def connect_existing(url: str, stage: str, partitions: int) -> Backend:
     """A backend of a stage with the partitions it was created with; `partitions` where it is yet to be created."""
-    commands, blocking = clients(url)
+    backend = backend_at(url, Keys(stage, partitions))
     try:
         async with _explained(url):
-            stored = await commands.hget(Keys(stage, partitions).stage_settings(), "partitions")
-    except ConfigurationError:
-        await Backend(commands, blocking, Keys(stage, partitions)).__aexit__()
+            await backend.reach()
+            stored = await backend.commands.hget(backend.keys.stage_settings(), "partitions")
+    except BaseException:
+        await backend.__aexit__()
         raise
-    return Backend(commands, blocking, Keys(stage, int(stored or partitions)))
+    backend.keys = Keys(stage, int(stored or partitions))
+    return backend
 
 
 @contextlib.asynccontextmanager
 async def _explained(url: str) -> AsyncIterator[None]:
     """What goes wrong on the way to Redis, as one sentence."""
+    at = f"Redis at {redacted(url)}"
     try:
         yield
+    except NotACluster:
+        raise ConfigurationError(
+            f"{at} is not in cluster mode: name a single server as redis://host:port, or set cluster-enabled yes"
+        ) from None
+    except MovedError:
+        raise ConfigurationError(f"{at} is a node of a cluster: name it as redis+cluster://host:port") from None
+    except AuthenticationError as error:
+        raise ConfigurationError(f"{at} does not answer ({error}): check its password") from None
     except (RedisError, OSError) as error:
-        hint = "check its password" if isinstance(error, AuthenticationError) else "is it running, and reachable?"
-        raise ConfigurationError(f"Redis at {redacted(url)} does not answer ({error}): {hint}") from None
+        raise ConfigurationError(f"{at} does not answer ({error}): is it running, and reachable?") from None
 
 
 def redacted(url: str) -> str:
-    """The address without its password."""
-    password = urlsplit(url).password
-    return url.replace(f":{password}@", ":…@") if password else url
+    """The address without its password, wherever it stands."""
+    url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]password=)[^&]*", r"\1…", url)

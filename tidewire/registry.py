@@ -108,7 +108,7 @@ class Registry:
 
 async def all_services(backend: Backend) -> dict[str, Service]:
     """The list for one who is no service."""
-    seconds, microseconds = await backend.commands.time()
+    now = await backend.now_ms()
     raw = await backend.commands.hgetall(backend.keys.services())
     beats = {text(id_): split_beat(value) for id_, value in raw.items()}
-    return listed(seconds * 1000 + microseconds // 1000, beats)
+    return listed(now, beats)

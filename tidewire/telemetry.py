@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -44,11 +45,26 @@ def configure_logging(log_format: str, level: str = "info") -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn inside a service: signals are the service's."""
+    """uvicorn inside a service: signals are the service's, and it ends when it is told, not at its next look."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._told.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def main_loop(self) -> None:
+        ticks = itertools.count()
+        while not await self.on_tick(next(ticks)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await self._told.wait()
 
 
 @contextlib.asynccontextmanager
@@ -67,7 +83,7 @@ async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
             await asyncio.sleep(0.01)
         yield
     finally:
-        server.should_exit = True
+        server.end()
         with contextlib.suppress(asyncio.CancelledError):
             await task
 

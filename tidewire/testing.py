@@ -82,18 +82,19 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
     keys = Keys(chosen.stage, chosen.partitions)
     server = fakeredis.FakeServer()
     async with contextlib.AsyncExitStack() as stack:
-
-        def another() -> Backend:
-            return backend if backend is not None else FakeBackend(server, keys)
-
-        shared = await stack.enter_async_context(another())
+        shared = await stack.enter_async_context(backend or FakeBackend(server, keys))
         await shared.open_stage()
+
+        async def another() -> Backend:
+            # What is shared is closed once, after the last of those who use it.
+            return shared if backend else await stack.enter_async_context(FakeBackend(server, keys))
+
         for kind in ("store", "broadcaster", "authorizer"):
-            service = Service(kind, await stack.enter_async_context(another()), chosen)
+            service = Service(kind, await another(), chosen)
             services[kind].build(service, *(() if kind == "authorizer" else (app,)))
             await stack.enter_async_context(service.running())
         ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
-        service = Service("gateway", await stack.enter_async_context(another()), chosen)
+        service = Service("gateway", await another(), chosen)
         gateway = services["gateway"].build(service, app)
         await stack.enter_async_context(gateway.listening(ws, http))
         await stack.enter_async_context(service.running())

@@ -14,10 +14,9 @@ def _option(name: str, help_: str, *, shown: str | None = None) -> object:
 
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
-Redis = Annotated[
-    str | None, _option("--redis", "Address: redis://, rediss:// or unix://.", shown="the running `up` of --data")
-]
-ServiceRedis = Annotated[str, _option("--redis", "Address: redis://, rediss:// or unix://.", shown="required")]
+_ADDRESS = "Address: redis://, rediss://, unix:// or redis+cluster://."
+Redis = Annotated[str | None, _option("--redis", _ADDRESS, shown="the running `up` of --data")]
+ServiceRedis = Annotated[str, _option("--redis", _ADDRESS, shown="required")]
 Data = Annotated[Path, _option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
 Stage = Annotated[str | None, _option("--stage", "Namespace: the prefix of every key.", shown="dev")]
 Partitions = Annotated[

@@ -19,12 +19,11 @@ STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
 async def owners(backend: Backend, group: str) -> dict[int, str | None]:
     """Of each partition, the owner whose lease runs; None where there is none."""
     keys = backend.keys
+    now = await backend.now_ms()
     async with backend.commands.pipeline(transaction=False) as pipeline:
-        pipeline.time()
         for partition in range(keys.partitions):
             pipeline.hmget(keys.lease(partition, group), "owner", "expires")
-        (seconds, microseconds), *leases = await pipeline.execute()
-    now = seconds * 1000 + microseconds // 1000
+        leases = await pipeline.execute()
     return {
         partition: owner.decode() if owner and int(expires or 0) > now else None
         for partition, (owner, expires) in enumerate(leases)

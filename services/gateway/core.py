@@ -35,7 +35,7 @@ class Core:
             most_queued=self.settings.commands_max,
         )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
-        self.feeds = Feeds(self.backend, self.settings.resume_window_s, self.backend.keys.replies(self.id))
+        self.feeds = Feeds(self.backend, self.settings.resume_window_s)
         self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
 
     @property

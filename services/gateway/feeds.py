@@ -96,13 +96,11 @@ class Feed:
 class Feeds:
     """All of them, and the one subscriber behind them."""
 
-    def __init__(self, backend: Backend, window_s: float, ready_channel: bytes) -> None:
+    def __init__(self, backend: Backend, window_s: float) -> None:
         self._backend = backend
         self._window_ms = int(window_s * 1000)
         self._feeds: dict[bytes, Feed] = {}
-        self._pubsub = backend.pubsub()
-        # A channel that is always there, so that the subscriber has a connection before the first feed.
-        self._own = ready_channel
+        self._subscriber = backend.subscriber(self._heard)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def follow(self, keys: tuple[bytes, bytes], topic: str | None) -> Feed:
@@ -130,8 +128,9 @@ class Feeds:
             feed.ready.cancel()
         with contextlib.suppress(RedisError, OSError):
             await self._backend.functions.feed_open(feed.keys, self._window_ms)
-            if feed.keys[1] not in self._feeds:  # nobody came meanwhile
-                await self._pubsub.sunsubscribe(feed.keys[1])
+        if feed.keys[1] not in self._feeds:  # nobody came meanwhile
+            with contextlib.suppress(RedisError, OSError):
+                await self._subscriber.unsubscribe(feed.keys[1])
 
     async def read(self, feed: Feed, cursor: Cursor, count: int = READ) -> tuple[list[FeedEntry], Reset | None]:
         """What follows on the cursor, as far as it can be proven to be all; else the reset."""
@@ -160,15 +159,13 @@ class Feeds:
     async def hear(self) -> None:
         """Hear announcements, until cancelled."""
         try:
-            await self._hear()
+            await self._subscriber.run()
         finally:
             await end(self._tasks)
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _start(self, feed: Feed) -> None:
         while True:
-            await self._pubsub.ssubscribe(feed.keys[1])
+            await self._subscriber.subscribe(feed.keys[1])
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(feed.subscribed.wait(), 2)
                 break
@@ -177,35 +174,16 @@ class Feeds:
         if feed.stale:
             await self.mend(feed)
 
-    async def _hear(self) -> None:
-        subscribed = False
-        while True:
-            try:
-                if not subscribed:
-                    await self._pubsub.ssubscribe(self._own)
-                    subscribed = True
-                message = await self._pubsub.get_message(timeout=1.0)
-            except (RedisError, OSError) as error:
-                log.warning("announcements_not_heard", error=str(error))
-                await asyncio.sleep(0.2)
-                continue
-            if message:
-                await self._heard(message["type"], message["channel"], message["data"])
-
-    async def _heard(self, kind: str, channel: bytes, data: bytes) -> None:
+    def _heard(self, channel: bytes, data: bytes | None) -> None:
         feed = self._feeds.get(channel)
         if feed is None:
             return
-        if kind == "ssubscribe":
-            if feed.subscribed.is_set():  # again, so the connection was lost: something may have been missed
-                self._mend_soon(feed)
-            feed.subscribed.set()
-        elif kind == "sunsubscribe":
-            # Unasked for (the slot moved), or asked for just before somebody came back: subscribe again, and read.
-            await self._pubsub.ssubscribe(channel)
-            self._mend_soon(feed)
-        elif kind == "smessage":
+        if data is not None:
             self._announced(feed, Announcement.parse(data))
+        elif feed.subscribed.is_set():  # again: something may have been missed
+            self._mend_soon(feed)
+        else:
+            feed.subscribed.set()
 
     def _announced(self, feed: Feed, announcement: Announcement) -> None:
         head = feed.head
@@ -230,8 +208,8 @@ class Feeds:
                     log.warning("feed_not_mended", error=str(error))
                     await asyncio.sleep(0.2)
 
-        if feed.mending.locked():
-            feed.stale = True
+        if feed.head is None or feed.mending.locked():
+            feed.stale = True  # whoever is reading reads once more
             return
         MENDED.inc()
         task = asyncio.create_task(mend(), name="mend")

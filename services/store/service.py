@@ -203,7 +203,8 @@ async def check_durability(backend: Backend, settings: Settings) -> None:
     """Raises ConfigurationError where the server cannot keep the promise."""
     if settings.durability == "fsync":
         try:
-            await backend.wait(("WAITAOF", 1, 0, 1))
+            for partition in range(backend.keys.partitions):  # each may be on a server of its own
+                await backend.wait(("WAITAOF", 1, 0, 1), backend.keys.partition(partition))
         except ResponseError as error:
             raise ConfigurationError(
                 f"--durability fsync: the server cannot say what is on its disk ({error}): it must be Redis 7.2 or "

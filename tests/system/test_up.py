@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import topologies
 from tests.helpers import free_port, wait_until
 from tidewire.errors import NotFound
 
@@ -95,6 +96,28 @@ async def test_the_commands_work_with_a_running_up(new_up: Any) -> None:
     assert (refused.returncode, "revoked" in refused.stderr) == (1, True)
 
 
+def test_the_commands_work_on_a_cluster(new_up: Any) -> None:
+    with topologies.cluster() as redis:
+        up = new_up("--redis", redis)
+        through = ["--url", up.http, "--key", up.keys()["alice"]]
+
+        def said(*args: str) -> Any:
+            done = tidewire(*args)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout)
+
+        item = {"room": "lobby", "id": "m1", "author": "alice", "text": "hello"}
+        assert said("put", "messages", json.dumps(item), *through)["version"] == 1
+        made = said("keys", "create", "--user", "carol", "--redis", redis)
+        assert made["id"] in {one["id"] for one in said("keys", "list", "--json", "--redis", redis)}
+        assert tidewire("keys", "revoke", made["id"], "--redis", redis).returncode == 0
+        status = said("status", "--json", "--data", str(up.data))
+        assert {service["kind"] for service in status["services"]} == {"gateway", "authorizer", "broadcaster", "store"}
+        for group in ("store", "broadcaster"):
+            assert all(one["owner"] for one in status["groups"][group]["partitions"]), group
+        assert up.stop()[0] == 0
+
+
 async def test_the_connections_of_a_killed_gateway_are_removed(new_up: Any) -> None:
     up = new_up("--gateways", "2")
     async with await up.backend() as backend, up.client("alice", up.keys()["alice"]) as client:
@@ -164,6 +187,10 @@ def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path)
         (["up", "good:app", *data, "--ws-port", str(up.ws_port)], f"port {up.ws_port} on 127.0.0.1 is in use"),
         (["up", "good:app", *data, *free, "--redis", "redis://127.0.0.1:1"], "does not answer"),
         (["up", "good:app", *data, *free, "--redis", "http://x"], "redis://"),
+        (["up", "good:app", *data, *free, "--redis", "redis+cluster://127.0.0.1:1,127.0.0.1:2"], "does not answer"),
+        (["store", "good:app", "--redis", redis.replace("redis://", "redis+cluster://")], "not in cluster mode"),
+        (["status", "--redis", "redis+cluster://127.0.0.1:1/7"], "numbered databases"),
+        (["keys", "list", "--redis", "redis+sentinel://127.0.0.1:1/main"], "a single server or a cluster"),
         (["up", "good:app", *free, "--data", str(up.data)], "another `tidewire up` runs"),
         (["up", "good:app", *data, *free, "--stage", "No Good"], "--stage"),
         (["store", "good:app", "--redis", redis, "--partitions", "5"], "was created with 8 partitions"),

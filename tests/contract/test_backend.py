@@ -1,0 +1,161 @@
+"""Connections to Redis: what a wrong address comes to, and channels that are heard whatever happens to their node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, cast
+
+import fakeredis
+import pytest
+from redis.asyncio.cluster import RedisCluster
+
+from tests.helpers import wait_until
+from tidewire.backend import Backend, connect
+from tidewire.errors import ConfigurationError
+from tidewire.keys import Keys
+from tidewire.testing import FakeBackend
+
+_stages = itertools.count(1)
+
+
+@pytest.fixture(params=["fakeredis", *(pytest.param(name, marks=pytest.mark.real) for name in ("real", "cluster"))])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """A stage of 8 partitions on each of the three."""
+    keys = Keys(f"b{next(_stages)}", 8)
+    if request.param == "fakeredis":
+        found: Backend = FakeBackend(fakeredis.FakeServer(), keys)
+    else:
+        found = await connect(request.getfixturevalue("server" if request.param == "real" else "cluster"), keys)
+    async with found:
+        yield found
+
+
+class Listener:
+    """What a subscriber has heard, by channel; None for each confirmation."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.heard: dict[bytes, list[bytes | None]] = {}
+        self.subscriber = backend.subscriber(lambda channel, data: self.heard.setdefault(channel, []).append(data))
+
+    async def publish(self, channel: bytes, *messages: bytes) -> None:
+        command: Any = self.backend.commands.execute_command
+        for message in messages:
+            await command("SPUBLISH", channel, message)
+
+    async def told_all(self, *messages: bytes, of: Iterable[bytes]) -> None:
+        """Until exactly these messages of each channel were heard."""
+        await wait_until(lambda: all(self.told(channel) == [*messages] for channel in of), f"{messages} are heard")
+
+    async def subscribed(self, times: int, of: Iterable[bytes]) -> None:
+        await wait_until(lambda: all(self.confirmed(channel) >= times for channel in of), "all are subscribed to")
+
+    def told(self, channel: bytes) -> list[bytes]:
+        return [data for data in self.heard.get(channel, []) if data is not None]
+
+    def confirmed(self, channel: bytes) -> int:
+        return self.heard.get(channel, []).count(None)
+
+
+@pytest.fixture
+async def listener(backend: Backend) -> AsyncIterator[Listener]:
+    found = Listener(backend)
+    running = asyncio.create_task(found.subscriber.run())
+    yield found
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+def channels(backend: Backend) -> list[bytes]:
+    """Of users of all partitions, and so at all nodes of a cluster."""
+    return [backend.keys.user_feed(f"user{number}")[1] for number in range(40)]
+
+
+async def test_channels_are_heard_in_order_until_they_are_left(listener: Listener) -> None:
+    wanted = channels(listener.backend)
+    left, *kept = wanted
+    for channel in wanted:
+        await listener.subscriber.subscribe(channel)
+    await listener.subscribed(1, of=wanted)
+    for channel in wanted:
+        await listener.publish(channel, b"1", b"2", b"3")
+    await listener.told_all(b"1", b"2", b"3", of=wanted)
+    await listener.subscriber.unsubscribe(left)
+    for channel in wanted:
+        await listener.publish(channel, b"4")
+    await listener.told_all(b"1", b"2", b"3", b"4", of=kept)
+    assert listener.told(left) == [b"1", b"2", b"3"]
+    await listener.subscriber.subscribe(left)
+    await listener.subscribed(2, of=[left])
+    await listener.publish(left, b"5")
+    await listener.told_all(b"1", b"2", b"3", b"5", of=[left])
+
+
+@pytest.mark.parametrize("backend", ["real", "cluster"], indirect=True)
+async def test_after_a_lost_connection_each_channel_is_confirmed_again(listener: Listener) -> None:
+    wanted = channels(listener.backend)
+    for channel in wanted:
+        await listener.subscriber.subscribe(channel)
+    await listener.subscribed(1, of=wanted)
+    for node in {listener.backend.node_of(channel) for channel in wanted}:
+        await node.client_kill_filter(_type="pubsub")
+    await listener.subscribed(2, of=wanted)
+    for channel in wanted:
+        await listener.publish(channel, b"after")
+    await listener.told_all(b"after", of=wanted)
+
+
+@pytest.mark.parametrize("backend", ["cluster"], indirect=True)
+async def test_a_channel_whose_slot_moves_is_confirmed_and_heard_at_its_new_node(listener: Listener) -> None:
+    cluster = cast(RedisCluster, listener.backend.commands)
+    channel = b"moving:{%s}" % listener.backend.keys.stage.encode()
+    slot = cluster.keyslot(channel)
+    await listener.subscriber.subscribe(channel)
+    await listener.subscribed(1, of=[channel])
+    before = listener.backend.node_of(channel)
+    primaries = cluster.get_primaries()
+    home = cluster.nodes_manager.get_node_from_slot(slot)
+    other = next(node for node in primaries if node != home)
+    ids = {node.name: await node.execute_command("CLUSTER MYID") for node in primaries}
+    try:
+        for node in (other, home, *primaries):
+            await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[other.name])
+        await listener.subscribed(2, of=[channel])
+        assert listener.backend.node_of(channel) is not before
+        await listener.publish(channel, b"after")
+        await listener.told_all(b"after", of=[channel])
+    finally:
+        for node in (home, other, *primaries):
+            await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[home.name])
+
+
+@pytest.fixture
+def wrong(server: str, cluster: str) -> list[tuple[str, str]]:
+    """Addresses where something answers, or nothing, and what is said of each."""
+    hosts = cluster.removeprefix("redis+cluster://")
+    return [
+        (server.replace("redis://", "redis+cluster://"), "is not in cluster mode"),
+        (f"redis://{hosts.split(',')[0]}", "name it as redis\\+cluster://"),
+        (f"redis+cluster://nobody:secret@{hosts}", "check its password"),
+        ("redis+cluster://127.0.0.1:1,127.0.0.1:2", "does not answer .* is it running"),
+        ("redis+cluster://no.such.host.invalid", "does not answer .* is it running"),
+    ]
+
+
+@pytest.mark.real
+async def test_a_wrong_address_is_explained_in_one_sentence(wrong: list[tuple[str, str]]) -> None:
+    for url, said in wrong:
+        with pytest.raises(ConfigurationError, match=said) as refusal:
+            await connect(url, Keys("wrong", 8))
+        assert "secret" not in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.real
+async def test_one_node_is_enough_to_find_the_others(cluster: str) -> None:
+    async with await connect(cluster.split(",", maxsplit=1)[0], Keys("found", 8)) as backend:
+        assert len({backend.node_of(channel) for channel in channels(backend)}) == 3

@@ -1,0 +1,196 @@
+"""Sharded pub/sub: channels are subscribed to at whichever node has their slot, with one reader for each node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.crc import key_slot
+from redis.exceptions import MovedError, RedisError, ResponseError
+
+from tidewire.tasks import end
+
+log = structlog.get_logger(__name__)
+
+Heard = Callable[[bytes, bytes | None], None]
+"""Called with a channel and a message; with None when the channel is subscribed to."""
+
+
+class Nodes(Protocol):
+    """Who has a channel's slot. There is one node, or there are those of a cluster."""
+
+    def node_of(self, channel: bytes) -> Redis:
+        """The node that has it, as far as is known here."""
+
+    async def find_node_of(self, channel: bytes) -> Redis:
+        """The node that has it, asked for, because what was known has proven wrong."""
+
+
+class Subscriber:
+    """Channels, and one function that hears them.
+
+    `heard(channel, None)` says that a channel is subscribed to: what was published before may have been missed. It is
+    said again after each reconnect, and when the channel has gone to another node. Messages of a channel are heard in
+    their order. A node that is away is waited for.
+    """
+
+    def __init__(self, nodes: Nodes, heard: Heard) -> None:
+        self._nodes = nodes
+        self._heard = heard
+        self._at: dict[bytes, _Connection] = {}
+        self._connections: dict[Redis, _Connection] = {}
+        self._readers: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] | None = None  # while it runs
+
+    async def subscribe(self, channel: bytes) -> None:
+        """Want the channel. Raises redis-py's errors when that could not be said: it is then said at the reconnect."""
+        connection = self._connection(self._nodes.node_of(channel))
+        before = self._at.get(channel, connection)
+        if before is not connection:
+            before.wanted.discard(channel)
+        self._at[channel] = connection
+        await connection.want(channel)
+
+    async def unsubscribe(self, channel: bytes) -> None:
+        """No longer want it: nothing more is heard of it, even if this raises one of redis-py's errors."""
+        if connection := self._at.pop(channel, None):
+            await connection.leave(channel)
+
+    async def run(self) -> None:
+        """Hear, until cancelled. Raises what a reader died of."""
+        self._failed = asyncio.get_running_loop().create_future()
+        try:
+            for connection in self._connections.values():
+                self._start(connection)
+            await self._failed
+        finally:
+            self._failed = None
+            await end(self._readers)
+            for connection in self._connections.values():
+                await connection.close_quietly()
+
+    def _connection(self, node: Redis) -> _Connection:
+        if node not in self._connections:
+            self._connections[node] = connection = _Connection(node)
+            if self._failed:
+                self._start(connection)
+        return self._connections[node]
+
+    def _start(self, connection: _Connection) -> None:
+        task = asyncio.create_task(self._read(connection), name="subscriber")
+        self._readers.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._readers.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error and self._failed and not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _read(self, connection: _Connection) -> None:
+        while True:
+            try:
+                await connection.open()
+                if connection.astray:
+                    await self._find(connection)
+                message = await connection.get_message(timeout=1.0)
+            except MovedError as error:
+                connection.astray |= {channel for channel in connection.wanted if key_slot(channel) == error.slot_id}
+            except (RedisError, OSError) as error:
+                log.warning("announcements_not_heard", error=str(error))
+                if not connection.wanted:  # the node may be gone for good
+                    self._connections.pop(connection.node)
+                    await connection.close_quietly()
+                    return
+                await asyncio.sleep(0.2)
+                # An answer does not say which channel it refuses. Without one, the node may have been replaced.
+                connection.astray |= {
+                    channel
+                    for channel in connection.wanted
+                    if isinstance(error, ResponseError) or self._elsewhere(channel, connection)
+                }
+            else:
+                if message:
+                    self._take(connection, message)
+
+    def _elsewhere(self, channel: bytes, connection: _Connection) -> bool:
+        with contextlib.suppress(RedisError):
+            return self._connections.get(self._nodes.node_of(channel)) is not connection
+        return False
+
+    async def _find(self, connection: _Connection) -> None:
+        """Subscribe again, at the nodes that have them now, to channels of which this one wants to know nothing."""
+        for channel in list(connection.astray):
+            if self._at.get(channel) is connection:
+                await self._nodes.find_node_of(channel)
+            if self._at.get(channel) is connection:  # nobody has left it meanwhile
+                await self.subscribe(channel)
+            connection.astray.discard(channel)
+
+    def _take(self, connection: _Connection, message: dict[str, Any]) -> None:
+        channel: bytes = message["channel"]
+        if self._at.get(channel) is not connection:
+            return  # it was left, or is heard from another node
+        if message["type"] == "sunsubscribe":
+            # Unasked for (the slot moved), or asked for just before somebody came back.
+            connection.astray.add(channel)
+        elif message["type"] == "ssubscribe":
+            self._heard(channel, None)
+        elif message["type"] == "smessage":
+            self._heard(channel, message["data"])
+
+
+class _Connection(PubSub):
+    """The connection to one node. What is wanted there is subscribed to whenever it connects.
+
+    redis-py's own memory of channels is not used: it repeats all of them in one command, and a cluster wants one for
+    each slot.
+    """
+
+    connection: Any
+
+    def __init__(self, node: Redis) -> None:
+        super().__init__(node.connection_pool)
+        self.node = node
+        self.wanted: set[bytes] = set()
+        self.astray: set[bytes] = set()  # wanted, and not to be had here
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Connect, unless that was done."""
+        if self.connection is None:
+            async with self._opening:
+                if self.connection is None:
+                    await self.connect()  # type: ignore[no-untyped-call]
+                    await self._subscribe(self.wanted)  # redis-py calls on_connect from the second time on
+
+    async def on_connect(self, _: object) -> None:
+        await self._subscribe(self.wanted)
+
+    async def want(self, channel: bytes) -> None:
+        self.wanted.add(channel)
+        if self.connection is None:
+            await self.open()
+        else:
+            await self._subscribe((channel,))
+
+    async def leave(self, channel: bytes) -> None:
+        self.wanted.discard(channel)
+        if self.connection is not None:
+            await self.execute_command("SUNSUBSCRIBE", channel)
+
+    async def close_quietly(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self.aclose()  # type: ignore[no-untyped-call]
+
+    async def _subscribe(self, channels: Iterable[bytes]) -> None:
+        slots: dict[int, list[bytes]] = {}
+        for channel in channels:
+            slots.setdefault(key_slot(channel), []).append(channel)
+        for together in slots.values():
+            await self.execute_command("SSUBSCRIBE", *together)
