@@ -13,7 +13,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test check format wheel-check clean
+.PHONY: help install up test test-long check format wheel-check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,9 @@ test: check $(BROWSER_MODULES) ## all checks, then all tests with coverage: make
 	$(BIN)/coverage run -m pytest $(ARGS) || status=$$?; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report || status=1; \
 	exit $$status
+
+test-long: $(INSTALLED) $(BROWSER_MODULES) ## all tests in full: 100,000 writes, all of it on a cluster, more kills
+	@TIDEWIRE_TEST_LONG=1 $(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections.abc import Awaitable, Callable
 
 from tidewire.services.cli.embedded import free_port
 
-__all__ = ["free_port", "wait_until"]
+__all__ = ["LONG", "free_port", "wait_until"]
+
+LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
+"""Whether what takes minutes is done in full (`make test-long`), or in a short form."""
 
 
 async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:

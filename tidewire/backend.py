@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
+import hiredis
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
@@ -32,6 +34,14 @@ from tidewire.subscriber import Heard, Subscriber
 
 BLOCK_MS = 1000
 """How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
+
+
+class PackingConnection(Connection):
+    """redis-py's connection, which packs what it sends in C, as it parses what it gets. It would pack in Python."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return [hiredis.pack_command((*str(args[0]).encode().split(), *args[1:]))]
+
 
 _COMMANDS: dict[str, Any] = {"socket_connect_timeout": 5, "max_connections": 1000}
 _BLOCKING: dict[str, Any] = {
@@ -280,7 +290,8 @@ def backend_at(url: str, keys: Keys) -> Backend:
             "redis+cluster://host:6379,host:6379 is needed"
         )
     try:
-        return Backend(Redis.from_url(url, **_COMMANDS), Redis.from_url(url, **_BLOCKING), keys)
+        packing: dict[str, Any] = {"connection_class": PackingConnection} if scheme == "redis" else {}
+        return Backend(Redis.from_url(url, **_COMMANDS, **packing), Redis.from_url(url, **_BLOCKING), keys)
     except ValueError as error:
         raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
 

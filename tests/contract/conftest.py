@@ -21,6 +21,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
 from tests import topologies
+from tests.helpers import LONG
 from tidewire import App, Write, everyone, testing, user
 from tidewire.backend import connect
 from tidewire.keys import Keys
@@ -202,6 +203,22 @@ def cluster() -> Iterator[str]:
     """One cluster for all tests; its address."""
     with topologies.cluster() as address:
         yield address
+
+
+ON_A_CLUSTER = ("test_backend", "test_changes", "test_durability", "test_store")
+"""Whose tests run on a cluster in the short form too; in the long form all do."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if LONG:
+        return
+    left = [item for item in items if "[cluster" in item.name and item.path.stem not in ON_A_CLUSTER]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def pytest_report_header() -> str:
+    return "cluster: " + ("all contract tests" if LONG else f"{', '.join(ON_A_CLUSTER)}; all with TIDEWIRE_TEST_LONG=1")
 
 
 _stages = itertools.count(1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 import pytest
 
+from tests.helpers import LONG
 from tidewire import App, everyone, testing
 from tidewire.backend import connect
 from tidewire.keys import CHANGE_GROUPS, Keys
@@ -15,7 +15,7 @@ from tidewire.testing import Stage
 
 from .conftest import eventually
 
-WRITES = int(os.environ.get("TIDEWIRE_TEST_WRITES", "4000"))
+WRITES = 100_000 if LONG else 4_000
 AT_A_TIME = 50
 KEPT = "kept"
 KEYS = Keys("growth", 2)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,9 @@ def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path)
         (["get", "messages", "{}", "--key", "tw_x_y", "--url", "http://127.0.0.1:1"], "no gateway answers"),
         (["listen", "--key", "tw_x_y", "--url", up.url], "not valid"),
     ]  # fmt: skip
-    for args, expected in cases:
-        done = tidewire(*args, cwd=tmp_path)
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(lambda case: tidewire(*case[0], cwd=tmp_path), cases))
+    for (args, expected), done in zip(cases, ended, strict=True):
         told = f"{' '.join(args)}: {done.returncode} {done.stdout!r} {done.stderr!r}"
         assert done.returncode == 1, told
         assert expected in done.stderr, told
