@@ -77,11 +77,11 @@ def measured(took_s: list[float], seconds: float) -> Measured:
 
 def bare_writes(keys: Keys) -> Iterator[tuple[bytes, bytes, bytes, bytes, bytes]]:
     """(change stream, change, hash, field, item): each write as the store would come to it."""
-    now, request = int(time.time() * 1000), f"g:{secrets.token_hex(8)}"
+    now = int(time.time() * 1000)
     while True:
         new = item()
         key = {"list": new["list"], "id": new["id"]}
-        change = Change("INSERT", "items", key, 1, new, None, now, "alice", "bench", request)
+        change = Change("INSERT", "items", key, 1, new, None, now, "alice", "bench", None)
         yield (
             keys.changes(keys.partition_of(new["list"])),
             pack(change),
@@ -133,11 +133,10 @@ class Gateway:
     def write(self) -> asyncio.Future[Any]:
         new = item()
         body = {"action": "put", "table": "items", "item": new}
-        request = f"g:{secrets.token_hex(8)}"
-        ttl_ms, deadline = int(2000 * TIMEOUT_S), int(1000 * (time.time() + TIMEOUT_S))
+        deadline = int(1000 * (time.time() + TIMEOUT_S))
 
         def record(number: int) -> Command:
-            return Command("put", body, "alice", "client", {}, "bench", request, ttl_ms, deadline, self.id, number)
+            return Command("put", body, "alice", "client", {}, "bench", None, 0, deadline, self.id, number)
 
         return self._bus.request(self._keys.commands(self._keys.partition_of(new["list"])), record)
 
