@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from msgspec import Struct
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
@@ -20,18 +21,21 @@ AT_A_TIME = 500
 """So many expired items, or forgotten versions, go into one commit."""
 
 
-class ItemFact(NamedTuple):
+# Structs, as named tuples of two kinds are equal when their values are.
+
+
+class ItemFact(Struct, frozen=True):
     key: ItemKey
 
 
-class CountFact(NamedTuple):
+class CountFact(Struct, frozen=True):
     """How many items a partition-key value has."""
 
     table: str
     partition: Scalar
 
 
-class PageFact(NamedTuple):
+class PageFact(Struct, frozen=True):
     """Up to `limit` records between two bounds of ZRANGEBYLEX, and whether there are more."""
 
     order: bytes
@@ -47,39 +51,39 @@ class Page(NamedTuple):
     more: bool
 
 
-class RequestFact(NamedTuple):
+class RequestFact(Struct, frozen=True):
     """The first reply to an idempotent request."""
 
     user: str
     request: str
 
 
-class AskedFact(NamedTuple):
+class AskedFact(Struct, frozen=True):
     """The number of the last command that was done for a gateway; 0 when none is remembered."""
 
     gateway: str
 
 
-class ConnectedFact(NamedTuple):
+class ConnectedFact(Struct, frozen=True):
     """Connections of a gateway in this partition, a few hundred of them: (user, connection)."""
 
     gateway: str
 
 
-class KindFact(NamedTuple):
+class KindFact(Struct, frozen=True):
     """Of what kind a table's sort keys are, in all partitions: "s" or "n". Where no item came before, this kind."""
 
     table: str
     kind: str
 
 
-class DueFact(NamedTuple):
+class DueFact(Struct, frozen=True):
     """Keys of items that expired before now (ms), at most AT_A_TIME."""
 
     now: int
 
 
-class ChangesFact(NamedTuple):
+class ChangesFact(Struct, frozen=True):
     """How the partition's change stream stands."""
 
 
@@ -94,13 +98,13 @@ class Stream(NamedTuple):
     unread: dict[str, int]  # by group: entries that it has not acknowledged
 
 
-class TombstonesFact(NamedTuple):
+class TombstonesFact(Struct, frozen=True):
     """Keys of items deleted before that time (ms), at most AT_A_TIME."""
 
     before: int
 
 
-class FieldsFact(NamedTuple):
+class FieldsFact(Struct, frozen=True):
     """How many items and tombstones a partition-key value has."""
 
     table: str

@@ -61,6 +61,7 @@ class StoreTenure:
         self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
         self._expire_at = self._trim_at = 0.0  # monotonic: when to look again
+        self._expire_every_s = EXPIRE_EVERY_S
         self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
 
     def destinations(self) -> tuple[bytes, ...]:
@@ -94,7 +95,7 @@ class StoreTenure:
         self._decision = decided
         self._kinds |= {fact.table: str(kind) for fact, kind in facts.items() if isinstance(fact, KindFact)}
         if expire and not decided.more_to_expire:
-            self._expire_at = begun + EXPIRE_EVERY_S
+            self._expire_at = begun + self._expire_every_s
         if trim:
             self._trim_at = begun + self._trim_every_s
         operations = decided.operations
