@@ -30,8 +30,8 @@ from tidewire.functions import Batch, Functions, Owned
 from tidewire.keys import CHANGE_GROUPS, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
-from tidewire.services.store import decide as decide_module
 from tidewire.services.store import chores, indexer, view
+from tidewire.services.store import decide as decide_module
 from tidewire.services.store.indexer import IndexerTenure
 from tidewire.services.store.service import StoreTenure
 from tidewire.settings import Settings
@@ -285,7 +285,8 @@ class StoreMachine(RuleBasedStateMachine):
             return self.partition(body["operations"][0])
         of = body.get("item") or body["key"]
         group: str = of if isinstance(of, str) else of["room"]
-        return self.keys.partition_of(group)
+        partition: int = self.keys.partition_of(group)
+        return partition
 
     @rule(asked=st.lists(ASKED, min_size=1, max_size=5))
     def ask(self, asked: list[tuple[str, str | None, dict[str, Any]]]) -> None:
