@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
-import hiredis
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.connection import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
@@ -31,16 +29,10 @@ from tidewire.errors import ConfigurationError
 from tidewire.functions import Arg, Functions, Wait
 from tidewire.keys import Keys
 from tidewire.subscriber import Heard, Subscriber
+from tidewire.wire import Wire
 
 BLOCK_MS = 1000
 """How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
-
-
-class PackingConnection(Connection):
-    """redis-py's connection, which packs what it sends in C, as it parses what it gets. It would pack in Python."""
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        return [hiredis.pack_command((*str(args[0]).encode().split(), *args[1:]))]
 
 
 _COMMANDS: dict[str, Any] = {"socket_connect_timeout": 5, "max_connections": 1000}
@@ -58,11 +50,12 @@ StreamEntries = tuple[bytes, list[Entry]]
 class Backend:
     """One stage on one Redis, as a process sees it. An async context manager."""
 
-    def __init__(self, commands: Redis, blocking: Redis, keys: Keys) -> None:
+    def __init__(self, commands: Redis, blocking: Redis, keys: Keys, wire: Wire | None = None) -> None:
         self.commands = commands
         self._blocking = blocking
+        self._wire = wire
         self.keys = keys
-        self.functions = Functions(commands, self.confirmed)
+        self.functions = Functions(wire or commands, self.confirmed)
 
     async def __aenter__(self) -> Backend:
         return self
@@ -73,8 +66,20 @@ class Backend:
         await self._blocking.initialize()
 
     async def __aexit__(self, *_: object) -> None:
+        if self._wire:
+            await self._wire.aclose()
         await self.commands.aclose()
         await self._blocking.aclose()
+
+    async def calls(self, commands: Iterable[tuple[Arg, ...]]) -> list[Any]:
+        """Plain commands, in one round trip; they may be done twice. Raises the first error, when all are done."""
+        if self._wire:
+            return await self._wire.calls(commands)
+        async with self.commands.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            found: list[Any] = await pipeline.execute()
+            return found
 
     async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
         """XREAD that waits up to a second; [] when nothing came."""
@@ -290,8 +295,9 @@ def backend_at(url: str, keys: Keys) -> Backend:
             "redis+cluster://host:6379,host:6379 is needed"
         )
     try:
-        packing: dict[str, Any] = {"connection_class": PackingConnection} if scheme == "redis" else {}
-        return Backend(Redis.from_url(url, **_COMMANDS, **packing), Redis.from_url(url, **_BLOCKING), keys)
+        commands = Redis.from_url(url, **_COMMANDS)
+        wire = Wire(commands.connection_pool.make_connection)
+        return Backend(commands, Redis.from_url(url, **_BLOCKING), keys, wire)
     except ValueError as error:
         raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
 

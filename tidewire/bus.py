@@ -127,13 +127,42 @@ class Bus:
             self._fail(number, Timeout("no answer in time: it may or may not be done"))
 
 
-async def send_replies(backend: Backend, replies: Mapping[str, Iterable[Reply]]) -> None:
-    """Answer: one entry for each gateway. An answer that is lost is a time-out there, and the request is repeatable."""
-    if not replies:
-        return
-    async with backend.commands.pipeline(transaction=False) as pipeline:
+class Answers:
+    """The answering side, for a whole process. What gathers while one round is under way goes with the next.
+
+    An answer that is lost is a time-out for who asked, and the request is repeatable.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._outgoing: dict[str, list[Reply]] = {}
+        self._sending: asyncio.Task[None] | None = None
+
+    def send(self, replies: Mapping[str, Iterable[Reply]]) -> None:
+        """Pass replies on soon, by the name of who asked."""
         for name, answers in replies.items():
-            stream = backend.keys.replies(name)
-            pipeline.xadd(stream, {"r": pack(list(answers))}, maxlen=REPLIES_KEPT, approximate=True)
-            pipeline.pexpire(stream, REPLIES_TTL_MS)
-        await pipeline.execute()
+            self._outgoing.setdefault(name, []).extend(answers)
+        if self._outgoing and (self._sending is None or self._sending.done()):
+            self._sending = asyncio.create_task(self._send())
+
+    async def sent(self) -> None:
+        """Until all of them are on their way, or lost."""
+        if self._sending:
+            await self._sending
+
+    async def _send(self) -> None:
+        while self._outgoing:
+            outgoing, self._outgoing = self._outgoing, {}
+            try:
+                await asyncio.gather(*(self._send_to(name, answers) for name, answers in outgoing.items()))
+            except (RedisError, OSError) as error:
+                log.warning("replies_not_sent", error=str(error))
+
+    async def _send_to(self, name: str, answers: list[Reply]) -> None:
+        stream = self._backend.keys.replies(name)
+        await self._backend.calls(
+            [
+                ("XADD", stream, "MAXLEN", "~", REPLIES_KEPT, "*", "r", pack(answers)),
+                ("PEXPIRE", stream, REPLIES_TTL_MS),
+            ]
+        )

@@ -147,8 +147,7 @@ class Functions:
     async def batch(self, owned: Owned, count: int) -> Batch:
         """What is pending for the group, else what is new. Repeating it gives the same."""
         keys = (owned.lease, owned.partition, owned.stream)
-        now, last, entries = await self._call("batch", keys, *owned.fence, owned.group, count)
-        return Batch(int(now), stream_id(last), [(stream_id(id_), _fields(raw)) for id_, raw in entries])
+        return _batch(await self._call("batch", keys, *owned.fence, owned.group, count))
 
     async def commit(
         self,
@@ -157,32 +156,33 @@ class Functions:
         acknowledged: Iterable[tuple[int, int]],
         operations: Iterable[Operation],
         wait: Wait | None = None,
-    ) -> bool:
-        """All operations and the acknowledgement, once for each call number.
+        *,
+        count: int,
+    ) -> tuple[bool, Batch]:
+        """All operations and the acknowledgement, once for each call number; and the next batch, as `batch` gives it.
 
-        False when it is done, but what was to be waited for has not confirmed it in time.
+        False with it when all is done, but what was to be waited for has not confirmed it in time.
         """
         ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
         keys = [owned.lease, owned.partition, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
-        args: list[Arg] = [*owned.fence, owned.group, number, len(ids), *ids]
+        args: list[Arg] = [*owned.fence, owned.group, count, number, len(ids), *ids]
         _declare(operations, keys, index, args)
         if wait is None:
-            await self._call("commit", keys, *args)
-            return True
+            return True, _batch(await self._call("commit", keys, *args))
         assert self._confirmed, "only a real server has WAIT"
-        count = 0
+        confirmed = 0
 
         async def fcall(name: str, numkeys: int, *given: Arg) -> Any:
-            nonlocal count
+            nonlocal confirmed
             assert self._confirmed
-            answer, count = await self._confirmed(("FCALL", name, numkeys, *given), wait)
+            answer, confirmed = await self._confirmed(("FCALL", name, numkeys, *given), wait)
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-        await self._call("commit", keys, *args, fcall=fcall)
-        return count >= wait.needed
+        found = _batch(await self._call("commit", keys, *args, fcall=fcall))
+        return confirmed >= wait.needed, found
 
     async def enqueue(self, stream: bytes, most: int, records: Sequence[bytes]) -> int:
         """Add records to a stream while it has fewer than `most` entries; how many found room, the first ones."""
@@ -264,6 +264,11 @@ def split_beat(value: bytes | str) -> tuple[int, bytes]:
     value = value.encode() if isinstance(value, str) else value
     expiry, _, information = value.partition(b" ")
     return int(expiry), information
+
+
+def _batch(raw: Any) -> Batch:
+    now, last, entries = raw
+    return Batch(int(now), stream_id(last), [(stream_id(id_), _fields(fields)) for id_, fields in entries])
 
 
 def _fields(raw: Any) -> dict[bytes, bytes]:

@@ -10,7 +10,7 @@ from prometheus_client import Counter
 from redis.exceptions import RedisError, ResponseError
 
 from tidewire.backend import Backend, Entry
-from tidewire.bus import send_replies
+from tidewire.bus import Answers
 from tidewire.credentials import ApiKey, verify
 from tidewire.errors import RequestError, Unauthenticated
 from tidewire.lifecycle import Service
@@ -31,6 +31,7 @@ class Authorizer:
 
     def __init__(self, backend: Backend, service: Service) -> None:
         self._backend = backend
+        self._answers = Answers(backend)
         self._registry = service.registry
         self._stream = backend.keys.authorizations()
 
@@ -53,7 +54,8 @@ class Authorizer:
         for question, key in _questions(entries):
             replies.setdefault(question.reply_to, []).append(await self._answer(question.number, key))
         # Answered before acknowledged: who asks may get two answers, and takes the first.
-        await send_replies(self._backend, replies)
+        self._answers.send(replies)
+        await self._answers.sent()
         await self._backend.commands.xack(self._stream, GROUP, *(id_ for id_, _ in entries))
         await self._trim(entries[-1][0])
 

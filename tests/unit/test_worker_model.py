@@ -24,7 +24,7 @@ BROKEN = {
         WRONG,
     ),
     "call number": (
-        "if tonumber(args[4]) <= tonumber(call) then",
+        "if tonumber(args[5]) <= tonumber(call) then",
         "if false then",
         WRONG,
     ),

@@ -48,15 +48,14 @@ end)
 
 -- ── the partition's stream ────────────────────────────────────────────────────────────────────────────────────────
 
--- keys: lease, partition, stream. args: epoch, generation, group, count. Returns {now in ms, id of the stream's last
--- entry, entries}: what is pending, then what is new, so that a call that is repeated gives the same entries again.
-redis.register_function('batch', function(keys, args)
-  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  local entries, count = {}, tonumber(args[4])
+-- What is pending for the group, then what is new, so that a call that is repeated gives the same entries again:
+-- {now in ms, id of the stream's last entry, entries}.
+local function read(stream, group, count)
+  local entries = {}
   for _, id in ipairs({'0', '>'}) do
     if #entries < count then
       local some = count - #entries
-      local reply = redis.call('XREADGROUP', 'GROUP', args[3], 'owner', 'COUNT', some, 'STREAMS', keys[3], id)
+      local reply = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', some, 'STREAMS', stream, id)
       local found = {}
       if reply then
         if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis: the second
@@ -64,8 +63,14 @@ redis.register_function('batch', function(keys, args)
       for i = 1, #found do entries[#entries + 1] = found[i] end
     end
   end
-  local last = redis.call('XREVRANGE', keys[3], '+', '-', 'COUNT', '1')
+  local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', '1')
   return {now_ms(), last[1] and last[1][1] or '0-0', entries}
+end
+
+-- keys: lease, partition, stream. args: epoch, generation, group, count. Returns what is to be done, as `read`.
+redis.register_function('batch', function(keys, args)
+  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  return read(keys[3], args[3], tonumber(args[4]))
 end)
 
 -- Plain commands, one after another: for each the number of its arguments, command, index of its key, arguments.
@@ -84,21 +89,23 @@ redis.register_function('enqueue', function(keys, args)
   return math.max(room, 0)
 end)
 
--- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, call number (1, 2, 3…
--- under this epoch), number of ids, ids to acknowledge, then the operations. All of it or, when fenced or done before,
--- nothing.
+-- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, count, call number (1,
+-- 2, 3… under this epoch), number of ids, ids to acknowledge, then the operations. All of it or, when fenced or done
+-- before, nothing. Returns what is to be done next, as `read`.
 redis.register_function('commit', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
   local call = redis.call('HGET', keys[1], 'call')
-  if tonumber(args[4]) <= tonumber(call) then
+  if tonumber(args[5]) <= tonumber(call) then
     redis.call('HSET', keys[1], 'call', call) -- WAIT and WAITAOF look at what this connection wrote last
-    return 'ALREADY'
+  else
+    local acknowledged = 6 + tonumber(args[6])
+    operate(keys, args, acknowledged + 1, #args)
+    for i = 7, acknowledged, 1000 do
+      redis.call('XACK', keys[3], args[3], unpack(args, i, math.min(i + 999, acknowledged)))
+    end
+    redis.call('HSET', keys[1], 'call', args[5])
   end
-  local acknowledged = 5 + tonumber(args[5])
-  operate(keys, args, acknowledged + 1, #args)
-  for i = 6, acknowledged do redis.call('XACK', keys[3], args[3], args[i]) end
-  redis.call('HSET', keys[1], 'call', args[4])
-  return 'OK'
+  return read(keys[3], args[3], tonumber(args[4]))
 end)
 
 -- ── links: effects from one partition to another ──────────────────────────────────────────────────────────────────

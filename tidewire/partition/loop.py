@@ -1,4 +1,4 @@
-"""The loop under store and broadcaster, for one partition that is owned: read, decide, link, commit.
+"""The loop under store and broadcaster, for one partition that is owned: read, decide, link, commit and read on.
 
 Each step is one function call under the fence, and can be repeated. Whoever owns the partition next finds what was not
 acknowledged, does it again, and the links skip what had already arrived: the effect is that of once, in order.
@@ -80,6 +80,7 @@ class PartitionLoop:
         self._batch = batch
         self._link = link
         self._together = together
+        self._next: Batch | None = None
         self.commits = 0
 
     async def run(self) -> None:
@@ -92,7 +93,8 @@ class PartitionLoop:
             await self.turn()
 
     async def turn(self) -> None:
-        batch = await self._functions.batch(self._owned, self._batch)
+        """One batch, which the commit before it has brought, or an idle while."""
+        batch, self._next = self._next or await self._functions.batch(self._owned, self._batch), None
         outcome = await self._tenure.decide(batch)
         if outcome is None:
             await self._idle(batch.last)
@@ -101,10 +103,11 @@ class PartitionLoop:
         await self._together(self._send(links, calls) for links, calls in outcome.links.items())
         self.commits += 1
         acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
-        confirmed = await self._functions.commit(
-            self._owned, self.commits, acknowledged, outcome.operations, outcome.wait
+        confirmed, following = await self._functions.commit(
+            self._owned, self.commits, acknowledged, outcome.operations, outcome.wait, count=self._batch
         )
         await self._tenure.committed(confirmed=confirmed)
+        self._next = following
 
     async def _send(self, links: bytes, calls: Sequence[Any]) -> None:
         assert self._link or not calls
