@@ -47,6 +47,27 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 StreamEntries = tuple[bytes, list[Entry]]
 
 
+class Waiter:
+    """Waits for a stream to grow, on a connection of its own where that is to be had."""
+
+    def __init__(self, backend: Backend, stream: bytes, wire: Wire | None) -> None:
+        self._backend = backend
+        self._stream = stream
+        self._wire = wire
+
+    async def __call__(self, last: tuple[int, int]) -> None:
+        """Until there is an entry after that id, or for a second."""
+        after = f"{last[0]}-{last[1]}"
+        if self._wire:
+            await self._wire.calls([("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._stream, after)])
+        else:
+            await self._backend.read({self._stream: after}, count=1)
+
+    async def aclose(self) -> None:
+        if self._wire:
+            await self._wire.aclose()
+
+
 class Backend:
     """One stage on one Redis, as a process sees it. An async context manager."""
 
@@ -118,6 +139,9 @@ class Backend:
     async def wait(self, command: tuple[Arg, ...], key: bytes) -> Any:
         """WAIT or WAITAOF by itself, at the node that has the key."""
         return await self.node_of(key).execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def waiter(self, stream: bytes) -> Waiter:
+        return Waiter(self, stream, self._wire and self._wire.another())
 
     def subscriber(self, heard: Heard) -> Subscriber:
         """One who hears channels, once it runs. It has connections of its own."""

@@ -16,9 +16,6 @@ Scalar = str | int | float
 LARGEST_KEY_NUMBER = 2**53
 """Numbers in keys are ordered as IEEE doubles, which are exact up to here."""
 
-CHANGE_GROUPS = ("broadcaster", "indexer")
-"""Who reads the change streams: nothing is trimmed that one of them has not read."""
-
 
 def canonical(value: Scalar) -> Scalar:
     """1.0 and 1 are one key."""

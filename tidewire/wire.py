@@ -59,6 +59,10 @@ class Wire:
     async def function_load(self, code: str, replace: bool = False) -> Any:
         return (await self.calls((("FUNCTION", "LOAD", *(("REPLACE",) if replace else ()), code),)))[0]
 
+    def another(self) -> Wire:
+        """One to the same server, whose commands do not wait for those that go this way."""
+        return Wire(self._connection)
+
     async def aclose(self) -> None:
         if self._line:
             self._line.lose(ConnectionError("the connection was closed"))

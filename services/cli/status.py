@@ -39,9 +39,11 @@ async def collect(backend: Backend) -> dict[str, Any]:
     ]
     groups = {}
     for group, stream in STREAMS.items():
-        holders = await owners(backend, group)
         streams = [getattr(keys, stream)(partition) for partition in range(keys.partitions)]
-        numbers = [await _lag(backend, key, group) for key in streams]
+        found = [await _lag(backend, key, group) for key in streams]
+        if group == "indexer" and not any(found):
+            continue  # no table has an index
+        numbers, holders = [one or (0, 0) for one in found], await owners(backend, group)
         groups[group] = {
             "lag": sum(lag for lag, _ in numbers),
             "pending": sum(pending for _, pending in numbers),
@@ -50,7 +52,7 @@ async def collect(backend: Backend) -> dict[str, Any]:
                 for partition, (lag, pending) in enumerate(numbers)
             ],
         }
-    lag, pending = await _lag(backend, keys.authorizations(), "authorizer")
+    lag, pending = await _lag(backend, keys.authorizations(), "authorizer") or (0, 0)
     groups["authorizer"] = {"lag": lag, "pending": pending, "partitions": []}
     return {
         "stage": keys.stage,
@@ -85,16 +87,16 @@ async def _share(backend: Backend, values: bytes, place: Any) -> float:
     return float(done) / max(await backend.commands.zcard(values), 1)
 
 
-async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int]:
-    """(entries not yet read, entries read and not acknowledged)."""
+async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int] | None:
+    """(entries not yet read, entries read and not acknowledged); None where there is no such group."""
     try:
         found = await backend.commands.xinfo_groups(stream)
     except ResponseError:
-        return 0, 0  # no such stream yet
+        return None  # no such stream yet
     for one in found:
         if one["name"] == group.encode():
             return int(one.get("lag") or 0), int(one["pending"])
-    return 0, 0
+    return None
 
 
 def show(status: dict[str, Any]) -> None:

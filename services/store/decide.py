@@ -77,6 +77,27 @@ def decide(
     return _Batch(View(app, keys, facts, situation)).decide(commands)
 
 
+def foresee(app: App, commands: Iterable[Command | None], situation: Situation) -> set[Fact]:
+    """What a batch will need, as far as its commands say so: most are then decided once, and not to find out."""
+    facts: set[Fact] = set()
+    for command in commands:
+        if command is None:
+            continue
+        if command.reply_to not in situation.asked:
+            facts.add(AskedFact(command.reply_to))
+        if command.request is not None:
+            facts.add(RequestFact(command.user, command.request))
+        try:
+            table = app[command.body["table"]]
+            if command.action == "put":
+                facts.add(ItemFact(table.key_of(command.body["item"])))
+            elif "key" in command.body and command.action != "query":
+                facts.add(ItemFact(table.parse_key(command.body["key"])))
+        except (RequestError, KeyError, TypeError):
+            continue  # what is wrong with it is said when it is decided
+    return facts
+
+
 class _Batch:
     def __init__(self, view: View) -> None:
         self.view = view
@@ -141,10 +162,10 @@ class _Batch:
             return  # the client library has sent it twice: it is done, and answered
         repeat = RequestFact(command.user, command.request) if command.request is not None else None
         if repeat:
-            first = self.first_reply(repeat, command)
+            first = self.first_reply(repeat)
             if first is not None:
                 self.decision.writes.add((command.reply_to, command.number))
-                self.reply(command, first)
+                self.reply(command, first._replace(number=command.number))
                 return
         try:
             if command.deadline < self.situation.now:
@@ -180,27 +201,11 @@ class _Batch:
         last: int = self.view.know(AskedFact(gateway))
         return last
 
-    def first_reply(self, repeat: RequestFact, command: Command) -> Reply | None:
+    def first_reply(self, repeat: RequestFact) -> Reply | None:
         if repeat in self.answered:
             return self.answered[repeat]
-        try:
-            reply: Reply | None = self.view.know(repeat)
-        except Missing:
-            # What it will most likely need as well: one round of fetching instead of two.
-            raise Missing((repeat, *self.foreseen(command))) from None
+        reply: Reply | None = self.view.know(repeat)
         return reply
-
-    def foreseen(self, command: Command) -> Iterable[Fact]:
-        try:
-            table = self.app[command.body.get("table", "")]
-            key = (
-                table.key_of(command.body["item"])
-                if command.action == "put"
-                else table.parse_key(command.body.get("key"))
-            )
-        except (RequestError, KeyError, TypeError):
-            return ()
-        return () if key in self.view.written else (ItemFact(key),)
 
     def keep(self, effects: Effects, *, transaction: bool = False) -> None:
         """What a command does becomes part of the commit."""
@@ -218,7 +223,7 @@ class _Batch:
         gateway = command.reply_to
         self.decision.asked[gateway] = command.number
         self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
-        self.decision.replies.setdefault(gateway, []).append(reply._replace(number=command.number))
+        self.decision.replies.setdefault(gateway, []).append(reply)
 
     def perform(self, command: Command) -> Any:
         if command.action == SWEEP:

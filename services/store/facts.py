@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 from tidewire.app import ItemKey
 from tidewire.backend import Backend
 from tidewire.functions import Arg
-from tidewire.keys import CHANGE_GROUPS, Keys, Scalar
+from tidewire.keys import Keys, Scalar
 from tidewire.records import ItemRecord, Reply, stream_id, unpack
 
 PAGE_BYTES = 1 << 20
@@ -219,10 +219,10 @@ async def _stream(backend: Backend, partition: int) -> Stream:
     groups: list[Any] = await backend.commands.xinfo_groups(stream)
     first = stream_id(info["first-entry"][0]) if info["first-entry"] else NEVER
     last = stream_id(info["last-generated-id"])
-    read = [await _read_by(backend, stream, group, last) for group in groups]
-    if len({group["name"] for group in groups} & {name.encode() for name in CHANGE_GROUPS}) < len(CHANGE_GROUPS):
-        read.append((0, 0))  # one of them has not begun
     unread = {group["name"].decode(): int(group.get("lag") or 0) + int(group["pending"]) for group in groups}
+    read = [await _read_by(backend, stream, group, last) for group in groups]
+    if "broadcaster" not in unread:
+        read.append((0, 0))  # it has not begun
     return Stream(int(info["length"]), first, min(read), unread)
 
 

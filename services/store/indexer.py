@@ -56,6 +56,14 @@ def declared(app: App) -> set[Index]:
     return {Index(table.name, attributes) for table in app.tables.values() for attributes in table.indexes.values()}
 
 
+async def is_needed(app: App, backend: Backend) -> bool:
+    """Whether there are indexes to be kept, or some that are to be emptied."""
+    if declared(app):
+        return True
+    partitions = range(backend.keys.partitions)
+    return any([await backend.commands.hlen(backend.keys.indexes(partition)) for partition in partitions])
+
+
 class Entry(NamedTuple):
     """What an index has of one item, and where."""
 

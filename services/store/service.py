@@ -13,17 +13,16 @@ from tidewire.backend import Backend
 from tidewire.bus import Answers
 from tidewire.errors import ConfigurationError, Timeout
 from tidewire.functions import Batch, Operation, Owned, Wait
-from tidewire.keys import CHANGE_GROUPS
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
 from tidewire.settings import Settings
 
-from .decide import Decision, decide
-from .facts import Fact, KindFact, Value, fetch
+from .decide import Decision, decide, foresee
+from .facts import KindFact, fetch
 from .indexer import GROUP as INDEXER
-from .indexer import IndexerTenure
+from .indexer import IndexerTenure, is_needed
 from .view import Situation
 
 log = structlog.get_logger(__name__)
@@ -92,7 +91,7 @@ class StoreTenure:
             keep_changes=self._settings.changes_max,
         )
         commands = [_command(fields) for _, fields in batch.entries]
-        facts: dict[Fact, Value] = {}
+        facts = await fetch(self._backend, self._partition, foresee(self._app, commands, situation))
         while isinstance(decided := decide(self._app, self._backend.keys, facts, commands, situation), set):
             facts |= await fetch(self._backend, self._partition, decided)
         self._decision = decided
@@ -180,17 +179,23 @@ def build(service: Service, app: App) -> Worker:
     def indexer(partition: int, owned: Owned) -> IndexerTenure:
         return IndexerTenure(app, backend, partition, owned)
 
-    async def declare() -> None:
+    async def start() -> None:
         await check_durability(backend, settings)
         await declare_tables(backend, app)
+        indexed = await is_needed(app, backend)
         for partition in range(backend.keys.partitions):
-            for group in CHANGE_GROUPS:  # from now on nothing is trimmed that one of them has not read
-                await backend.ensure_group(backend.keys.changes(partition), group)
+            # From now on nothing is trimmed that one of them has not read.
+            changes = backend.keys.changes(partition)
+            await backend.ensure_group(changes, "broadcaster")
+            if indexed:
+                await backend.ensure_group(changes, INDEXER)
+            else:
+                await backend.commands.xgroup_destroy(changes, INDEXER)
+        if indexed:
+            service.run(indexing.run)
+            service.at_drain(indexing.drain)
 
-    service.at_start(declare)
-    worker = service.work(
-        Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure)
-    )
+    service.at_start(start)
     indexing = Worker(
         INDEXER,
         backend,
@@ -200,9 +205,7 @@ def build(service: Service, app: App) -> Worker:
         tenure=indexer,
         link=backend.functions.link_apply,
     )
-    service.run(indexing.run)
-    service.at_drain(indexing.drain)
-    return worker
+    return service.work(Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure))
 
 
 async def check_durability(backend: Backend, settings: Settings) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import LONG
 from tidewire import App, everyone, testing
 from tidewire.backend import connect
-from tidewire.keys import CHANGE_GROUPS, Keys
+from tidewire.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import eventually
@@ -44,7 +44,7 @@ def expected() -> set[bytes]:
     for partition in partitions:
         stage |= {KEYS.partition(partition), KEYS.links(partition), KEYS.indexes(partition)}
         stage |= {KEYS.commands(partition), KEYS.changes(partition)}
-        stage |= {KEYS.lease(partition, group) for group in ("store", *CHANGE_GROUPS)}
+        stage |= {KEYS.lease(partition, group) for group in ("store", "broadcaster", "indexer")}
     kept = set()
     for table, item in items(KEPT):
         value = next(iter(item.values()))

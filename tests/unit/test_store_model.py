@@ -28,7 +28,7 @@ from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
 from tidewire.bus import Answers
 from tidewire.functions import Batch, Functions, Owned
-from tidewire.keys import CHANGE_GROUPS, Keys
+from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
 from tidewire.services.store import chores, indexer, view
@@ -247,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.answers = Answers(self.backend)
         for partition in range(PARTITIONS):
             await self.backend.ensure_group(self.keys.commands(partition), "store")
-            for group in CHANGE_GROUPS:
+            for group in ("broadcaster", "indexer"):
                 await self.backend.ensure_group(self.keys.changes(partition), group)
 
     async def worker(self, group: str, partition: int) -> PartitionLoop:

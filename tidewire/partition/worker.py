@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import structlog
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
+from tidewire.backend import Backend, Waiter
 from tidewire.errors import Fenced
 from tidewire.functions import Owned
 from tidewire.partition.loop import Link, PartitionLoop, Tenure
@@ -118,10 +118,7 @@ class Worker:
             return
         await self._backend.ensure_group(stream, self.group)
         owned = Owned(lease, keys.partition(partition), stream, self.group, fence)
-
-        async def idle(last: tuple[int, int]) -> None:
-            await self._backend.read({stream: f"{last[0]}-{last[1]}"}, count=1)
-
+        idle = self._backend.waiter(stream)
         loop = PartitionLoop(
             self._backend.functions,
             owned,
@@ -132,7 +129,7 @@ class Worker:
             link=self._link,
         )
         self._owned[partition], self._loops[partition] = owned, loop
-        self._tasks[partition] = asyncio.create_task(loop.run(), name=f"{self.group}:{partition}")
+        self._tasks[partition] = asyncio.create_task(_run(loop, idle), name=f"{self.group}:{partition}")
         log.info("partition_taken", group=self.group, partition=partition, epoch=fence.epoch)
 
     async def _renew(self) -> None:
@@ -179,6 +176,13 @@ class Worker:
         del self._owned[partition]
         self._commits_before += loop.commits
         await end([task])
+
+
+async def _run(loop: PartitionLoop, idle: Waiter) -> None:
+    try:
+        await loop.run()
+    finally:
+        await idle.aclose()
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
