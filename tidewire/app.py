@@ -22,6 +22,8 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 STREAM_VIEWS = ("KEYS_ONLY", "NEW_IMAGE", "OLD_IMAGE", "NEW_AND_OLD_IMAGES")
 CONNECTIONS = "connections"
 BY_MEMBER = "by_member"
+MOST_KEY_BYTES = 1024
+"""Of a string in a key, as UTF-8."""
 
 
 class Write(NamedTuple):
@@ -96,8 +98,8 @@ class Table:
 
     def key_of(self, item: Item) -> ItemKey:
         """The key of an item. Raises BadRequest naming the attribute that is missing or of a wrong kind."""
-        values = [self._key_value(item, attribute) for attribute in self.key]
-        return ItemKey(self.name, values[0], values[1] if self.sorted else None)
+        partition = self._key_value(item, self.key[0])
+        return ItemKey(self.name, partition, self._key_value(item, self.key[1]) if self.sorted else None)
 
     def parse_key(self, given: Any) -> ItemKey:
         """The key that a request names: an object of the key attributes, or the value where there is only one."""
@@ -144,9 +146,12 @@ class Table:
                 raise BadRequest(f"key: {name!r} is not part of it; table {self.name!r} has {self._key_names()}")
 
     def _key_value(self, item: Item, attribute: str) -> Scalar:
+        value = item.get(attribute)
+        if type(value) is str and len(value) <= MOST_KEY_BYTES // 4:
+            return value  # as most are, and short enough in any script
         if attribute not in item:
             raise BadRequest(f"key attribute {attribute!r} of table {self.name!r} is missing")
-        return key_value(item[attribute], f"key attribute {attribute!r} of table {self.name!r}")
+        return key_value(value, f"key attribute {attribute!r} of table {self.name!r}")
 
 
 def key_value(value: Any, what: str) -> Scalar:
@@ -157,8 +162,8 @@ def key_value(value: Any, what: str) -> Scalar:
         if not abs(value) <= LARGEST_KEY_NUMBER:
             raise BadRequest(f"{what} must be a number between -2^53 and 2^53")
         return canonical(value)
-    if len(value.encode()) > 1024:
-        raise BadRequest(f"{what} is longer than 1024 bytes")
+    if len(value.encode()) > MOST_KEY_BYTES:
+        raise BadRequest(f"{what} is longer than {MOST_KEY_BYTES} bytes")
     return value
 
 

@@ -16,7 +16,7 @@ from tidewire.app import CONNECTIONS, App, ItemKey, Table
 from tidewire.errors import BadRequest, TooLarge
 from tidewire.functions import Operation
 from tidewire.keys import Keys, Scalar, name_of
-from tidewire.records import Change, Item, ItemRecord, Position, pack
+from tidewire.records import Change, Item, ItemRecord, pack
 
 from .facts import CountFact, Fact, ItemFact, KindFact, Value
 
@@ -76,6 +76,7 @@ class View:
         self.last = situation.last
         self.written: dict[ItemKey, ItemRecord] = {}
         self.effects = Effects()
+        self._place = f"{situation.partition}-{situation.generation}"  # how each Position of it begins
         self._facts = facts
         self._kinds: dict[str, str] = {}
         self._counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
@@ -272,7 +273,7 @@ class View:
         return (self.situation.now, 0) if self.situation.now > ms else (ms, seq + 1)
 
     def position(self, id_: tuple[int, int]) -> str:
-        return str(Position(self.situation.partition, self.situation.generation, *id_))
+        return f"{self._place}-{id_[0]}-{id_[1]}"
 
 
 def member_of(key: ItemKey) -> bytes:
