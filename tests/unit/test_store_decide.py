@@ -586,6 +586,9 @@ WRITES = st.one_of(
     st.builds(lambda who: ("delete", {"table": "members", "key": {"room": "r", "user": who}}), WHO),
     st.builds(lambda who, x: ("put", {"table": "messages", "item": {"room": "r", "id": x, "author": who}}), WHO, SMALL),
 )
+TRANSACTIONS = st.lists(WRITES.map(lambda write: {"action": write[0], **write[1]}), min_size=1, max_size=3).map(
+    lambda operations: ("transact", {"operations": operations})
+)
 READS = st.one_of(
     st.builds(lambda p, n: ("get", {"table": "lines", "key": {"page": p, "n": n}}), PAGES, NS),
     st.builds(lambda p, limit: ("query", {"table": "lines", "key": p, "limit": limit + 1}), PAGES, SMALL),
@@ -597,7 +600,7 @@ COMMANDS = st.lists(
         st.tuples(WHO, WRITES, IFS, REQUEST, LATE, ROLE).map(
             lambda t: (t[0], t[1][0], t[1][1] | t[2] | t[3] | t[4] | t[5])
         ),
-        st.tuples(WHO, READS, ROLE).map(lambda t: (t[0], t[1][0], t[1][1] | t[2])),
+        st.tuples(WHO, TRANSACTIONS | READS, ROLE).map(lambda t: (t[0], t[1][0], t[1][1] | t[2])),
     ),
     max_size=14,
 )

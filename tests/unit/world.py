@@ -12,6 +12,7 @@ from tidewire.keys import Keys
 from tidewire.records import Change, Command, ItemRecord, Position, Reply, unpack
 from tidewire.services.store.decide import Decision, decide
 from tidewire.services.store.facts import (
+    AT_A_TIME,
     AskedFact,
     ChangesFact,
     ConnectedFact,
@@ -131,10 +132,12 @@ class World:
             return self.kinds.setdefault(fact.table, fact.kind)
         if isinstance(fact, DueFact):
             due = self.scores[KEYS.expiries(0)]
-            return [ItemKey(*unpack(member)) for member, at in due.items() if float(at) <= fact.now / 1000]
+            found = [ItemKey(*unpack(member)) for member, at in due.items() if float(at) <= fact.now / 1000]
+            return found[:AT_A_TIME]
         if isinstance(fact, TombstonesFact):
             dead = self.scores[KEYS.tombstones(0)]
-            return [ItemKey(*unpack(member)) for member, at in dead.items() if float(at) < fact.before]
+            found = [ItemKey(*unpack(member)) for member, at in dead.items() if float(at) < fact.before]
+            return found[:AT_A_TIME]
         if isinstance(fact, FieldsFact):
             return len(self.hashes[KEYS.items(fact.table, fact.partition)])
         if isinstance(fact, ChangesFact):
