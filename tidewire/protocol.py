@@ -5,13 +5,15 @@ What a client sends becomes one of the request classes below, checked in shape; 
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
 import msgspec
 
-from tidewire.errors import BadRequest, UnsupportedAction
+from tidewire.errors import BadRequest, RequestError, UnsupportedAction
 from tidewire.records import FeedBody
 
 SUBPROTOCOL = "tidewire.msgpack"
@@ -144,7 +146,24 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-
 
 
 def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
-    """One object from a frame. Raises BadRequest when it is not one."""
+    """One object from a frame. Raises BadRequest when it is not one, or holds what our records cannot."""
+    frame = _object(data, binary=binary)
+    fault = fault_in(frame)
+    if fault:
+        raise BadRequest(fault)
+    return frame
+
+
+def id_of_refused(data: str | bytes, *, binary: bool) -> RequestId:
+    """The id to answer with of a frame that `decode_frame` refused, as far as there is one."""
+    try:
+        id_ = request_id(_object(data, binary=binary))
+    except BadRequest:
+        return None
+    return None if fault_in(id_) else id_
+
+
+def _object(data: str | bytes, *, binary: bool) -> dict[str, Any]:
     kind = "MessagePack" if binary else "JSON"
     if binary != isinstance(data, bytes):
         raise BadRequest(f"a {'binary' if binary else 'text'} frame with one {kind} object was expected")
@@ -154,9 +173,6 @@ def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
         raise BadRequest(f"the frame is not {kind}: {error}") from None
     if not isinstance(frame, dict):
         raise BadRequest(f"the frame is not a {kind} object but {_kind_of(frame)}")
-    fault = _fault(frame, "$", MAX_DEPTH)
-    if fault:
-        raise BadRequest(fault)
     return frame
 
 
@@ -193,18 +209,29 @@ def parse_operations(request: Transact) -> list[Operation]:
     """The operations of a transaction. Raises BadRequest saying which one is wrong, and where."""
     operations: list[Operation] = []
     for number, fields in enumerate(request.operations):
-        where = f"transact: operations[{number}]"
-        kind = OPERATIONS.get(str(fields.get("action")))
-        if kind is None:
-            raise BadRequest(f"{where}: action is put, update, delete or check, not {fields.get('action')!r:.64}")
-        for name in ("request", "id", "traceparent"):
-            if name in fields:
-                raise BadRequest(f"{where}: {name} belongs to the transaction, not to one of its operations")
-        try:
-            operations.append(msgspec.convert(fields, kind))
-        except msgspec.ValidationError as error:
-            raise BadRequest(f"{where}: {error}") from None
+        with within_operation(number):
+            kind = OPERATIONS.get(str(fields.get("action")))
+            if kind is None:
+                raise BadRequest(f"action is put, update, delete or check, not {fields.get('action')!r:.64}")
+            for name in ("request", "id", "traceparent"):
+                if name in fields:
+                    raise BadRequest(f"{name} belongs to the transaction, not to one of its operations")
+            try:
+                operations.append(msgspec.convert(fields, kind))
+            except msgspec.ValidationError as error:
+                raise BadRequest(str(error)) from None
     return operations
+
+
+@contextlib.contextmanager
+def within_operation(number: int) -> Iterator[None]:
+    """Errors raised within say, in words and details, which operation of a transaction it was."""
+    try:
+        yield
+    except RequestError as error:
+        error.message = f"transact: operations[{number}]: {error.message}"
+        error.details = error.details | {"operation": number}
+        raise
 
 
 def is_traceparent(text: str) -> bool:

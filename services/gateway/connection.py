@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from tidewire.errors import BadRequest, Internal, RequestError, Unauthenticated
 from tidewire.feeds import Cursor, Reset, follow_on
 from tidewire.functions import FeedEntry
-from tidewire.protocol import Auth, decode_frame, encode_json, encode_msgpack, parse_request, request_id
+from tidewire.protocol import Auth, decode_frame, encode_json, encode_msgpack, id_of_refused, parse_request, request_id
 from tidewire.records import Principal
 
 from .core import Core
@@ -230,7 +230,8 @@ class Connection:
             )
         except RequestError as error:
             self._in_flight.release()
-            await self.send(error.as_frame(request_id(frame)))
+            id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
+            await self.send(error.as_frame(id_))
             return
         self.spawn(self._answer(request_id(frame), result))
 

@@ -12,7 +12,17 @@ from tidewire.bus import Bus
 from tidewire.errors import PermissionDenied, TooLarge
 from tidewire.keys import Scalar
 from tidewire.lifecycle import Service
-from tidewire.protocol import STORE_ACTIONS, WRITES, Get, Put, Query, Transact, encode_json, parse_operations
+from tidewire.protocol import (
+    STORE_ACTIONS,
+    WRITES,
+    Get,
+    Put,
+    Query,
+    Transact,
+    encode_json,
+    parse_operations,
+    within_operation,
+)
 from tidewire.records import Command, Principal
 
 from .feeds import Feeds
@@ -92,8 +102,11 @@ class Core:
         """The partition-key value that a request is about. Raises BadRequest or TooLarge for what is wrong with it."""
         if isinstance(request, Transact):
             # That all operations have the same one is for the store to see.
-            first, *_ = [self._partition_key(operation) for operation in parse_operations(request)]
-            return first
+            found = []
+            for number, operation in enumerate(parse_operations(request)):
+                with within_operation(number):
+                    found.append(self._partition_key(operation))
+            return found[0]
         table = self.app[request.table]
         if table.name == CONNECTIONS and not isinstance(request, Get | Query):
             raise PermissionDenied("connections are written by the gateways alone")

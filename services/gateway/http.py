@@ -71,14 +71,14 @@ async def _perform(core: Core, request: Request, action: str) -> Any:
     frame = await _body(request, core.settings.limit_frame_bytes)
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
-    if action == "whoami":
-        return {"user": principal.user, "connection": None, "claims": principal.claims}
-    if action == "ping":
-        return {}
     trace = request.headers.get("traceparent")
     if trace is not None and is_traceparent(trace):  # else it is as if there were none: Trace Context, section 3.2
         frame.setdefault("traceparent", trace)
     parsed = parse_request(frame)
+    if action == "whoami":
+        return {"user": principal.user, "connection": None, "claims": principal.claims}
+    if action == "ping":
+        return {}
     if action not in STORE_ACTIONS:
         raise UnsupportedAction(f"{action} is for websockets")
     return await core.store(principal, None, frame, parsed)

@@ -28,6 +28,7 @@ from tidewire.protocol import (
     fault_in,
     parse_operations,
     parse_request,
+    within_operation,
 )
 from tidewire.records import Command, Item, ItemRecord, Reply, pack
 
@@ -274,7 +275,7 @@ class _Batch:
         rights.keep_hidden(table, touched(request))
         new = apply_update(old, request)
         if table.key_of(new) != key:
-            raise BadRequest("update: the key of an item cannot change")
+            raise BadRequest(f"update: the key of an item cannot change: {_differing(table, new, key)}")
         if fault := fault_in(new):
             raise BadRequest(f"update: the item would hold {fault}")
         rights.may_write(table, old, new)
@@ -299,7 +300,10 @@ class _Batch:
     def transact(self, author: Author, rights: Rights, request: Transact) -> dict[str, Any]:
         """All or none; each operation sees what those before it did. Errors say which operation it was."""
         operations = parse_operations(request)
-        keys = [self.key_of(operation) for operation in operations]
+        keys: list[ItemKey] = []
+        for number, operation in enumerate(operations):
+            with within_operation(number):
+                keys.append(self.key_of(operation))
         for number, key in enumerate(keys):
             if keys.index(key) != number:
                 raise BadRequest(f"transact: operations {keys.index(key)} and {number} are about the same item")
@@ -311,15 +315,11 @@ class _Batch:
         self.view.need(ItemFact(key) for key in keys)
         results = []
         for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
-            try:
+            with within_operation(number):
                 if isinstance(operation, Check):
                     results.append(self.checked(rights, operation, key))
                 else:
                     results.append(self.write(author, rights, operation))
-            except RequestError as error:
-                error.message = f"operations[{number}]: {error.message}"
-                error.details = error.details | {"operation": number}
-                raise
         return {"results": results}
 
     def checked(self, rights: Rights, request: Check, key: ItemKey) -> dict[str, Any]:
@@ -497,6 +497,9 @@ class _Bounds:
         if isinstance(edge, list):
             if self._attributes is None:
                 raise BadRequest(f"query: {name} is a sort-key value, not a list")
+            parts = (self._attributes[1], *self._table.key)
+            if len(edge) != len(parts):
+                raise BadRequest(f"query: {name} as a list has the values of {', '.join(map(repr, parts))}")
             return tuple_bytes(*edge)
         assert edge is not None
         if self._attributes is None:
@@ -517,6 +520,11 @@ def _next(table: Table, attributes: tuple[str, str] | None, last: Item, followin
     if not same(last[attribute], following[attribute]):
         return last[attribute]
     return [last[attribute], *(last[name] for name in table.key)]
+
+
+def _differing(table: Table, item: Item, key: ItemKey) -> str:
+    """The first key attribute that is another one in the item."""
+    return next(repr(name) for name, value in table.key_object(key).items() if not same(item[name], value))
 
 
 def _service_only(command: Command) -> None:

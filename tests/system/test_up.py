@@ -157,7 +157,10 @@ async def test_probes_and_metrics_answer_on_each_admin_port(new_up: Any) -> None
                     body: bytes = response.read()
                     return body
 
-            assert expected in await asyncio.to_thread(read), f"{service['kind']}{path}"
+            answer = await asyncio.to_thread(read)
+            assert expected in answer, f"{service['kind']}{path}"
+            if path == "/metrics" and service["kind"] == "store":
+                assert b"tidewire_index_lag{" in answer
 
 
 def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tidewire.audiences import Audience, everyone, user
 from tidewire.functions import Append
 from tidewire.keys import Keys
 from tidewire.records import Change, FeedBody, Item, unpack
-from tidewire.services.broadcaster.decide import Decision, Group, decide
+from tidewire.services.broadcaster.decide import Decision, Group, decide, whole
 
 KEYS = Keys("dev", 4)
 PARTITION, GENERATION, NOW = 2, 1, 1_795_409_459_002
@@ -274,6 +274,110 @@ class TestMistakes:
     def test_who_could_see_the_item_before_its_readers_failed_sees_it_leave(self, world: World) -> None:
         world.tell(world.change("faulty", mail("alice"), mail("alice", fault=1)))
         assert world.events() == {"alice": ["LEAVE"]}
+
+
+class TestTransactions:
+    """A feed has of a transaction what its reader sees, one after another, all but the last with `more`."""
+
+    def transaction(self, world: World, *changes: Change, name: str = "t1") -> list[Change]:
+        last = len(changes) - 1
+        return [change._replace(transaction=name, more=number < last) for number, change in enumerate(changes)]
+
+    def mails(self, world: World, *readers: Any) -> list[Change]:
+        return [world.change("mail", None, {"id": f"m{n}", "to": to}) for n, to in enumerate(readers)]
+
+    def heard(self, world: World, name: str) -> list[tuple[str, str | None, bool | None]]:
+        return [(frame["key"]["id"], frame.get("transaction"), frame.get("more")) for frame in world.heard(name)]
+
+    def test_each_reader_has_more_until_the_last_that_he_sees(self, world: World) -> None:
+        world.tell(
+            *self.transaction(
+                world, *self.mails(world, ["alice", "bob"], ["alice"], ["carol", "bob"], ["alice"], ["carol"])
+            )
+        )
+        assert self.heard(world, "alice") == [("m0", "t1", True), ("m1", "t1", True), ("m3", "t1", None)]
+        assert self.heard(world, "bob") == [("m0", "t1", True), ("m2", "t1", None)]
+        assert self.heard(world, "carol") == [("m2", "t1", True), ("m4", "t1", None)]
+        assert self.heard(world, "dave") == []
+
+    def test_who_sees_one_of_them_has_no_more(self, world: World) -> None:
+        world.tell(*self.transaction(world, *self.mails(world, ["bob"], ["alice"], ["bob"])))
+        assert self.heard(world, "alice") == [("m1", "t1", None)]
+
+    def test_what_enters_leaves_or_goes_to_a_topic_counts_too(self, world: World) -> None:
+        mine, others = mail("alice", public=False), mail("bob", public=True)
+        world.tell(
+            *self.transaction(
+                world,
+                world.change("mixed", mine, others, 2),
+                world.change("news", None, {"id": "n"}),
+                world.change("mail", mail("bob"), mail("alice"), 2),
+            )
+        )
+        told = {
+            name: [(frame["event"], frame.get("more")) for frame in world.heard(name)]
+            for name in ("alice", "bob", "topic mixed", "topic news")
+        }
+        assert told == {
+            "alice": [("MODIFY", True), ("ENTER", None)],
+            "bob": [("LEAVE", None)],
+            "topic mixed": [("ENTER", None)],
+            "topic news": [("INSERT", None)],
+        }
+
+    def test_who_joins_within_it_has_what_follows_his_joining(self, world: World) -> None:
+        members = [world.change("members", None, {"room": "r", "user": name}) for name in ("alice", "bob")]
+        says = [world.change("messages", None, {"room": "r", "id": n}) for n in (1, 2)]
+        world.tell(*self.transaction(world, members[0], says[0], members[1], says[1]))
+        alice, bob = ([(f["table"], f.get("more")) for f in world.heard(name)] for name in ("alice", "bob"))
+        assert alice == [("members", True), ("messages", True), ("members", True), ("messages", None)]
+        assert bob == [("members", True), ("messages", None)]
+
+    def test_those_beside_it_are_not_of_it(self, world: World) -> None:
+        before, first, second, third, fourth, after = self.mails(world, *[["alice"]] * 6)
+        one = self.transaction(world, first, second)
+        other = self.transaction(world, third, fourth, name="t2")
+        world.tell(before, *one, *other, after)
+        assert [frame[1:] for frame in self.heard(world, "alice")] == [
+            (None, None),
+            ("t1", True),
+            ("t1", None),
+            ("t2", True),
+            ("t2", None),
+            (None, None),
+        ]
+
+    def test_what_is_left_of_one_that_was_trimmed_is_still_told_and_ends(self, world: World) -> None:
+        first, second, third, other = self.mails(world, *[["alice"]] * 4)
+        changes = self.transaction(world, first, second, third)
+        world.tell(None, changes[1], None, other)
+        assert self.heard(world, "alice") == [("m1", "t1", None), ("m3", None, None)]
+
+    def test_a_batch_ends_before_a_transaction_that_is_not_whole(self, world: World) -> None:
+        one, *changes, other = self.mails(world, *[["alice"]] * 5)
+        numbered = [((NOW, n), c) for n, c in enumerate([one, *self.transaction(world, *changes), other])]
+        assert [whole(numbered[:count]) for count in range(1, 6)] == [1, 1, 1, 4, 5]
+        assert whole(numbered[1:3]) == 2, "one that is larger than any batch does not stop the partition"
+
+    def test_it_goes_to_each_partition_in_one_call_however_large(self) -> None:
+        names = [f"u{n}" for n in range(3000)]
+        world = World()
+        some = [names[n % 3 :: 3] for n in range(7)]
+        items = [{"id": f"m{n}", "to": to, "text": "x" * 200_000} for n, to in enumerate(some)]
+        plain = [world.change("mail", None, {"id": f"p{n}", "to": names[:1999]}) for n in range(2)]
+        changes = [*plain, *self.transaction(world, *(world.change("mail", None, item) for item in items)), plain[0]]
+        numbered = [((NOW, number), change) for number, change in enumerate(changes)]
+        found = decide(world.app, KEYS, {}, PARTITION, GENERATION, numbered)
+        assert isinstance(found, Decision)
+        assert len(found.links) == KEYS.partitions
+        of_transaction = set(range(2, 2 + len(items)))
+        for calls in found.links.values():
+            seqs = [[append.position.seq for append in call] for call in calls]
+            assert [seq for call in seqs for seq in call] == sorted(seq for call in seqs for seq in call)
+            carrying = [call for call in seqs if of_transaction & set(call)]
+            assert len(carrying) == 1, "in one call"
+            assert of_transaction <= set(carrying[0])
+            assert len(calls) > 1, "others are still cut"
 
 
 def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:

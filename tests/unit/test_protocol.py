@@ -22,6 +22,7 @@ from tidewire.protocol import (
     encode_json,
     encode_msgpack,
     feed_frame,
+    id_of_refused,
     json_to_msgpack,
     parse_request,
     request_id,
@@ -167,6 +168,25 @@ def test_what_json_does_not_have_is_refused_in_messagepack_too(value: Any) -> No
 def test_an_id_is_a_string_or_an_integer(id_: Any, known: Any) -> None:
     assert request_id({"id": id_}) == known
     assert request_id({}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ('{"id":7,"action":"put","item":{"x":18446744073709551616}}', 7),
+        ('{"id":"a","x":-9223372036854775809}', "a"),
+        ('{"x":' + "[" * 70 + "]" * 70 + ',"id":7}', 7),
+        ('{"id":18446744073709551616}', None),
+        ('{"id":"\\ud800"}', None),
+        ('{"id":7,"x":NaN}', None),
+        ("[7]", None),
+    ],
+)
+def test_a_frame_that_is_refused_is_answered_with_its_id_where_it_can_be_read(text: str, known: Any) -> None:
+    with pytest.raises(BadRequest):
+        decode_frame(text, binary=False)
+    assert id_of_refused(text, binary=False) == known
+    assert id_of_refused(text.encode(), binary=False) is None
 
 
 def test_an_unknown_action_is_unsupported() -> None:
