@@ -1,15 +1,22 @@
-"""All items of a table in one partition, in one order that does not change: by key. For what works through a table."""
+"""All items of a table in one partition, in one order that does not change: by key. For what works through a table.
+
+Many partition-key values are asked at once: a table may have millions of them, with one item each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+from redis.exceptions import ResponseError
 
 from tidewire.app import ItemKey
 from tidewire.backend import Backend
 from tidewire.keys import sort_value, value_of
 from tidewire.records import ItemRecord, unpack
 
-VALUES_AT_A_TIME = 500
+VALUES_AT_A_TIME = 128
+"""Few enough that their items fit into memory, should all be as large as they may."""
 PAGE_BYTES = 4 << 20
 
 
@@ -21,50 +28,118 @@ class Place(NamedTuple):
 
 
 Found = tuple[Place, ItemKey, ItemRecord]
+Call = tuple[bytes | str | int, ...]
 
 
 async def walk(backend: Backend, partition: int, table: str, after: Place | None, count: int) -> list[Found]:
     """The next live items after a place, `count` of them, fewer only at the end."""
     found: list[Found] = []
+    last = None if after is None else after.value
+    is_sorted = None if after is None else bool(after.field)  # not known before the first item is seen
+    if after is not None and is_sorted:
+        found += await _rest(backend, table, after, count)
     while len(found) < count:
-        values = await _values(backend, partition, table, after)
-        if not values:
-            return found
-        if after is not None and values[0] != after.value:
-            after = None
-        for name in values:
-            start = after.field if after is not None and after.value == name else None
-            found += await _of_value(backend, table, name, start, count - len(found))
-            if len(found) >= count:
-                return found
-            after = Place(name, b"\xff")
+        names = await _values(backend, partition, table, last)
+        if not names:
+            break
+        items: list[Found] = []
+        if not is_sorted:
+            items = await _alone(backend, table, names)
+        if is_sorted is not False and not items:
+            items = await _in_order(backend, table, names, count - len(found))
+        found += items[: count - len(found)]
+        if items:
+            is_sorted = bool(items[0][0].field)
+        last = names[-1]
     return found
 
 
-async def _values(backend: Backend, partition: int, table: str, after: Place | None) -> list[bytes]:
-    """The partition-key values from a place's own on."""
-    low = b"-" if after is None else (b"(" if after.field == b"\xff" else b"[") + after.value
-    found: Any = await backend.commands.zrangebylex(
-        backend.keys.values(partition, table), low, b"+", 0, VALUES_AT_A_TIME
-    )
+async def _values(backend: Backend, partition: int, table: str, after: bytes | None) -> list[bytes]:
+    """The next partition-key values."""
+    low = b"-" if after is None else b"(" + after
+    values = backend.keys.values(partition, table)
+    found: Any = await backend.commands.zrangebylex(values, low, b"+", 0, VALUES_AT_A_TIME)
     return list(found)
 
 
-async def _of_value(backend: Backend, table: str, name: bytes, start: bytes | None, count: int) -> list[Found]:
-    value = value_of(name)
-    items, order = backend.keys.items(table, value), backend.keys.order(table, value)
-    if start is None and (raw := await backend.commands.hget(items, b"")) is not None:
-        record = ItemRecord(*unpack(raw))  # of a table without a sort key: there is but one
-        return [(Place(name, b""), ItemKey(table, value, None), record)] if record.item is not None else []
+async def _alone(backend: Backend, table: str, names: list[bytes]) -> list[Found]:
+    """The live items of these values in a table without a sort key; [] in one that has it."""
+    values = [value_of(name) for name in names]
+    records = await _ask(backend, [("HGET", backend.keys.items(table, value), b"") for value in values])
+    return [
+        (Place(name, b""), ItemKey(table, value, None), record)
+        for name, value, raw in zip(names, values, records, strict=True)
+        if raw is not None and (record := ItemRecord(*unpack(raw))).item is not None
+    ]
+
+
+async def _in_order(backend: Backend, table: str, names: list[bytes], count: int) -> list[Found]:
+    """The live items of these values in a table with a sort key: at least `count`, or all of them."""
+    keys, wanted, size = backend.keys, list[bytes](), 0
+    counts = await _ask(backend, [("ZCARD", keys.order(table, value_of(name))) for name in names])
+    for name, items in zip(names, counts, strict=True):
+        if size >= count:
+            break
+        if items:
+            wanted.append(name)
+            size += items
+    size_bytes = PAGE_BYTES // max(len(wanted), 1)
+    calls: list[Call] = []
+    for name in wanted:
+        value = value_of(name)
+        # Not as many as were counted: one may have come since, and would take the place of one that was there.
+        range_ = (b"-", b"+", 0, count, size_bytes)
+        calls.append(("FCALL", "page", 2, keys.order(table, value), keys.items(table, value), *range_))
     found: list[Found] = []
-    low, more = b"-" if start is None else b"(" + start, True
+    for name, (cut, *flat) in zip(wanted, await _ask(backend, calls), strict=True):
+        found += _found(table, name, zip(flat[::2], flat[1::2], strict=True))
+        if cut and len(found) < count:
+            found += await _rest(backend, table, Place(name, flat[-2]), count - len(found))
+        if len(found) >= count:
+            break
+    return found
+
+
+async def _rest(backend: Backend, table: str, after: Place, count: int) -> list[Found]:
+    """The live items of one value after a place."""
+    value = value_of(after.value)
+    order, items = backend.keys.order(table, value), backend.keys.items(table, value)
+    found: list[Found] = []
+    low, more = b"(" + after.field, True
     while more and len(found) < count:
         page, more = await backend.functions.page(
             order, items, low, b"+", reverse=False, count=count - len(found), size_bytes=PAGE_BYTES
         )
-        for field, raw in page:
-            record = ItemRecord(*unpack(raw))
-            if record.item is not None:
-                found.append((Place(name, field), ItemKey(table, value, sort_value(field)), record))
-            low = b"(" + field
+        found += _found(table, after.value, page)
+        if page:
+            low = b"(" + page[-1][0]
     return found
+
+
+def _found(table: str, name: bytes, page: Iterable[tuple[bytes, bytes]]) -> list[Found]:
+    value = value_of(name)
+    return [
+        (Place(name, field), ItemKey(table, value, sort_value(field)), record)
+        for field, raw in page
+        if (record := ItemRecord(*unpack(raw))).item is not None
+    ]
+
+
+async def _ask(backend: Backend, calls: list[Call]) -> list[Any]:
+    """The answers, in one round trip (of a cluster, one to each node)."""
+    if not calls:
+        return []
+    try:
+        return await _execute(backend, calls)
+    except ResponseError as error:
+        if "function not found" not in str(error).lower():
+            raise
+    await backend.functions.load()
+    return await _execute(backend, calls)
+
+
+async def _execute(backend: Backend, calls: list[Call]) -> list[Any]:
+    async with backend.commands.pipeline(transaction=False) as pipeline:
+        for call in calls:
+            pipeline.execute_command(*call)
+        return list(await pipeline.execute())
