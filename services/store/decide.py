@@ -434,15 +434,18 @@ class _Batch:
         Errors name the item by its place in `items`, a list of [table, item].
         """
         _service_only(command)
-        author, keys = Author(command.user), []
+        author, rights, keys = Author(command.user), Rights(self.view, command), []
         rows: list[tuple[str, Item]] = command.body["items"]
         for number, (name, item) in enumerate(rows):
             with _place(number):
+                if name == CONNECTIONS:
+                    raise PermissionDenied("connections are written by the gateways alone")
                 keys.append(self.app[name].key_of(item))
         self.view.need(ItemFact(key) for key in keys)
         for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
             with _place(number):
                 table = self.app[name]
+                rights.may_write(table, None, item)
                 table.validate(item)
                 self.view.write(author, table, key, item)
         return len(rows)

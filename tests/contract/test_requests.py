@@ -66,6 +66,8 @@ async def test_a_binary_frame_is_not_json(alice: Wire) -> None:
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("nonsense", {}, "unsupported_action"),
+    ("load", {"items": [["notes", {"id": "n"}]]}, "unsupported_action"),
+    ("sweep", {"gateway": "g"}, "unsupported_action"),
     ("put", {"table": "nothing", "item": {"id": 1}}, "bad_request"),
     ("put", {"table": "lines", "item": {"page": 1}}, "bad_request"),
     ("put", {"table": "closed", "item": {"id": 1}}, "forbidden"),

@@ -624,6 +624,44 @@ def test_a_batch_comes_to_what_its_commands_come_to_one_by_one(commands: list[tu
     }
 
 
+class TestLoad:
+    """What an import asks for: many items of one partition in one command."""
+
+    def test_each_item_is_a_write_and_the_same_once_more_is_none(self, world: World) -> None:
+        items = [["notes", {"id": f"n{n}", "owner": "bob"}] for n in range(3)]
+        for _ in range(2):
+            (reply,) = world.run(world.command("importer", "load", role="service", items=items))
+            assert reply.result == 3
+        assert [(change.event, change.key["id"], change.by) for _, change in world.changes] == [
+            ("INSERT", f"n{n}", "importer") for n in range(3)
+        ]
+
+    def test_of_one_item_twice_the_later_one_stays(self, world: World) -> None:
+        items = [["notes", {"id": "n", "owner": owner}] for owner in ("alice", "bob")]
+        world.run(world.command("importer", "load", role="service", items=items))
+        assert [change.version for _, change in world.changes] == [1, 2]
+        assert world.changes[-1][1].new == {"id": "n", "owner": "bob"}
+
+    @pytest.mark.parametrize(
+        ("table", "item", "code"),
+        [
+            ("notes", {"owner": "bob"}, "bad_request"),
+            ("nix", {"id": "a"}, "bad_request"),
+            ("notes", {"id": "a", "text": "x" * 300_000}, "too_large"),
+            ("connections", {"user": "bob", "connection": "c"}, "forbidden"),
+        ],
+    )
+    def test_with_one_that_is_wrong_nothing_is_written_and_its_place_is_told(
+        self, world: World, table: str, item: Item, code: str
+    ) -> None:
+        items = [["notes", {"id": "n", "owner": "bob"}], [table, item]]
+        error = world.refused("importer", "load", role="service", items=items)
+        assert (error["code"], error["details"]["item"]) == (code, 1)
+
+    def test_it_is_for_services_alone(self, world: World) -> None:
+        assert world.code("bob", "load", items=[["notes", {"id": "n", "owner": "bob"}]]) == "forbidden"
+
+
 @settings(max_examples=100, deadline=None)
 @given(COMMANDS)
 def test_the_changes_tell_the_whole_story(commands: list[tuple[str, str, dict[str, Any]]]) -> None:
