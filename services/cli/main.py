@@ -13,6 +13,7 @@ import typer
 
 from tidewire.errors import TidewireError
 
+from .data_commands import changes, export, import_
 from .options import (
     AdminPort,
     AppArgument,
@@ -32,6 +33,7 @@ from .options import (
     Url,
     WsPort,
 )
+from .reach import with_redis
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -214,7 +216,7 @@ def keys_create(
         key = await keyring.create(backend, user, role=role, claims=claims, ttl_s=ttl_s)
         return {"id": key.id, "auth_key": str(key)}
 
-    typer.echo(json.dumps(_with_redis(redis, data, stage, create)))
+    typer.echo(json.dumps(with_redis(redis, data, stage, create)))
 
 
 @keys.command("list")
@@ -227,7 +229,7 @@ def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_js
 
     from tidewire import keyring
 
-    found = _with_redis(redis, data, stage, keyring.listing)
+    found = with_redis(redis, data, stage, keyring.listing)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -252,7 +254,7 @@ def keys_revoke(
     async def revoke(backend: Any) -> bool:
         return await keyring.revoke(backend, id_)
 
-    if not _with_redis(redis, data, stage, revoke):
+    if not with_redis(redis, data, stage, revoke):
         fail(f"there is no key {id_!r}: `tidewire keys list` shows them all")
 
 
@@ -354,11 +356,16 @@ def status(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_json:
     """Show services, connections, and who owns which partition."""
     from .status import collect, show
 
-    found = _with_redis(redis, data, stage, collect)
+    found = with_redis(redis, data, stage, collect)
     if as_json:
         typer.echo(json.dumps(found))
     else:
         show(found)
+
+
+app.command()(changes)
+app.command()(export)
+app.command("import")(import_)
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -389,25 +396,6 @@ def _act(url: str, auth_key: str, action: str, /, **body: Any) -> None:
             fail(f"{url} answered {error.code}: is it a gateway's HTTP port?")
     except (OSError, ValueError) as error:
         fail(f"no gateway answers at {url}: {getattr(error, 'reason', error)}")
-
-
-def _with_redis(redis: str | None, data: Path, stage: str | None, work: Any) -> Any:
-    """Do something with the stage on the server named, or on that of the running `up`."""
-    import asyncio
-
-    from tidewire.backend import connect_existing
-    from tidewire.settings import load
-
-    from .embedded import running
-
-    found = {} if redis else running(data)
-    settings = load(stage=stage or found.get("stage"), redis=redis or found["redis"])
-
-    async def do() -> Any:
-        async with await connect_existing(settings.redis, settings.stage, settings.partitions) as backend:
-            return await work(backend)
-
-    return asyncio.run(do())
 
 
 if __name__ == "__main__":

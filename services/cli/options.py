@@ -8,33 +8,33 @@ from typing import Annotated
 import typer
 
 
-def _option(name: str, help_: str, *, shown: str | None = None) -> object:
+def option(name: str, help_: str, *, shown: str | None = None) -> object:
     variable = "TIDEWIRE_" + name.lstrip("-").replace("-", "_").upper()
     return typer.Option(name, envvar=variable, help=help_, show_default=shown if shown is not None else True)
 
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
 _ADDRESS = "Address: redis://, rediss://, unix:// or redis+cluster://."
-Redis = Annotated[str | None, _option("--redis", _ADDRESS, shown="the running `up` of --data")]
-ServiceRedis = Annotated[str, _option("--redis", _ADDRESS, shown="required")]
-Data = Annotated[Path, _option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
-Stage = Annotated[str | None, _option("--stage", "Namespace: the prefix of every key.", shown="dev")]
+Redis = Annotated[str | None, option("--redis", _ADDRESS, shown="the running `up` of --data")]
+ServiceRedis = Annotated[str, option("--redis", _ADDRESS, shown="required")]
+Data = Annotated[Path, option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
+Stage = Annotated[str | None, option("--stage", "Namespace: the prefix of every key.", shown="dev")]
 Partitions = Annotated[
-    int | None, _option("--partitions", "Number of partitions, when the stage is created.", shown="8")
+    int | None, option("--partitions", "Number of partitions, when the stage is created.", shown="8")
 ]
-Host = Annotated[str | None, _option("--host", "Address to listen on.", shown="127.0.0.1")]
-WsPort = Annotated[int | None, _option("--ws-port", "Port of the websockets.", shown="8080")]
-HttpPort = Annotated[int | None, _option("--http-port", "Port of HTTP.", shown="8081")]
-AdminPort = Annotated[int | None, _option("--admin-port", "Port of probes and metrics.", shown="8090")]
+Host = Annotated[str | None, option("--host", "Address to listen on.", shown="127.0.0.1")]
+WsPort = Annotated[int | None, option("--ws-port", "Port of the websockets.", shown="8080")]
+HttpPort = Annotated[int | None, option("--http-port", "Port of HTTP.", shown="8081")]
+AdminPort = Annotated[int | None, option("--admin-port", "Port of probes and metrics.", shown="8090")]
 Origins = Annotated[
-    str | None, _option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
+    str | None, option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
 ]
 Durability = Annotated[
     str | None,
-    _option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),
+    option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),
 ]
-DrainSeconds = Annotated[float | None, _option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
-LogFormat = Annotated[str | None, _option("--log-format", "console or json.", shown="console")]
-Url = Annotated[str, _option("--url", "HTTP address of a gateway.")]
-Key = Annotated[str, _option("--key", "The auth_key to act with.", shown="required")]
+DrainSeconds = Annotated[float | None, option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
+LogFormat = Annotated[str | None, option("--log-format", "console or json.", shown="console")]
+Url = Annotated[str, option("--url", "HTTP address of a gateway.")]
+Key = Annotated[str, option("--key", "The auth_key to act with.", shown="required")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,47 @@
+"""A progress bar on standard error, for a person at a terminal and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+Advance = Callable[[float, int], None]
+"""Told how much of the total is done, and how many items that is."""
+
+
+@contextlib.contextmanager
+def shown(what: str, total: float | None, *, wanted: bool = True) -> Iterator[Advance]:
+    """A bar while the block runs, if that is wanted and standard error is a terminal."""
+    begun = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[items]}"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (wanted and sys.stderr.isatty())) as progress:
+        task = progress.add_task(what, total=total, items="")
+
+        def advance(done: float, items: int) -> None:
+            progress.update(task, completed=done, items=rate(items, time.monotonic() - begun))
+
+        yield advance
+
+
+def rate(items: int, seconds: float) -> str:
+    """For example "12,000 items, 4,000/s"."""
+    return f"{items:,} item{'' if items == 1 else 's'}, {items / max(seconds, 0.001):,.0f}/s"
+
+
+def tell_end(done: str, items: int, begun: float) -> None:
+    """What was done since that time (monotonic), for people."""
+    seconds = time.monotonic() - begun
+    typer.echo(f"{done} {rate(items, seconds)} ({seconds:.1f} s)", err=True)

@@ -1,0 +1,58 @@
+"""How the commands that talk to Redis find it, and what the stage there says of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tidewire.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from tidewire.backend import Backend
+    from tidewire.records import Declaration
+
+T = TypeVar("T")
+
+
+def with_redis(redis: str | None, data: Path, stage: str | None, work: Callable[[Backend], Awaitable[T]]) -> T:
+    """Do something with the stage on the server named, or on that of the running `up`.
+
+    Raises ConfigurationError when there is none, or when it does not answer any more.
+    """
+    import asyncio
+
+    from redis.exceptions import ConnectionError, TimeoutError
+
+    from tidewire.backend import connect_existing, redacted
+    from tidewire.settings import load
+
+    from .embedded import running
+
+    found = {} if redis else running(data)
+    settings = load(stage=stage or found.get("stage"), redis=redis or found["redis"])
+
+    async def do() -> T:
+        async with await connect_existing(settings.redis, settings.stage, settings.partitions) as backend:
+            return await work(backend)
+
+    try:
+        return asyncio.run(do())
+    except (ConnectionError, TimeoutError) as error:
+        raise ConfigurationError(f"Redis at {redacted(settings.redis)} does not answer any more: {error}") from None
+
+
+async def declarations(backend: Backend) -> dict[str, Declaration]:
+    """The tables by name, sorted, as the stores have declared them."""
+    from tidewire.records import Declaration, text, unpack
+
+    found = await backend.commands.hgetall(backend.keys.tables())
+    return {text(name): Declaration(*unpack(raw)) for name, raw in sorted(found.items())}
+
+
+def declaration_of(table: str, found: Mapping[str, Declaration], stage: str) -> Declaration:
+    """Raises ConfigurationError for a table that no store has declared."""
+    if table not in found:
+        known = f"it has {', '.join(found)}" if found else "no store has ever run there"
+        raise ConfigurationError(f"there is no table {table!r} in stage {stage!r}: {known}")
+    return found[table]
