@@ -327,7 +327,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def all_is_read(self) -> None:
-        self.loop.run(self._settle(2))
+        self.loop.run(self._settle())
 
     @precondition(lambda self: self.strays)
     @rule()
@@ -344,17 +344,24 @@ class StoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "loop"):
             return
         try:
-            self.loop.run(self._settle(6))
+            self.loop.run(self._settle())
             self.loop.run(self._compare())
         finally:
             self.loop.run(self.backend.__aexit__())
             self.loop.close()
 
-    async def _settle(self, rounds: int) -> None:
-        for _ in range(rounds):
+    async def _settle(self) -> None:
+        """Until two rounds have found nothing to do."""
+        idle = 0
+        for _ in range(1000):
+            before = sum(worker.commits for worker in self.workers.values())
             for group in ("store", "indexer", "broadcaster"):
                 for partition in range(PARTITIONS):
                     await self._turn(group, partition, None)
+            idle = idle + 1 if sum(worker.commits for worker in self.workers.values()) == before else 0
+            if idle == 2:
+                return
+        raise AssertionError("it never comes to an end")
 
     async def _compare(self) -> None:
         await self.answers.sent()
