@@ -22,6 +22,8 @@ TRIES = 6
 """Within about two seconds. Every command that goes this way may be done twice."""
 TIMEOUT_S = 10.0
 """A server that is silent for so long is counted as lost."""
+AT_ONCE_BYTES = 1024
+"""What is larger does not wait for what else this turn of the event loop asks: the server has something to do."""
 _NOTHING = object()
 
 
@@ -112,13 +114,15 @@ class _Line(asyncio.Protocol):
         if not self._outgoing:
             self._loop.call_soon(self._write)
         self._outgoing += packed
+        if sum(map(len, packed)) > AT_ONCE_BYTES:
+            self._write()
         asked = _Asked(self._loop.create_future(), len(packed))
         self._waiting.append(asked)
         return asked.answered
 
     def _write(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        if not self.lost:
+        if outgoing and not self.lost:
             self._transport.write(b"".join(outgoing))
 
     def data_received(self, data: bytes) -> None:
