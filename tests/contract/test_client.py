@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tidewire.client import Client
 from tidewire.errors import Conflict, NotFound, Unauthenticated
 from tidewire.testing import Stage
 
-from .conftest import PATIENCE_S
+from .conftest import PATIENCE_S, eventually
 
 
 async def test_it_writes_reads_and_hears(stage: Stage) -> None:
@@ -51,3 +53,22 @@ async def test_a_wrong_key_is_refused_for_good(stage: Stage) -> None:
     with pytest.raises(Unauthenticated):
         async with Client(stage.url, "tw_a_b"):
             pass
+
+
+async def test_one_that_leaves_under_a_flood_of_frames_is_gone_at_once(stage: Stage) -> None:
+    leaving, service = await stage.client("leaving"), await stage.client("service", role="service")
+    body = "x" * 5000
+
+    async def flood(number: int) -> None:
+        for n in range(40):
+            await service.put("notes", {"id": f"n{number}", "owner": "leaving", "n": n, "body": body})
+
+    writing = [asyncio.create_task(flood(number)) for number in range(20)]
+    await leaving.next_event(PATIENCE_S)
+    await leaving.__aexit__()
+
+    async def gone() -> bool:
+        return not (await service.query("connections", "leaving"))["items"]
+
+    await eventually(gone)
+    await asyncio.gather(*writing)

@@ -20,6 +20,8 @@ from tidewire.errors import ConnectionClosed, RequestError, Timeout, Unauthentic
 from tidewire.tasks import end
 
 EVENTS_KEPT = 10_000
+CLOSING_S = 1.0
+"""How long the server is given to agree to the end of a connection."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 Frame = dict[str, Any]
@@ -81,8 +83,12 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        ws = self._ws
         if self._task:
-            await end([self._task])
+            await end([self._task], ask_again_s=CLOSING_S)
+        if ws:
+            # Under frames that nobody reads any more a closing handshake does not get through.
+            ws.transport.abort()
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
