@@ -20,7 +20,7 @@ REPLIES_TTL_MS = 60_000
 
 
 class Bus:
-    """The asking side. Requests go out in the order they were made; what gathers meanwhile goes in one pipeline."""
+    """The asking side. What is for one stream goes out in the order it was made; what gathers meanwhile, together."""
 
     def __init__(
         self,
@@ -39,7 +39,8 @@ class Bus:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}  # until when; the oldest first
         self._timer: asyncio.TimerHandle | None = None
-        self._outgoing: list[tuple[bytes, bytes, int]] = []
+        self._outgoing: dict[bytes, list[tuple[bytes, int]]] = {}
+        self._passing: set[bytes] = set()
         self._ready = asyncio.Event()
 
     def request(self, stream: bytes, record: Callable[[int], tuple[object, ...]]) -> asyncio.Future[JSON]:
@@ -58,21 +59,25 @@ class Bus:
         # One timer for all: they have the same time, so that the one asked first is the first to run out of it.
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s, self._expire)
-        self._outgoing.append((stream, pack(record(number)), number))
+        self._outgoing.setdefault(stream, []).append((pack(record(number)), number))
         self._ready.set()
         return future
 
     async def send(self) -> None:
         """Pass requests on, until cancelled."""
-        # One round at a time: two could overtake each other, and requests of one connection keep their order.
-        while True:
-            await self._ready.wait()
-            self._ready.clear()
-            outgoing, self._outgoing = self._outgoing, []
-            streams: dict[bytes, list[tuple[bytes, int]]] = {}
-            for stream, record, number in outgoing:
-                streams.setdefault(stream, []).append((record, number))
-            await asyncio.gather(*(self._enqueue(stream, records) for stream, records in streams.items()))
+        async with asyncio.TaskGroup() as passing:
+            while True:
+                await self._ready.wait()
+                self._ready.clear()
+                for stream in self._outgoing.keys() - self._passing:
+                    self._passing.add(stream)
+                    passing.create_task(self._pass_on(stream))
+
+    async def _pass_on(self, stream: bytes) -> None:
+        # One call at a time to a stream: two could overtake each other, and numbers there must go up.
+        while records := self._outgoing.pop(stream, None):
+            await self._enqueue(stream, records)
+        self._passing.discard(stream)
 
     async def _enqueue(self, stream: bytes, records: list[tuple[bytes, int]]) -> None:
         try:
