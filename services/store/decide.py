@@ -33,7 +33,7 @@ from tidewire.protocol import (
 from tidewire.records import Command, Item, ItemRecord, Reply, pack
 
 from . import chores
-from .facts import PAGE_BYTES, AskedFact, ConnectedFact, Fact, ItemFact, Page, PageFact, RequestFact, Value
+from .facts import PAGE_BYTES, AskedFact, ConnectedFact, Fact, ItemFact, KindFact, Page, PageFact, RequestFact, Value
 from .rights import Rights
 from .updates import apply_update, touched
 from .view import Author, Effects, Missing, Situation, View, same
@@ -116,7 +116,8 @@ class _Batch:
                 if command is not None:
                     self.one(command)
             except Missing as need:
-                missing |= need.facts
+                # Whoever asks for the kind of a table's keys settles it: not before all that goes before is decided.
+                missing |= need.facts if not missing else {f for f in need.facts if not isinstance(f, KindFact)}
             except NextBatch:
                 break
             self.decision.consumed += 1

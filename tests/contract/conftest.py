@@ -232,7 +232,7 @@ def open_stage(request: pytest.FixtureRequest) -> Open:
     @contextlib.asynccontextmanager
     async def opened(app: App | None = None, **settings: Any) -> AsyncIterator[Stage]:
         app = app or make_app()
-        settings = {"partitions": 2, "lease_ms": 1000, "drain_seconds": 0.1} | settings
+        settings = {"partitions": 2, "lease_ms": 1000, "drain_seconds": 0.02} | settings
         if request.param == "fakeredis":
             async with testing.run(app, **settings) as stage:
                 yield stage
