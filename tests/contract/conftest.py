@@ -205,7 +205,7 @@ def cluster() -> Iterator[str]:
         yield address
 
 
-ON_A_CLUSTER = ("test_backend", "test_changes", "test_durability", "test_store")
+ON_A_CLUSTER = ("test_backend", "test_changes", "test_data_commands", "test_durability", "test_store")
 """Whose tests run on a cluster in the short form too; in the long form all do."""
 
 
