@@ -317,12 +317,25 @@ def query(
     partition_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: the partition key.")],
     key: Key,
     url: Url = "http://127.0.0.1:8081",
+    index: Annotated[
+        str | None, typer.Option(help="An index of the table; KEY is then its partition attribute.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="JSON: only sort keys greater than this, as in `next`.")] = None,
+    before: Annotated[str | None, typer.Option(help="JSON: only sort keys less than this.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Only sort keys that begin so.")] = None,
     limit: Annotated[int, typer.Option(help="Most items.")] = 100,
     reverse: Annotated[bool, typer.Option("--reverse", help="The last ones first.")] = False,
     as_json: Json = True,
 ) -> None:
-    """Read the items of a partition key, in order."""
-    _act(url, key, "query", table=table, key=_parsed(partition_key, "KEY"), limit=limit, reverse=reverse)
+    """Read the items of a partition key, or of an index, in order."""
+    given = {
+        "index": index,
+        "after": None if after is None else _parsed(after, "--after"),
+        "before": None if before is None else _parsed(before, "--before"),
+        "prefix": prefix,
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    _act(url, key, "query", table=table, key=_parsed(partition_key, "KEY"), limit=limit, reverse=reverse, **fields)
 
 
 @app.command()

@@ -78,6 +78,12 @@ async def test_the_commands_work_with_a_running_up(new_up: Any) -> None:
     assert (await run("get", "messages", '{"room":"lobby","id":"m1"}', *through))["item"] == item
     found = await run("query", "members", '"lobby"', *through)
     assert [one["item"]["user"] for one in found["items"]] == ["alice", "bob"]
+    for bound, expected in (("--after", "bob"), ("--before", "alice")):
+        other = '"alice"' if bound == "--after" else '"bob"'
+        found = await run("query", "members", '"lobby"', bound, other, *through)
+        assert [one["item"]["user"] for one in found["items"]] == [expected]
+    rooms = await run("query", "members", '"alice"', "--index", "by_member", "--prefix", "lob", *through)
+    assert [one["item"]["room"] for one in rooms["items"]] == ["lobby"]
     assert (await run("delete", "messages", '{"room":"lobby","id":"m1"}', *through))["version"] == 2
     gone = await asyncio.to_thread(tidewire, "get", "messages", '{"room":"lobby","id":"m1"}', *through)
     assert (gone.returncode, "not_found" in gone.stderr, gone.stdout) == (1, True, "")
