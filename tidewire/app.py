@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tidewire.audiences import Audience, AudienceOf, Members, Vacant, nobody
+from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, Vacant, nobody
 from tidewire.errors import BadRequest, ConfigurationError
-from tidewire.keys import LARGEST_KEY_NUMBER, Scalar, canonical, sort_bytes
+from tidewire.keys import LARGEST_KEY_NUMBER, Scalar, canonical, sort_bytes, tuple_bytes
 from tidewire.records import Item
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
@@ -178,6 +178,11 @@ def index_key(item: Item, attributes: tuple[str, str]) -> tuple[Scalar, Scalar] 
     return partition, sort
 
 
+def index_field(key: ItemKey, item: Item, attributes: tuple[str, str]) -> bytes:
+    """The bytes by which an item stands in an index: its sort value, then its own key."""
+    return tuple_bytes(item[attributes[1]], *(value for value in key[1:] if value is not None))
+
+
 class Membership(Table):
     """A table whose items say who belongs to which group: key (group, member). A member is the name of a user."""
 
@@ -197,6 +202,10 @@ class Membership(Table):
         """Anyone, while that group has no members: how the first one gets in."""
         return Vacant(self.name, attribute)
 
+    def peers(self, attribute: str) -> Audience:
+        """Whoever shares a group with the user named by that attribute. Eventual."""
+        return Peers(self.name, attribute)
+
 
 class App:
     """An application: a name, its tables, and perhaps a folder of static files beside the module that declares it."""
@@ -206,6 +215,7 @@ class App:
             raise ConfigurationError("App(name): a name is needed")
         self.name = name
         self.tables: dict[str, Table] = {}
+        self.topics: dict[str, Topic] = {}
         self.static = _static_folder(static, inspect.stack()[1].filename) if static else None
         self.connections()
 
@@ -275,6 +285,17 @@ class App:
         self._declare(membership)
         return membership
 
+    def topic(self, pattern: str, *, followers: Audience = nobody) -> Topic:
+        """Declare a family of topics, like "cell:{id}"; `followers` says who may follow, of an item with `id`."""
+        topic = Topic(pattern, followers)
+        self._declare_topic(topic)
+        return topic
+
+    def families(self, name: str) -> list[tuple[Topic, dict[str, str]]]:
+        """The families that a topic is of, each with what its {…} stand for: who follows must be let in by all."""
+        found = ((topic, topic.parse(name)) for topic in self.topics.values())
+        return [(topic, values) for topic, values in found if values is not None]
+
     def connections(self, *, readers: AudienceOf = nobody) -> Table:
         """Say who may see who is online: the readers of the table `connections`, which is always there."""
         hidden = frozenset({"source_ip", "user_agent", "claims"})
@@ -294,13 +315,29 @@ class App:
         """Look at the declarations together, once all are made. Raises ConfigurationError."""
         for table in self.tables.values():
             for what, rule in (("readers", table.readers), ("writers", table.writers)):
-                for part in _parts(rule):
-                    known = self.tables.get(part.membership) if isinstance(part, Members | Vacant) else None
-                    if isinstance(part, Members | Vacant) and not isinstance(known, Membership):
-                        raise ConfigurationError(
-                            f"table {table.name!r}: its {what} name the membership {part.membership!r}, "
-                            f"which app {self.name!r} does not declare"
-                        )
+                for part in rule.parts() if isinstance(rule, Audience) else ():
+                    self._check_part(part, f"table {table.name!r}: its {what}")
+                    if isinstance(part, Followers) and self.topics.get(part.topic.pattern) is not part.topic:
+                        self._declare_topic(part.topic)
+        for topic in self.topics.values():
+            for part in topic.followers.parts():
+                self._check_part(part, f"topic {topic.pattern!r}: its followers")
+            for name in self.tables:
+                if topic.parse(name) is not None:
+                    raise ConfigurationError(
+                        f"topic {topic.pattern!r} could be {name!r}, which is the topic of the table of that name"
+                    )
+
+    def _check_part(self, part: Audience, whose: str) -> None:
+        if isinstance(part, Members | Vacant | Peers) and not isinstance(self.tables.get(part.membership), Membership):
+            raise ConfigurationError(
+                f"{whose} name the membership {part.membership!r}, which app {self.name!r} does not declare"
+            )
+
+    def _declare_topic(self, topic: Topic) -> None:
+        if topic.pattern in self.topics:
+            raise ConfigurationError(f"topic {topic.pattern!r} is declared twice")
+        self.topics[topic.pattern] = topic
 
     def _declare(self, table: Table) -> None:
         if not (isinstance(table.name, str) and NAME.match(table.name)):
@@ -358,13 +395,6 @@ def _names(table: Table) -> Iterable[tuple[str, Any]]:
     expires = [] if table.expires is None else [table.expires]
     yield from (("attribute", attribute) for attribute in (*table.key, *table.hidden, *indexed, *expires))
     yield from (("index", index) for index in table.indexes)
-
-
-def _parts(rule: Any) -> Iterable[Audience]:
-    if isinstance(rule, Audience):
-        yield rule
-        for side in ("left", "right"):
-            yield from _parts(getattr(rule, side, None))
 
 
 def _static_folder(static: str, declared_in: str) -> Path:

@@ -1,17 +1,20 @@
 """Who may see or write an item: expressions over the item, declared once, evaluated by store and broadcaster.
 
-The store asks of one user (`admits`); the broadcaster asks for all (`recipients`). Both are given what they know of
+The store asks of one reader (`admits`); the broadcaster asks for all (`recipients`). Both are given what they know of
 memberships by an object with the methods of `Knowledge`; neither does I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from tidewire.claims import Condition, both, claim_is, either, holds
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Scalar
+from tidewire.keys import Scalar, canonical
 from tidewire.records import Item
 
 
@@ -27,15 +30,30 @@ class Knowledge(Protocol):
     def vacant(self, membership: str, group: Scalar) -> bool:
         """Whether the group has no members."""
 
+    def groups(self, membership: str, user: str) -> Iterable[Scalar]:
+        """The groups of a user. Eventual: they lie in an index."""
+
+
+class Reader(NamedTuple):
+    """Who asks."""
+
+    user: str
+    claims: Mapping[str, Any]
+
 
 class Recipients(NamedTuple):
-    """The feeds a change goes to."""
+    """Who a change goes to, each under a condition that their connections' claims must meet."""
 
-    users: frozenset[str]
-    everyone: bool = False
+    users: Mapping[str, Condition] = {}
+    topics: Mapping[str, Condition] = {}  # the followers of each
+    open: Condition = False  # every connection that meets it
+
+    def user(self, name: str) -> Condition:
+        """What a connection of that user must meet, whichever way it gets here."""
+        return either(self.users.get(name, False), self.open)
 
 
-NO_RECIPIENTS = Recipients(frozenset())
+NO_RECIPIENTS = Recipients()
 
 
 class Audience:
@@ -47,35 +65,59 @@ class Audience:
     def __and__(self, other: Audience) -> Audience:
         return Intersection(self, _audience(other))
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         raise NotImplementedError
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        """All of them; or as far as it concerns one user, which asks for less."""
         raise NotImplementedError
+
+    def parts(self) -> Iterator[Audience]:
+        """This one, and those it is made of."""
+        yield self
 
 
 def _audience(value: Any) -> Audience:
     if not isinstance(value, Audience):
-        raise ConfigurationError(f"an audience was expected (user(…), members.of(…), everyone, nobody), not {value!r}")
+        raise ConfigurationError(
+            f"an audience was expected (user(…), members.of(…), claim(…), everyone, nobody), not {value!r}"
+        )
     return value
 
 
 @dataclass(frozen=True)
 class Nobody(Audience):
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         return False
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
         return NO_RECIPIENTS
 
 
 @dataclass(frozen=True)
 class Everyone(Audience):
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         return True
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
-        return Recipients(frozenset(), everyone=True)
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        return Recipients(open=True)
+
+
+@dataclass(frozen=True)
+class Claim(Audience):
+    """Every connection whose claim of that name equals the item's attribute of that name: a string, number or bool."""
+
+    name: str
+
+    def _condition(self, item: Item) -> Condition:
+        value = item.get(self.name)
+        return claim_is(self.name, value) if isinstance(value, str | int | float) else False
+
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        return holds(self._condition(item), reader.claims)
+
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        return Recipients(open=self._condition(item))
 
 
 @dataclass(frozen=True)
@@ -84,16 +126,17 @@ class User(Audience):
 
     attribute: str
 
-    def _named(self, item: Item) -> frozenset[str]:
+    def _named(self, item: Item) -> set[str]:
         value = item.get(self.attribute)
         values = value if isinstance(value, list) else [value]
-        return frozenset(name for name in values if isinstance(name, str))
+        return {name for name in values if isinstance(name, str)}
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
-        return user in self._named(item)
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        return reader.user in self._named(item)
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
-        return Recipients(self._named(item))
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        named = self._named(item)
+        return Recipients(dict.fromkeys(named if only is None else named & {only}, True))
 
 
 def _group(item: Item, attribute: str) -> Scalar | None:
@@ -109,20 +152,23 @@ class Members(Audience):
     attribute: str
     values: tuple[tuple[str, Any], ...] = ()
 
-    def _counts(self, member: Item | None) -> bool:
+    def counts(self, member: Item | None) -> bool:
+        """Whether somebody with that membership item is meant."""
         return member is not None and all(member.get(name) == value for name, value in self.values)
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         group = _group(item, self.attribute)
-        return group is not None and self._counts(known.member(self.membership, group, user))
+        return group is not None and self.counts(known.member(self.membership, group, reader.user))
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
         group = _group(item, self.attribute)
         if group is None:
             return NO_RECIPIENTS
+        if only is not None:
+            return Recipients({only: True} if self.counts(known.member(self.membership, group, only)) else {})
         members = known.members(self.membership, group)
         # A member is a user, whose name is a string; the store lets no other one in.
-        return Recipients(frozenset(u for u, member in members.items() if isinstance(u, str) and self._counts(member)))
+        return Recipients({u: True for u, member in members.items() if isinstance(u, str) and self.counts(member)})
 
 
 @dataclass(frozen=True)
@@ -132,12 +178,118 @@ class Vacant(Audience):
     membership: str
     attribute: str
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         group = _group(item, self.attribute)
         return group is not None and known.vacant(self.membership, group)
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
         return NO_RECIPIENTS
+
+
+@dataclass(frozen=True)
+class Peers(Audience):
+    """Whoever shares a group with the user that an attribute names. Eventual, as the groups of a user are."""
+
+    membership: str
+    attribute: str
+
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        return bool(self.recipients(item, known, reader.user).users)
+
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        named = item.get(self.attribute)
+        if not isinstance(named, str):
+            return NO_RECIPIENTS
+        groups = known.groups(self.membership, named)
+        if only is not None:
+            shared = any(known.member(self.membership, group, only) is not None for group in groups)
+            return Recipients({only: True} if shared else {})
+        return Recipients(
+            {u: True for group in groups for u in known.members(self.membership, group) if isinstance(u, str)}
+        )
+
+
+@dataclass(frozen=True)
+class Followers(Audience):
+    """Who follows the topic that attributes of the item name: those may read it who may follow."""
+
+    topic: Topic
+    attributes: tuple[str, ...]
+
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        values = self._values(item)
+        return values is not None and self.topic.followers.admits(values, reader, known)
+
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        values = self._values(item)
+        return NO_RECIPIENTS if values is None else Recipients(topics={self.topic.name(values): True})
+
+    def _values(self, item: Item) -> dict[str, str] | None:
+        found = [_group(item, attribute) for attribute in self.attributes]
+        if None in found:
+            return None
+        values = dict(
+            zip(self.topic.fields, (str(canonical(value)) for value in found if value is not None), strict=True)
+        )
+        # What would be read as other values could be followed by others.
+        return values if self.topic.parse(self.topic.name(values)) == values else None
+
+
+CLAIM_TOPICS = "claim:"
+
+
+def claim_topic(name: str, value: Scalar | bool) -> str:
+    """The topic of every connection whose claim of that name has that value."""
+    written = value if isinstance(value, bool) else canonical(value)
+    return f"{CLAIM_TOPICS}{name}:{json.dumps(written, ensure_ascii=False)}"
+
+
+class Topic:
+    """A family of topics: a pattern like "cell:{id}", and who may follow, asked with an item of what {…} stands for.
+
+    Raises ConfigurationError where the pattern is none, or could be taken for another kind of topic.
+    """
+
+    def __init__(self, pattern: str, followers: Audience) -> None:
+        self.pattern = pattern
+        self.followers = _audience(followers)
+        if any(isinstance(part, Followers) for part in followers.parts()):
+            raise ConfigurationError(f"topic {pattern!r}: its followers cannot be those of another topic")
+        if not isinstance(pattern, str) or not pattern.partition("{")[0] or pattern.startswith(CLAIM_TOPICS):
+            raise ConfigurationError(
+                f"topic {pattern!r}: a pattern begins with text of its own, as 'cell:{{id}}', not with {CLAIM_TOPICS}"
+            )
+        pieces = re.split(r"\{(.*?)\}", pattern)
+        self.fields = tuple(pieces[1::2])
+        if any(not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) for name in self.fields) or re.search(
+            "[{}]", "".join(pieces[::2])
+        ):
+            raise ConfigurationError(f"topic {pattern!r}: write a pattern like 'cell:{{id}}'")
+        if len(set(self.fields)) < len(self.fields):
+            raise ConfigurationError(f"topic {pattern!r} has a name twice")
+        if len(self.fields) and any(not text for text in pieces[2:-1:2]):
+            raise ConfigurationError(f"topic {pattern!r}: between two names there must be something that parts them")
+        self._pieces = pieces
+        named = (f"(?P<{text}>.+?)" if n % 2 else re.escape(text) for n, text in enumerate(pieces))
+        self._regex = re.compile("".join(named), re.DOTALL)
+
+    def of(self, *attributes: str) -> Audience:
+        """The followers of the topic that these attributes name, one for each {…} of the pattern, in its order."""
+        if len(attributes) != len(self.fields):
+            raise ConfigurationError(
+                f"topic {self.pattern!r}: of(…) names an attribute for each of {len(self.fields)} parts, "
+                f"not {len(attributes)}"
+            )
+        return Followers(self, attributes)
+
+    def name(self, values: Mapping[str, str]) -> str:
+        """The topic of these values."""
+        return "".join(values[text] if n % 2 else text for n, text in enumerate(self._pieces))
+
+    def parse(self, name: str) -> dict[str, str] | None:
+        """What {…} stands for in a topic of this family; None where it is none."""
+        found = self._regex.fullmatch(name)
+        return found.groupdict() if found else None
 
 
 @dataclass(frozen=True)
@@ -145,14 +297,28 @@ class Union(Audience):
     left: Audience
     right: Audience
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
-        return self.left.admits(item, user, known) or self.right.admits(item, user, known)
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        return self.left.admits(item, reader, known) or self.right.admits(item, reader, known)
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
-        left, right = self.left.recipients(item, known), self.right.recipients(item, known)
-        if left.everyone or right.everyone:
-            return Recipients(frozenset(), everyone=True)  # everyone | x is everyone
-        return Recipients(left.users | right.users)
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        left, right = self.left.recipients(item, known, only), self.right.recipients(item, known, only)
+        if left.open is True or right.open is True:
+            return Recipients(open=True)  # everyone | x is everyone
+        return Recipients(
+            _merged(left.users, right.users), _merged(left.topics, right.topics), either(left.open, right.open)
+        )
+
+    def parts(self) -> Iterator[Audience]:
+        yield self
+        yield from self.left.parts()
+        yield from self.right.parts()
+
+
+def _merged(left: Mapping[str, Condition], right: Mapping[str, Condition]) -> dict[str, Condition]:
+    found = dict(left)
+    for name, condition in right.items():
+        found[name] = either(found.get(name, False), condition)
+    return found
 
 
 @dataclass(frozen=True)
@@ -160,14 +326,26 @@ class Intersection(Audience):
     left: Audience
     right: Audience
 
-    def admits(self, item: Item, user: str, known: Knowledge) -> bool:
-        return self.left.admits(item, user, known) and self.right.admits(item, user, known)
+    def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
+        return self.left.admits(item, reader, known) and self.right.admits(item, reader, known)
 
-    def recipients(self, item: Item, known: Knowledge) -> Recipients:
-        left, right = self.left.recipients(item, known), self.right.recipients(item, known)
-        if left.everyone:
-            return right
-        return left if right.everyone else Recipients(left.users & right.users)
+    def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
+        left, right = self.left.recipients(item, known, only), self.right.recipients(item, known, only)
+        if (left.topics and (right.users or right.topics)) or (right.topics and left.users):
+            raise ConfigurationError("the followers of a topic can be narrowed by claims alone")
+        users = {name: both(left.user(name), right.user(name)) for name in {**left.users, **right.users}}
+        topics = {name: both(condition, right.open) for name, condition in left.topics.items()}
+        topics |= {name: both(condition, left.open) for name, condition in right.topics.items()}
+        return Recipients(_possible(users), _possible(topics), both(left.open, right.open))
+
+    def parts(self) -> Iterator[Audience]:
+        yield self
+        yield from self.left.parts()
+        yield from self.right.parts()
+
+
+def _possible(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
+    return {name: condition for name, condition in conditions.items() if condition is not False}
 
 
 nobody = Nobody()
@@ -180,6 +358,16 @@ AudienceOf = Audience | Callable[[Item], Audience]
 def user(attribute: str) -> Audience:
     """The user, or list of users, named by that attribute of the item."""
     return User(attribute)
+
+
+def claim(name: str) -> Audience:
+    """Every connection whose claim of that name equals the item's attribute of that name."""
+    return Claim(name)
+
+
+def topic(pattern: str, *, followers: Audience = nobody) -> Topic:
+    """A family of topics, for `readers=that.of("attribute")`; `app.topic` declares one that no table names."""
+    return Topic(pattern, followers)
 
 
 def resolve(declared: AudienceOf, item: Item) -> Audience:

@@ -194,6 +194,10 @@ class Keys:
         """Stream with a TTL: answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")
 
+    def direct(self, gateway: str) -> bytes:
+        """Stream with a TTL: frames for connections of one gateway."""
+        return self._global(b"g-" + gateway.encode(), b"direct")
+
     def credentials(self) -> bytes:
         """Hash: API key id to record."""
         return self._global(b"auth", b"credentials")

@@ -120,6 +120,24 @@ class Auth(_Request, kw_only=True):
     topics: dict[str, str] = {}
 
 
+class Follow(_Request, kw_only=True):
+    topic: str
+    cursor: str | None = None
+
+
+class Unfollow(_Request, kw_only=True):
+    topic: str
+
+
+class Send(_Request, kw_only=True):
+    """To a user, by the feed; or to one connection, at once or not at all."""
+
+    body: Any
+    user: str | None = None
+    connection: str | None = None
+    request: str | None = None
+
+
 class Whoami(_Request, kw_only=True):
     pass
 
@@ -135,12 +153,16 @@ ACTIONS: dict[str, type[_Request]] = {
     "get": Get,
     "query": Query,
     "transact": Transact,
+    "follow": Follow,
+    "unfollow": Unfollow,
+    "send": Send,
     "auth": Auth,
     "whoami": Whoami,
     "ping": Ping,
 }
-WRITES = frozenset({"put", "update", "delete", "transact"})
-STORE_ACTIONS = WRITES | {"get", "query"}
+WRITES = frozenset({"put", "update", "delete", "transact", "send"})
+STORE_ACTIONS = (WRITES - {"send"}) | {"get", "query"}
+MOST_TOPIC_BYTES = 1024
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -196,7 +218,15 @@ def parse_request(frame: dict[str, Any]) -> _Request:
         raise BadRequest(f"{action}: {error}") from None
     if isinstance(request, Query) and not 1 <= request.limit <= 1000:
         raise BadRequest("query: limit is between 1 and 1000")
-    if isinstance(request, _Write | Transact) and request.request is not None and not 1 <= len(request.request) <= 256:
+    if isinstance(request, Follow | Unfollow) and not 1 <= len(request.topic.encode()) <= MOST_TOPIC_BYTES:
+        raise BadRequest(f"{action}: topic is a string of 1 to {MOST_TOPIC_BYTES} bytes")
+    if isinstance(request, Send) and (request.user is None) == (request.connection is None):
+        raise BadRequest("send: either user or connection says who it is for")
+    if (
+        isinstance(request, _Write | Transact | Send)
+        and request.request is not None
+        and not 1 <= len(request.request) <= 256
+    ):
         raise BadRequest(f"{action}: request is a string of 1 to 256 characters")
     if isinstance(request, Transact) and not 1 <= len(request.operations) <= MOST_OPERATIONS:
         raise BadRequest(f"transact: operations are 1 to {MOST_OPERATIONS}, not {len(request.operations)}")

@@ -61,10 +61,20 @@ class Reply(NamedTuple):
     error: dict[str, Any] | None
 
 
+class Direct(NamedTuple):
+    """A frame for one connection, on its way to the gateway that has it."""
+
+    connection: str
+    frame: dict[str, Any]
+    deadline: int  # ms since 1970, server time
+    reply_to: str  # gateway
+    number: int
+
+
 class Change(NamedTuple):
     """What the store appends for each write. Both images, always: who could see the old one must hear of it."""
 
-    event: str  # INSERT, MODIFY or REMOVE
+    event: str  # INSERT, MODIFY or REMOVE; SEND for a message to a user, which is in no table
     table: str
     key: dict[str, Any]
     version: int
@@ -77,6 +87,15 @@ class Change(NamedTuple):
     transaction: str | None = None  # the same for all changes of one; they come one after another
     more: bool = False  # another change of the transaction follows
     trace: str | None = None  # W3C traceparent
+    opens: list[Any] | None = None  # of a membership: as `Opened`, what its member may gain or lose sight of
+
+
+class Opened(NamedTuple):
+    """The items of one table and group that are looked at when a membership changes, as they are at that moment."""
+
+    table: str
+    records: list[Any]  # as `ItemRecord`, the last of the sort order first
+    whole: bool  # whether these are all
 
 
 class Declaration(NamedTuple):
@@ -121,8 +140,13 @@ class Credential(NamedTuple):
 class FeedBody(NamedTuple):
     """What a feed's entry carries: the type of the frame, and the rest of it as JSON text of an object."""
 
-    type: str
+    type: str  # change, message, reset; RECHECK is for the gateway alone
     rest: bytes
+    asks: Any = True  # the condition that a connection's claims must meet, as in tidewire/claims.py
+
+
+RECHECK = "recheck"
+"""The user may no longer follow all topics: each of the connections is to be looked at."""
 
 
 class Position(NamedTuple):

@@ -14,11 +14,23 @@ from redis.exceptions import RedisError
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
-from tidewire.errors import BadRequest, Internal, RequestError, Unauthenticated
+from tidewire.claims import holds
+from tidewire.errors import BadRequest, Internal, NotFound, PermissionDenied, RequestError, Unauthenticated
 from tidewire.feeds import Cursor, Reset, follow_on
 from tidewire.functions import FeedEntry
-from tidewire.protocol import Auth, decode_frame, encode_json, encode_msgpack, id_of_refused, parse_request, request_id
-from tidewire.records import Principal
+from tidewire.protocol import (
+    Auth,
+    Follow,
+    Unfollow,
+    decode_frame,
+    encode_json,
+    encode_msgpack,
+    id_of_refused,
+    parse_request,
+    request_id,
+)
+from tidewire.records import RECHECK, Principal
+from tidewire.tasks import end
 
 from .core import Core
 from .feeds import READ, Feed, Frame
@@ -28,6 +40,8 @@ log = structlog.get_logger(__name__)
 IN_FLIGHT = 64
 """Requests of one connection that wait for their answers; beyond, nothing more is read from it."""
 EXPIRING_S = 60.0
+MOST_TOPICS = 1000
+"""That one connection follows."""
 
 
 @dataclass(eq=False)
@@ -38,13 +52,15 @@ class Place:
     feed: Feed
     cursor: Cursor
     live: bool = False
+    replay: asyncio.Task[None] | None = None  # what is reading the feed for it
 
     def deliver(self, frame: Frame) -> None:
         if self.connection.full():
             self.fall_behind()
         elif frame.cursor.seq > self.cursor.seq:  # else it was replayed already
-            self.connection.write(frame.encoded(binary=self.connection.binary))
             self.cursor = frame.cursor
+            if self.connection.concerned(frame):
+                self.connection.write(frame.encoded(binary=self.connection.binary))
 
     def start_over(self, reset: Reset) -> None:
         if self.connection.full():
@@ -55,7 +71,7 @@ class Place:
 
     def fall_behind(self) -> None:
         self.live = False
-        self.connection.spawn(self.connection.catch_up(self))
+        self.replay = self.connection.spawn(self.connection.catch_up(self))
 
 
 @dataclass
@@ -63,7 +79,7 @@ class Welcome:
     """What a connection begins with, for one feed."""
 
     place: Place
-    missed: list[FeedEntry] = field(default_factory=list)
+    missed: list[Frame] = field(default_factory=list)
     reset: Reset | None = None
     resumed: bool = False
 
@@ -79,7 +95,9 @@ class Connection:
         self.binary = ws.subprotocol is not None
         self.connected_at = core.now_ms()
         self.open = True
-        self._places: list[Place] = []
+        self.welcomed = False
+        self._places: dict[str | None, Place] = {}  # by topic; None for the user's own feed
+        self._following = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = asyncio.Semaphore(IN_FLIGHT)
         self._expiry: asyncio.Task[None] | None = None
@@ -100,10 +118,11 @@ class Connection:
             self.open = False
             for task in self._tasks:
                 task.cancel()
-            for place in self._places:
+            places = list(self._places.values())
+            for place in places:
                 place.live = False
                 place.feed.followers.discard(place)
-            await asyncio.gather(*(self.core.feeds.leave(place.feed) for place in self._places))
+            await asyncio.gather(*(self.core.feeds.leave(place.feed) for place in places))
 
     # ── frames out ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,7 +148,7 @@ class Connection:
         with contextlib.suppress(ConnectionClosed):
             await self.ws.close(code, reason)
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> asyncio.Task[None] | None:
         """A task that ends with the connection, and ends it when it fails."""
 
         async def guarded() -> None:
@@ -146,18 +165,28 @@ class Connection:
 
         if not self.open:
             work.close()
-            return
+            return None
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _begin(self, cursor: str | None, topics: dict[str, str]) -> None:
         """Open, subscribe, read what was missed, then `welcome`, then what was missed, then live."""
         keys = self.core.backend.keys
+        refused: list[RequestError] = []
         own = await self._place(keys.user_feed(self.principal.user), None, cursor)
-        followed = [await self._place(keys.topic_feed(topic), topic, topics.get(topic)) for topic in self.core.topics]
+        given = self.core.topics.given(self.principal)
+        followed = [await self._place(keys.topic_feed(topic), topic, topics.get(topic)) for topic in given]
+        for topic in sorted(topics.keys() - given):
+            try:
+                await self.core.topics.check(self.principal, topic)
+                followed.append(await self._place(keys.topic_feed(topic), topic, topics[topic]))
+            except (BadRequest, NotFound, PermissionDenied) as error:
+                error.details = error.details | {"topic": topic}
+                refused.append(error)
         self.core.gatekeeper.check(self.principal)  # it may have been revoked since
         await self.send(
             {
@@ -166,31 +195,46 @@ class Connection:
                 "user": self.principal.user,
                 "cursor": str(own.place.cursor),
                 "resumed": own.resumed,
-                "replayed": len(own.missed),
+                "replayed": sum(map(self.concerned, own.missed)),
                 "topics": {str(one.place.feed.topic): str(one.place.cursor) for one in followed},
             }
         )
+        self.welcomed = True
+        for refusal in refused:
+            await self.send(refusal.as_frame(None))
         for one in (own, *followed):
-            if one.reset:
-                await self.send(reset_frame(one.reset, one.place.feed.topic))
-            await self._replay(one.place, one.missed)
-            one.place.feed.followers.add(one.place)
-            await self.catch_up(one.place)
+            await self._go_on(one)
 
     async def _place(self, feed_keys: tuple[bytes, bytes], topic: str | None, cursor: str | None) -> Welcome:
         feed = await self.core.feeds.follow(feed_keys, topic)
         assert feed.head
         place = Place(self, feed, feed.head)
-        self._places.append(place)
+        self._places[topic] = place
+        return await self._missed(place, cursor)
+
+    async def _missed(self, place: Place, cursor: str | None) -> Welcome:
+        """Put the place where the cursor stands; with what follows from there, or the reset."""
+        feed = place.feed
+        assert feed.head
         if cursor is None:
+            place.cursor = feed.head
             return Welcome(place)
         parsed = Cursor.parse(cursor)
         if parsed is None:
+            place.cursor = feed.head
             return Welcome(place, reset=Reset("cursor_unknown", feed.head))
         # All of it at once, so that `replayed` is known: a feed is bounded.
-        missed, reset = await self.core.feeds.read(feed, parsed, count=100_000)
+        entries, reset = await self.core.feeds.read(feed, parsed, count=100_000)
         place.cursor = reset.cursor if reset else parsed
-        return Welcome(place, missed, reset, resumed=reset is None)
+        return Welcome(place, frames_of(place, entries), reset, resumed=reset is None)
+
+    async def _go_on(self, one: Welcome) -> None:
+        """What was missed, then live."""
+        if one.reset:
+            await self.send(reset_frame(one.reset, one.place.feed.topic))
+        await self._replay(one.place, one.missed)
+        one.place.feed.followers.add(one.place)
+        await self.catch_up(one.place)
 
     async def catch_up(self, place: Place) -> None:
         """Read the feed from the place's cursor, as fast as the peer takes it, until it is live."""
@@ -200,17 +244,94 @@ class Connection:
             if reset:
                 await self.send(reset_frame(reset, feed.topic))
                 place.cursor = reset.cursor
-            await self._replay(place, entries)
+            await self._replay(place, frames_of(place, entries))
             if feed.head and len(entries) < READ and feed.head != place.cursor:
                 await self.core.feeds.mend(feed)  # the stream was ahead of what has been announced
         place.live = True  # no await since the comparison: nothing can have come between
 
-    async def _replay(self, place: Place, entries: list[FeedEntry]) -> None:
-        for entry in entries:
-            cursor = follow_on(place.cursor, entry)
-            assert cursor  # `read` has followed the chain
-            await self.send_encoded(Frame(cursor, entry, place.feed.topic).encoded(binary=self.binary))
-            place.cursor = cursor
+    async def _replay(self, place: Place, frames: list[Frame]) -> None:
+        for frame in frames:
+            if self.concerned(frame):
+                await self.send_encoded(frame.encoded(binary=self.binary))
+            place.cursor = frame.cursor
+
+    def concerned(self, frame: Frame) -> bool:
+        """Whether this connection gets the frame."""
+        if frame.type == RECHECK:
+            self.spawn(self._follow_less())
+            return False
+        return frame.asks is True or holds(frame.asks, self.principal.claims)
+
+    # ── topics ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def follow(self, request: Follow) -> None:
+        """Answer, then all that follows on the cursor; one that is followed already is rewound to it."""
+        await self.core.topics.check(self.principal, request.topic)
+        async with self._following:
+            place = self._places.get(request.topic)
+            following: Welcome | None = None
+            if place is None:
+                if len(self._places) > MOST_TOPICS:
+                    raise BadRequest(f"a connection follows at most {MOST_TOPICS} topics")
+                keys = self.core.backend.keys.topic_feed(request.topic)
+                following = await self._place(keys, request.topic, request.cursor)
+                place = following.place
+            elif request.cursor is not None:
+                await self._stop(place)
+                following = await self._missed(place, request.cursor)
+            if request.id is not None:
+                result = {"topic": request.topic, "cursor": str(place.cursor)}
+                await self.send({"type": "reply", "id": request.id, "result": result})
+            if following:
+                self._catching_up(following)
+
+    async def unfollow(self, request: Unfollow) -> dict[str, Any]:
+        async with self._following:
+            place = self._places.get(request.topic)
+            if place is None:
+                raise NotFound(f"this connection does not follow {request.topic[:200]!r}")
+            await self._leave(place)
+            return {"topic": request.topic, "cursor": str(place.cursor)}
+
+    async def _follow_less(self) -> None:
+        """Look at what is followed again, because the user may no longer be let in."""
+        async with self._following:
+            given = self.core.topics.given(self.principal)
+            for topic in [topic for topic in self._places if topic is not None and topic not in given]:
+                try:
+                    await self.core.topics.check(self.principal, topic)
+                except (NotFound, PermissionDenied) as error:
+                    place = self._places[topic]
+                    await self._leave(place)
+                    error.details = error.details | {"topic": topic}
+                    await self.send(reset_frame(Reset("cursor_expired", place.cursor), topic))
+                    await self.send(error.as_frame(None))
+
+    async def _follow_by_claims(self, before: Principal) -> None:
+        """After a renewal: other claims bring other topics."""
+        async with self._following:
+            given = self.core.topics.given(self.principal)
+            for topic in self.core.topics.given(before) - given:
+                if topic in self._places:
+                    await self._leave(self._places[topic])
+            for topic in sorted(given - self._places.keys()):
+                self._catching_up(await self._place(self.core.backend.keys.topic_feed(topic), topic, None))
+
+    def _catching_up(self, one: Welcome) -> None:
+        one.place.replay = self.spawn(self._go_on(one))
+
+    async def _stop(self, place: Place) -> None:
+        """It gets no more of the feed, until it goes on."""
+        place.live = False
+        place.feed.followers.discard(place)
+        if place.replay:
+            await end([place.replay])
+            place.replay = None
+
+    async def _leave(self, place: Place) -> None:
+        await self._stop(place)
+        del self._places[place.feed.topic]
+        await self.core.feeds.leave(place.feed)
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,12 +343,7 @@ class Connection:
         try:
             frame = decode_frame(message, binary=self.binary)
             request = parse_request(frame)
-            # Begun in the order of arrival, up to where the store's order takes over.
-            result = (
-                self._renew(request)
-                if isinstance(request, Auth)
-                else self.core.begin(self.principal, self.id, frame, request)
-            )
+            result = self._begin_request(frame, request)
         except RequestError as error:
             self._in_flight.release()
             id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
@@ -235,18 +351,29 @@ class Connection:
             return
         self.spawn(self._answer(request_id(frame), result))
 
+    def _begin_request(self, frame: dict[str, Any], request: Any) -> Any:
+        """What is awaited is the result. Begun in the order of arrival, up to where the store's order takes over."""
+        match request:
+            case Auth():
+                return self._renew(request)
+            case Follow():
+                return self.follow(request)
+            case Unfollow():
+                return self.unfollow(request)
+        return self.core.begin(self.principal, self.id, frame, request)
+
     async def _answer(self, id_: str | int | None, result: Any) -> None:
         try:
             try:
-                answer = {"type": "reply", "id": id_, "result": await result}
+                answer = await result
             except RequestError as error:
                 await self.send(error.as_frame(id_))
             except Exception:
                 log.exception("request_failed", connection=self.id)
                 await self.send(Internal("something went wrong on the server").as_frame(id_))
             else:
-                if id_ is not None:
-                    await self.send(answer)
+                if id_ is not None and answer is not None:  # else it was sent, as what comes next follows on it
+                    await self.send({"type": "reply", "id": id_, "result": answer})
         finally:
             self._in_flight.release()
 
@@ -258,8 +385,11 @@ class Connection:
             raise Unauthenticated("this connection is another user's: open a new one")
         if request.cursor is not None or request.topics:
             raise BadRequest("auth: cursor and topics belong to the first frame of a connection")
-        self.principal = principal
+        before, self.principal = self.principal, principal
         self._watch_expiry()
+        if before.claims != principal.claims:
+            await self._follow_by_claims(before)
+            await self._follow_less()
         return {"user": principal.user, "claims": principal.claims, "expires_at": principal.expires_at}
 
     def _watch_expiry(self) -> None:
@@ -279,6 +409,17 @@ class Connection:
             await self.send({"type": "expiring", "in_ms": max(int(left_s * 1000), 0)})
             await asyncio.sleep(max(left_s, 0))
             await self.close(4401, "the credential has expired")
+
+
+def frames_of(place: Place, entries: list[FeedEntry]) -> list[Frame]:
+    """The frames of entries that follow on the place's cursor: `Feeds.read` has followed the chain."""
+    frames, cursor = [], place.cursor
+    for entry in entries:
+        following = follow_on(cursor, entry)
+        assert following
+        cursor = following
+        frames.append(Frame(cursor, entry, place.feed.topic))
+    return frames
 
 
 def reset_frame(reset: Reset, topic: str | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable
 from typing import Any, cast
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.audiences import Everyone, Intersection, Union
 from tidewire.bus import Bus
 from tidewire.errors import PermissionDenied, TooLarge
 from tidewire.keys import Scalar
@@ -18,6 +17,7 @@ from tidewire.protocol import (
     Get,
     Put,
     Query,
+    Send,
     Transact,
     encode_json,
     parse_operations,
@@ -25,8 +25,10 @@ from tidewire.protocol import (
 )
 from tidewire.records import Command, Principal
 
+from .direct import Direct
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
+from .topics import Topics
 
 
 class Core:
@@ -46,7 +48,8 @@ class Core:
         )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s)
-        self.topics = sorted(name for name, table in app.tables.items() if open_to_everyone(table.readers))
+        self.topics = Topics(app, self._may_follow)
+        self.direct = Direct(self.backend, self.bus, self.registry)
 
     @property
     def id(self) -> str:
@@ -60,6 +63,8 @@ class Core:
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
     ) -> Awaitable[Any]:
         """Start on a request; what is awaited is its result. Raises RequestError when it cannot be started."""
+        if isinstance(request, Send):
+            return self.send(principal, connection, frame, request)
         if request.action in STORE_ACTIONS:
             return self.store(principal, connection, frame, request)
         return self._here(principal, connection, request.action)
@@ -68,6 +73,16 @@ class Core:
         if action == "ping":
             return {}
         return {"user": principal.user, "connection": connection, "claims": principal.claims}
+
+    async def send(self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Send) -> Any:
+        """A message: to a user by store and feed, to a connection at once, wherever it is."""
+        if principal.role != "service":
+            raise PermissionDenied("send is for service keys alone")
+        if request.connection is None:
+            return await self.store(principal, connection, frame, request)
+        message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
+        await self.direct.send(request.connection, message)
+        return {"delivered": True}
 
     def store(
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
@@ -100,6 +115,8 @@ class Core:
 
     def _partition_key(self, request: Any) -> Scalar:
         """The partition-key value that a request is about. Raises BadRequest or TooLarge for what is wrong with it."""
+        if isinstance(request, Send):
+            return str(request.user)
         if isinstance(request, Transact):
             # That all operations have the same one is for the store to see.
             found = []
@@ -131,26 +148,24 @@ class Core:
         """A command of the gateway itself, to the partition of a key or to a given one."""
         keys = self.backend.keys
         to = keys.partition_of(cast(Scalar, key)) if partition is None else partition
+        return await self._ask_store(to, action, body, Principal(user, "service", {}, "", None))
+
+    async def _may_follow(self, principal: Principal, topic: str) -> None:
+        await self._ask_store(self.backend.keys.partition_of(topic), "follow", {"topic": topic}, principal)
+
+    async def _ask_store(self, partition: int, action: str, body: dict[str, Any], principal: Principal) -> Any:
         deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
         reply_to = self.id
 
         def record(number: int) -> Command:
             frame = {"action": action, **body}
-            return Command(action, frame, user, "service", {}, None, None, 0, deadline, reply_to, number)
+            who = (principal.user, principal.role, principal.claims)
+            return Command(action, frame, *who, None, None, 0, deadline, reply_to, number)
 
-        return await self.bus.request(keys.commands(to), record)
+        return await self.bus.request(self.backend.keys.commands(partition), record)
 
     def _check_size(self, item: dict[str, Any]) -> None:
         limit = self.settings.limit_item_bytes
         size = len(encode_json(item)) if limit else 0
         if size > limit:
             raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
-
-
-def open_to_everyone(readers: Any) -> bool:
-    """Whether the table's own topic may have frames: then every connection follows it."""
-    if isinstance(readers, Union):
-        return open_to_everyone(readers.left) or open_to_everyone(readers.right)
-    if isinstance(readers, Intersection):
-        return open_to_everyone(readers.left) and open_to_everyone(readers.right)
-    return isinstance(readers, Everyone) or not hasattr(readers, "admits")  # a function may return everyone

@@ -36,11 +36,15 @@ RESETS = Counter("tidewire_gateway_resets_total", "Resets of whole feeds while t
 class Frame:
     """One entry as a frame, encoded at most once for each encoding, however many connections get it."""
 
-    __slots__ = ("_msgpack", "cursor", "json")
+    __slots__ = ("_msgpack", "asks", "cursor", "json", "type")
 
     def __init__(self, cursor: Cursor, entry: FeedEntry, topic: str | None) -> None:
+        body = FeedBody(*unpack(entry.body))
         self.cursor = cursor
-        self.json = feed_frame(FeedBody(*unpack(entry.body)), str(cursor), topic)
+        self.type = body.type
+        self.asks = body.asks
+        """What the claims of a connection must meet that gets it."""
+        self.json = feed_frame(body, str(cursor), topic)
         self._msgpack: bytes | None = None
 
     def encoded(self, *, binary: bool) -> bytes:

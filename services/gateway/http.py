@@ -22,7 +22,7 @@ from tidewire.errors import (
     Unauthenticated,
     UnsupportedAction,
 )
-from tidewire.protocol import STORE_ACTIONS, decode_frame, is_traceparent, parse_request
+from tidewire.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
 
 from .core import Core
 from .handshake import credential
@@ -79,6 +79,8 @@ async def _perform(core: Core, request: Request, action: str) -> Any:
         return {"user": principal.user, "connection": None, "claims": principal.claims}
     if action == "ping":
         return {}
+    if isinstance(parsed, Send):
+        return await core.send(principal, None, frame, parsed)
     if action not in STORE_ACTIONS:
         raise UnsupportedAction(f"{action} is for websockets")
     return await core.store(principal, None, frame, parsed)

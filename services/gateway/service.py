@@ -20,7 +20,7 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from tidewire.app import App
-from tidewire.errors import BadRequest, RequestError, Unauthenticated, UnsupportedAction
+from tidewire.errors import BadRequest, NotFound, RateLimited, RequestError, Unauthenticated, UnsupportedAction
 from tidewire.lifecycle import Service
 from tidewire.protocol import (
     SUBPROTOCOL,
@@ -57,6 +57,7 @@ class Gateway:
         self.origins = [origin.strip().rstrip("/") for origin in self.settings.origins.split(",") if origin.strip()]
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
+        core.direct.deliver = self._deliver
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -142,6 +143,15 @@ class Gateway:
         body = encode_json({"type": "error", "id": None, "code": _CODES.get(status, "bad_request"), "message": message})
         headers = Headers({"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"})
         return Response(status.value, status.phrase, headers, body)
+
+    def _deliver(self, connection_id: str, frame: dict[str, Any]) -> None:
+        """A frame for one connection, which no feed keeps: now or never."""
+        connection = self.connections.get(connection_id)
+        if connection is None or not (connection.open and connection.welcomed):
+            raise NotFound(f"there is no connection {connection_id[:100]!r}")
+        if connection.full():
+            raise RateLimited("this connection takes no more for now: its peer is slow", retry_after_ms=1000)
+        connection.write(connection.encode(frame))
 
     # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -238,6 +248,7 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.bus.send)
     service.run(core.bus.receive)
     service.run(core.gatekeeper.run)
+    service.run(core.direct.receive)
     service.run(core.feeds.hear)
     service.run(core.feeds.look)
     service.run(gateway.presence.run)

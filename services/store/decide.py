@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.app import CONNECTIONS, App, ItemKey, Table, index_field
 from tidewire.errors import BadRequest, Internal, PermissionDenied, RequestError, Timeout, TooLarge
 from tidewire.functions import Operation
 from tidewire.keys import Keys, Scalar, prefix_bytes, sort_bytes, tuple_bytes
@@ -20,9 +20,11 @@ from tidewire.protocol import (
     Check,
     Delete,
     Edge,
+    Follow,
     Get,
     Put,
     Query,
+    Send,
     Transact,
     Update,
     fault_in,
@@ -227,7 +229,7 @@ class _Batch:
         self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
         self.decision.replies.setdefault(gateway, []).append(reply)
 
-    def perform(self, command: Command) -> Any:
+    def perform(self, command: Command) -> Any:  # noqa: PLR0911 - one for each kind of request
         if command.action == SWEEP:
             return self.sweep(command)
         if command.action == LOAD:
@@ -243,6 +245,13 @@ class _Batch:
                 return self.get(rights, request)
             case Query():
                 return self.query(rights, request)
+            case Follow():
+                rights.may_follow(request.topic)
+                return {}
+            case Send():
+                _service_only(command)
+                self.view.send(author, str(request.user), request.body)
+                return {"delivered": True}
         raise BadRequest(f"the store has no action {command.action!r}")
 
     # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -443,12 +452,16 @@ class _Batch:
                     raise PermissionDenied("connections are written by the gateways alone")
                 keys.append(self.app[name].key_of(item))
         self.view.need(ItemFact(key) for key in keys)
-        for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
-            with _place(number):
-                table = self.app[name]
-                rights.may_write(table, None, item)
-                table.validate(item)
-                self.view.write(author, table, key, item)
+        self.view.open_items = False  # each of a thousand members would carry the same items
+        try:
+            for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
+                with _place(number):
+                    table = self.app[name]
+                    rights.may_write(table, None, item)
+                    table.validate(item)
+                    self.view.write(author, table, key, item)
+        finally:
+            self.view.open_items = True
         return len(rows)
 
 
@@ -509,11 +522,6 @@ class _Bounds:
         if self._attributes is None:
             return sort_bytes(edge)
         return tuple_bytes(edge) + (b"\xff" if past else b"")  # past all entries of that value
-
-
-def index_field(key: ItemKey, item: Item, attributes: tuple[str, str]) -> bytes:
-    """The bytes by which an item stands in an index: its sort value, then its own key."""
-    return tuple_bytes(item[attributes[1]], *(value for value in key[1:] if value is not None))
 
 
 def _next(table: Table, attributes: tuple[str, str] | None, last: Item, following: Item) -> Any:

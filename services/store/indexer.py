@@ -14,15 +14,13 @@ from typing import NamedTuple
 import structlog
 from prometheus_client import Gauge
 
-from tidewire.app import App, ItemKey, index_key
+from tidewire.app import App, ItemKey, index_field, index_key
 from tidewire.backend import Backend
 from tidewire.functions import Batch, Effect, Operation, Owned
 from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome
 from tidewire.records import Change, Item, ItemRecord, Position, pack, unpack
 from tidewire.walk import Place, walk
-
-from .decide import index_field
 
 log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import structlog
 
 from tidewire.app import ItemKey, Table, Write
-from tidewire.audiences import Audience, resolve
+from tidewire.audiences import Audience, Reader, resolve
 from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied
 from tidewire.protocol import Condition
 from tidewire.records import Command, Item
@@ -22,8 +22,7 @@ class Rights:
 
     def __init__(self, view: View, command: Command) -> None:
         self._view = view
-        self._user = command.user
-        self._claims = command.claims
+        self._reader = Reader(command.user, command.claims)
         self.all = command.role == "service"
 
     def may_read(self, table: Table, item: Item) -> bool:
@@ -34,7 +33,15 @@ class Rights:
         except Exception as error:  # the application's function: what it cannot say yes to, nobody reads
             log.warning("readers_failed", table=table.name, error=repr(error))
             return False
-        return audience.admits(item, self._user, self._view)
+        return audience.admits(item, self._reader, self._view)
+
+    def may_follow(self, name: str) -> None:
+        """Raises NotFound where the application has no such topic, PermissionDenied where this user may not follow."""
+        families = self._view.app.families(name)
+        if not families:
+            raise NotFound(f"there is no topic {name[:200]!r}")
+        if not self.all and not all(topic.followers.admits(item, self._reader, self._view) for topic, item in families):
+            raise PermissionDenied(f"you may not follow the topic {name[:200]!r}")
 
     def readable(self, table: Table, key: ItemKey) -> Item:
         """The live item. Raises NotFound where there is none, or none that this user may know of."""
@@ -54,7 +61,7 @@ class Rights:
             if isinstance(table.writers, Audience):
                 audience = table.writers
             else:
-                audience = table.writers(Write(old, new, self._user, self._claims))
+                audience = table.writers(Write(old, new, self._reader.user, dict(self._reader.claims)))
                 if not isinstance(audience, bool | Audience):
                     raise TypeError(f"a writers function returns an audience or a bool, not {audience!r}")
         except Exception as error:
@@ -64,7 +71,7 @@ class Rights:
         allowed = (
             audience
             if isinstance(audience, bool)
-            else all(audience.admits(image, self._user, self._view) for image in images)
+            else all(audience.admits(image, self._reader, self._view) for image in images)
         )
         if not allowed:
             raise PermissionDenied(f"you may not write this item of table {table.name!r}")

@@ -12,13 +12,20 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.app import BY_MEMBER, CONNECTIONS, App, ItemKey, Membership, Table
 from tidewire.errors import BadRequest, TooLarge
 from tidewire.functions import Operation
 from tidewire.keys import Keys, Scalar, name_of
-from tidewire.records import Change, Item, ItemRecord, pack
+from tidewire.records import Change, Item, ItemRecord, Opened, pack
+from tidewire.sight import sight
 
-from .facts import CountFact, Fact, ItemFact, KindFact, Value
+from .facts import CountFact, Fact, ItemFact, KindFact, Page, PageFact, Value
+
+MOST_GROUPS = 1000
+"""Of one user, as far as who shares a group with whom is asked."""
+OPENED_ITEMS = 100
+OPENED_BYTES = 65536
+"""A membership's change carries at most so much of what its member may gain or lose sight of."""
 
 
 class Missing(Exception):
@@ -76,6 +83,7 @@ class View:
         self.last = situation.last
         self.written: dict[ItemKey, ItemRecord] = {}
         self.effects = Effects()
+        self.open_items = True  # whether memberships carry what they open, or tell their members to query
         self._place = f"{situation.partition}-{situation.generation}"  # how each Position of it begins
         self._facts = facts
         self._kinds: dict[str, str] = {}
@@ -133,6 +141,12 @@ class View:
                 count += self._grown(key)
         return count <= 0
 
+    def groups(self, membership: str, user: str) -> list[Scalar]:
+        table = self.app[membership]
+        order, items = self.keys.index(membership, table.index(BY_MEMBER), user)[::-1]
+        page: Page = self.know(PageFact(order, items, b"-", b"+", MOST_GROUPS, reverse=False))
+        return [table.key_of(record.item).partition for record in page.records if record.item is not None]
+
     def _grown(self, key: ItemKey) -> int:
         before = self.written.get(key) if key in self.written else self.know(ItemFact(key))
         after = self.effects.items[key]
@@ -189,6 +203,7 @@ class View:
             author.connection,
             author.request,
             trace=author.trace,
+            opens=self._opens(table, key, old, new) if isinstance(table, Membership) else None,
         )
         written = ItemRecord(version, now, author.user, new)
         self.effects.changes.append((id_, change))
@@ -203,6 +218,48 @@ class View:
         if table.name == CONNECTIONS:
             self._keep_connection(key, old, new)
         return version, self.position(id_)
+
+    def send(self, author: Author, user: str, body: Any) -> None:
+        """A message to a user: a change of no table, which has that user as its audience."""
+        id_, now = self._next_id(), self.situation.now
+        told = Change("SEND", "", {"user": user}, 0, {"body": body}, None, now, *author[:3], trace=author.trace)
+        self.effects.changes.append((id_, told))
+
+    def _opens(self, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
+        """The items that the member may gain or lose sight of, as they are now."""
+        found = [self._opened(table, key) for table in sight(self.app, membership, old, new).look]
+        return found or None
+
+    def _opened(self, table: Table, membership: ItemKey) -> Opened:
+        group = membership.partition
+        if not self.open_items:
+            return Opened(table.name, [], whole=False)
+        records: dict[ItemKey, ItemRecord | None] = {}
+        more = False
+        if table.sorted:
+            order, items = self.keys.order(table.name, group), self.keys.items(table.name, group)
+            page: Page = self.know(PageFact(order, items, b"-", b"+", OPENED_ITEMS, reverse=True))
+            records = {table.key_of(record.item): record for record in page.records if record.item is not None}
+            more = page.more
+            for written in (self.written, self.effects.items):
+                records |= {
+                    key: record for key, record in written.items() if (key.table, key.partition) == (table.name, group)
+                }
+        else:
+            only = ItemKey(table.name, group, None)
+            records = {only: self.record(only)}
+        records.pop(membership, None)
+        alive = [(key, record) for key, record in records.items() if record and self.alive(table, record) is not None]
+        alive.sort(key=lambda one: one[0].field, reverse=True)
+        kept: list[ItemRecord] = []
+        size_bytes = 0
+        for _, record in alive:
+            size_bytes += len(pack(record))
+            if len(kept) == OPENED_ITEMS or size_bytes > OPENED_BYTES:
+                more = True
+                break
+            kept.append(record)
+        return Opened(table.name, kept, whole=not more)
 
     def _keep_order(
         self, table: Table, key: ItemKey, record: ItemRecord | None, id_: tuple[int, int], *, live: bool

@@ -22,7 +22,7 @@ from websockets.typing import Subprotocol
 
 from tests import topologies
 from tests.helpers import LONG
-from tidewire import App, Write, everyone, testing, user
+from tidewire import App, Write, claim, everyone, testing, user
 from tidewire.backend import connect
 from tidewire.keys import Keys
 from tidewire.testing import Stage
@@ -60,6 +60,12 @@ def make_app() -> App:
     app.table("secrets", key="id", readers=everyone, writers=everyone, hidden=("pin",))
     app.table("closed", key="id")
     app.table("ruled", key="id", readers=everyone, writers=_named_like_the_writer)
+    cells = app.topic("cell:{id}", followers=everyone)
+    app.topic("room:{room}", followers=rooms.of("room"))
+    app.table("tiles", key="id", readers=cells.of("cell"), writers=everyone)
+    app.table("floors", key="id", readers=claim("tenant"), writers=everyone)
+    app.table("desks", key=("room", "id"), readers=rooms.of("room") & claim("tenant"), writers=everyone)
+    app.table("faces", key="user", readers=rooms.peers("user") | user("user"), writers=user("user"))
     app.connections(readers=everyone)
     return app
 

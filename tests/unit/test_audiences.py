@@ -1,16 +1,29 @@
 """Audiences: who is admitted and who is sent to are the same people."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.app import App
-from tidewire.audiences import Audience, Recipients, everyone, nobody, resolve, user
+from tidewire.audiences import (
+    NO_RECIPIENTS,
+    Audience,
+    Reader,
+    Recipients,
+    claim,
+    everyone,
+    nobody,
+    resolve,
+    topic,
+    user,
+)
+from tidewire.claims import both, claim_is, either, holds, unless
 from tidewire.errors import ConfigurationError
 from tidewire.keys import Scalar
-from tidewire.records import Item
+from tidewire.records import Item, pack, unpack
 
 PEOPLE = ["alice", "bob", "carol", "dave"]
 GROUPS: list[Scalar] = ["r1", "r2", 3]
@@ -23,17 +36,20 @@ class Known:
     """What is known of groups, in a dict."""
 
     def __init__(self, groups: Mapping[Scalar, Mapping[str, Item]]) -> None:
-        self.groups = groups
+        self.groups_ = groups
 
     def members(self, membership: str, group: Scalar) -> Mapping[str, Item]:
         assert membership == "members"
-        return self.groups.get(group, {})
+        return self.groups_.get(group, {})
 
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         return self.members(membership, group).get(user)
 
     def vacant(self, membership: str, group: Scalar) -> bool:
         return not self.members(membership, group)
+
+    def groups(self, membership: str, user: str) -> list[Scalar]:
+        return [group for group, members in self.groups_.items() if user in members]
 
 
 LEAVES = st.sampled_from(
@@ -45,6 +61,8 @@ LEAVES = st.sampled_from(
         rooms.of("room"),
         rooms.of("room", role="owner"),
         rooms.of("other", role="owner", muted=False),
+        rooms.peers("author"),
+        claim("tenant"),
     ]
 )
 EXPRESSIONS: st.SearchStrategy[Audience] = st.recursive(
@@ -61,55 +79,60 @@ ITEMS = st.fixed_dictionaries(
         "readers": st.lists(NAMES | ODD, max_size=3) | ODD,
         "room": st.sampled_from(GROUPS) | ODD,
         "other": st.sampled_from(GROUPS) | ODD,
+        "tenant": st.sampled_from(["t1", "t2", 1, True]) | ODD,
     },
 )
 MEMBERS = st.dictionaries(
     NAMES, st.fixed_dictionaries({"role": st.sampled_from(["owner", "guest"])}, optional={"muted": st.booleans()})
 )
+CLAIMS = st.fixed_dictionaries({}, optional={"tenant": st.sampled_from(["t1", "t2", 1, True])})
 KNOWN = st.dictionaries(st.sampled_from(GROUPS), MEMBERS).map(Known)
 
 
-@given(EXPRESSIONS, ITEMS, KNOWN, NAMES)
-def test_who_is_admitted_is_who_is_sent_to(audience: Audience, item: Item, known: Known, who: str) -> None:
-    sent = audience.recipients(item, known)
-    assert audience.admits(item, who, known) == (sent.everyone or who in sent.users)
+@given(EXPRESSIONS, ITEMS, KNOWN, NAMES, CLAIMS)
+def test_who_is_admitted_is_who_is_sent_to(
+    audience: Audience, item: Item, known: Known, who: str, claims: dict[str, object]
+) -> None:
+    admitted = audience.admits(item, Reader(who, claims), known)
+    assert admitted == holds(audience.recipients(item, known).user(who), claims)
+    assert admitted == holds(audience.recipients(item, known, only=who).user(who), claims), "asked for one alone"
 
 
 @given(EXPRESSIONS, ITEMS, KNOWN)
 def test_everyone_or_somebody_is_everyone_once(audience: Audience, item: Item, known: Known) -> None:
-    assert (everyone | audience).recipients(item, known) == Recipients(frozenset(), everyone=True)
-    assert (audience | everyone).recipients(item, known) == Recipients(frozenset(), everyone=True)
+    assert (everyone | audience).recipients(item, known) == Recipients(open=True)
+    assert (audience | everyone).recipients(item, known) == Recipients(open=True)
 
 
 @given(EXPRESSIONS, ITEMS, KNOWN)
 def test_narrowing_by_everyone_narrows_nothing_and_by_nobody_all(a: Audience, item: Item, known: Known) -> None:
     assert (a & everyone).recipients(item, known) == a.recipients(item, known)
-    assert (a & nobody).recipients(item, known) == Recipients(frozenset())
+    assert (a & nobody).recipients(item, known) == NO_RECIPIENTS
     assert (a | nobody).recipients(item, known) == a.recipients(item, known)
 
 
 @given(KNOWN, NAMES, st.sampled_from(GROUPS))
 def test_a_vacant_group_admits_anyone_and_names_nobody(known: Known, who: str, group: Scalar) -> None:
     vacant = rooms.vacant("room")
-    assert vacant.admits({"room": group}, who, known) == (not known.members("members", group))
-    assert vacant.recipients({"room": group}, known) == Recipients(frozenset())
+    assert vacant.admits({"room": group}, Reader(who, {}), known) == (not known.members("members", group))
+    assert vacant.recipients({"room": group}, known) == NO_RECIPIENTS
 
 
 @pytest.mark.parametrize("group", [None, True, ["r1"], {"a": 1}])
 def test_what_names_no_group_is_nobodys(group: object) -> None:
     known = Known({})
     for audience in (rooms.of("room"), rooms.vacant("room")):
-        assert not audience.admits({"room": group}, "alice", known)
-    assert not rooms.vacant("room").admits({}, "alice", known)
+        assert not audience.admits({"room": group}, Reader("alice", {}), known)
+    assert not rooms.vacant("room").admits({}, Reader("alice", {}), known)
 
 
 def test_members_with_values_are_those_whose_item_has_all_of_them() -> None:
     known = Known({"r1": {"alice": {"role": "owner", "muted": True}, "bob": {"role": "owner", "muted": False}}})
-    assert rooms.of("room", role="owner", muted=False).recipients({"room": "r1"}, known).users == {"bob"}
+    assert rooms.of("room", role="owner", muted=False).recipients({"room": "r1"}, known).users == {"bob": True}
 
 
 def test_a_user_attribute_may_name_several() -> None:
-    assert user("to").recipients({"to": ["alice", "bob"]}, Known({})).users == {"alice", "bob"}
+    assert user("to").recipients({"to": ["alice", "bob"]}, Known({})).users == {"alice": True, "bob": True}
 
 
 def test_a_function_of_the_item_returns_its_audience() -> None:
@@ -131,3 +154,77 @@ def test_only_audiences_combine() -> None:
         user("author") | "bob"  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match="an audience was expected"):
         user("author") & True  # type: ignore[operator]
+
+
+CONDITIONS = st.recursive(
+    st.booleans() | st.builds(claim_is, st.sampled_from(["a", "b"]), st.sampled_from([1, True, "x"])),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda some: both(*some))
+        | st.lists(inner, max_size=3).map(lambda some: either(*some))
+        | inner.map(unless)
+    ),
+    max_leaves=6,
+)
+HELD = st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from([1, True, "x", None]))
+
+
+@given(st.lists(CONDITIONS, max_size=4), HELD)
+def test_conditions_are_boolean_algebra(conditions: list[Any], claims: dict[str, Any]) -> None:
+    each = [holds(condition, claims) for condition in conditions]
+    assert holds(both(*conditions), claims) == all(each)
+    assert holds(either(*conditions), claims) == any(each)
+    assert [holds(unless(condition), claims) for condition in conditions] == [not one for one in each]
+    assert both(*conditions) == both(*reversed(conditions)), "written in one way"
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_condition_is_met_by_a_claim_of_that_very_value(stored: bool) -> None:
+    condition: Any = both(claim_is("tenant", 1), unless(claim_is("guest", True)))
+    if stored:
+        condition = unpack(pack(condition))
+    assert holds(condition, {"tenant": 1})
+    assert not holds(condition, {"tenant": True}), "true is not 1"
+    assert not holds(condition, {"tenant": "1"})
+    assert not holds(condition, {"tenant": 1, "guest": True})
+    assert not holds(condition, {})
+
+
+def test_a_topic_is_named_by_attributes_and_read_by_who_may_follow() -> None:
+    cells = topic("cell:{x}/{y}", followers=rooms.of("x"))
+    audience = cells.of("column", "row")
+    known = Known({"r1": {"alice": {}}})
+    item: Item = {"column": "r1", "row": 2.0}
+    assert audience.recipients(item, known) == Recipients(topics={"cell:r1/2": True})
+    assert cells.parse("cell:r1/2") == {"x": "r1", "y": "2"}
+    assert cells.parse("cell:r1") is None
+    assert audience.admits(item, Reader("alice", {}), known)
+    assert not audience.admits(item, Reader("bob", {}), known)
+    assert audience.recipients({"column": "r1"}, known) == NO_RECIPIENTS
+    # As a topic it would be read as column "a", row "b/2": others might follow it.
+    assert audience.recipients({"column": "a/b", "row": "2"}, known) == NO_RECIPIENTS
+
+
+def test_followers_are_narrowed_by_claims_alone() -> None:
+    audience = topic("cell:{id}", followers=everyone).of("id")
+    known = Known({})
+    narrowed = (audience & claim("tenant")).recipients({"id": 1, "tenant": "t1"}, known)
+    assert narrowed == Recipients(topics={"cell:1": claim_is("tenant", "t1")})
+    with pytest.raises(ConfigurationError, match="narrowed by claims alone"):
+        (audience & user("author")).recipients({"id": 1, "author": "alice"}, known)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("{id}", "begins with text of its own"),
+        ("claim:{id}", "not with claim:"),
+        ("cell:{}", "write a pattern"),
+        ("cell:{a b}", "write a pattern"),
+        ("cell:{id", "write a pattern"),
+        ("cell:{id}{row}", "something that parts them"),
+        ("cell:{id}:{id}", "a name twice"),
+    ],
+)
+def test_a_pattern_that_cannot_be_read_is_refused(pattern: str, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=why):
+        topic(pattern, followers=everyone)

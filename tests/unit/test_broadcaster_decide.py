@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidewire.app import App
-from tidewire.audiences import Audience, everyone, user
+from tidewire.audiences import Audience, claim, everyone, topic, user
+from tidewire.claims import holds
 from tidewire.functions import Append
 from tidewire.keys import Keys
 from tidewire.records import Change, FeedBody, Item, unpack
-from tidewire.services.broadcaster.decide import Decision, Group, decide, whole
+from tidewire.services.broadcaster.decide import Decision, Group, GroupsOf, decide, whole
+from tidewire.sight import sight
 
 KEYS = Keys("dev", 4)
 PARTITION, GENERATION, NOW = 2, 1, 1_795_409_459_002
@@ -56,7 +58,7 @@ class World:
     def __init__(self) -> None:
         self.app = make_app()
         self.groups: dict[Group, dict[str, Item]] = {}
-        self.feeds: dict[bytes, list[Frame]] = defaultdict(list)
+        self.feeds: dict[bytes, list[tuple[FeedBody, Frame]]] = defaultdict(list)
         self.names = {KEYS.user_feed(name)[1]: name for name in USERS}
         self.names |= {KEYS.topic_feed(name)[1]: f"topic {name}" for name in TABLES}
         self.numbers: dict[bytes, list[tuple[int, int, int]]] = defaultdict(list)
@@ -75,10 +77,15 @@ class World:
         for change in changes:
             self._seq += 1
             numbered.append(((NOW, self._seq), change))
-        known: dict[Group, dict[str, Item]] = {}
+        known: dict[Group | GroupsOf, Any] = {}
         while isinstance(found := decide(self.app, KEYS, known, PARTITION, GENERATION, numbered), set):
             assert not found & known.keys(), "what was given is not asked for again"
-            known |= {group: dict(self.groups.get(group, {})) for group in found}
+            for need in found:
+                known[need] = (
+                    dict(self.groups.get(need, {}))
+                    if isinstance(need, Group)
+                    else [group.group for group, members in self.groups.items() if need.user in members]
+                )
         self.apply(found)
         return found
 
@@ -92,21 +99,22 @@ class World:
 
     def append(self, links: bytes, append: Append) -> None:
         body = FeedBody(*unpack(append.body))
-        assert body.type == "change"
         for number, (state, entries) in enumerate(append.feeds, append.first):
             name = self.names[entries]
             assert KEYS.links(int(entries.split(b"{p")[1].split(b"}")[0])) == links, "a feed's own partition"
             assert state in (KEYS.user_feed(name)[0], KEYS.topic_feed(name.removeprefix("topic "))[0])
             self.numbers[links].append((append.position.ms, append.position.seq, number))
-            self.feeds[entries].append(json.loads(body.rest))
+            self.feeds[entries].append((body, json.loads(body.rest)))
 
-    def heard(self, name: str) -> list[Frame]:
+    def heard(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
+        """What a connection with these claims gets."""
         key = KEYS.topic_feed(name.removeprefix("topic ")) if name.startswith("topic ") else KEYS.user_feed(name)
-        return self.feeds[key[1]]
+        return [frame for body, frame in self.feeds[key[1]] if body.type == kind and holds(body.asks, claims or {})]
 
     def events(self) -> dict[str, list[str]]:
         """Who heard what: name to events, for all who heard anything."""
-        return {self.names[key]: [frame["event"] for frame in frames] for key, frames in self.feeds.items() if frames}
+        told = {name: [frame["event"] for frame in self.heard(name)] for name in self.names.values()}
+        return {name: events for name, events in told.items() if events}
 
 
 @pytest.fixture
@@ -232,13 +240,15 @@ class TestMemberships:
             for change in changes:
                 world.tell(change)
         heard = {
-            name: [(f["table"], f["event"], f["key"].get("id") or f["key"]["user"]) for f in world.heard(name)]
+            name: [(f["table"], f["event"], f["key"].get("id") or f["key"].get("user")) for f in world.heard(name)]
             for name in ("alice", "bob")
         }
         assert heard["bob"] == [
             ("members", "INSERT", "bob"),
             ("messages", "INSERT", 2),
             ("members", "REMOVE", "bob"),
+            ("members", "LEAVE", None),
+            ("messages", "LEAVE", None),
         ]
         assert heard["alice"] == [
             ("members", "INSERT", "alice"),
@@ -380,6 +390,160 @@ class TestTransactions:
             assert len(calls) > 1, "others are still cut"
 
 
+class TestClaims:
+    """Connections of one user, or of one topic, get different frames: each what its claims let it see."""
+
+    def app(self, **readers: Any) -> World:
+        world = World()
+        world.app = App("claims")
+        rooms = world.app.membership("members", group="room", member="user")
+        for name, audience in {"notes": rooms.of("room") & claim("tenant"), "open": claim("tenant"), **readers}.items():
+            world.app.table(name, key=("room", "id"), readers=audience)
+        world.app.check()
+        world.names |= {KEYS.topic_feed(f'claim:tenant:"{t}"')[1]: f'topic claim:tenant:"{t}"' for t in ("t1", "t2")}
+        world.names |= {KEYS.topic_feed(name)[1]: f"topic {name}" for name in ("open", "cell:1", "cell:2")}
+        world.tell(world.change("members", None, {"room": "r", "user": "alice"}))
+        return world
+
+    def note(self, tenant: str, text: str, **more: Any) -> Item:
+        return {"room": "r", "id": "n", "tenant": tenant, "text": text, **more}
+
+    def test_a_narrowing_is_asked_of_each_connection(self) -> None:
+        world = self.app()
+        world.tell(world.change("notes", None, self.note("t1", "a")))
+        assert [frame["event"] for frame in world.heard("alice", claims={"tenant": "t1"})][1:] == ["INSERT"]
+        assert [frame["event"] for frame in world.heard("alice", claims={"tenant": "t2"})][1:] == []
+        assert [frame["event"] for frame in world.heard("alice")][1:] == []
+
+    def test_what_goes_to_another_tenant_leaves_some_connections_and_enters_others(self) -> None:
+        world = self.app()
+        world.tell(world.change("notes", self.note("t1", "a"), self.note("t2", "b"), 2))
+        (left,) = world.heard("alice", claims={"tenant": "t1"})[1:]
+        (entered,) = world.heard("alice", claims={"tenant": "t2"})[1:]
+        assert (left["event"], left.keys() & {"new", "old"}) == ("LEAVE", set())
+        assert (entered["event"], entered.get("old"), entered["new"]["text"]) == ("ENTER", None, "b")
+        assert world.heard("alice")[1:] == []
+
+    def test_a_claim_alone_is_a_topic_for_each_value(self) -> None:
+        world = self.app()
+        world.tell(world.change("open", self.note("t1", "a"), self.note("t2", "b"), 2))
+        told = {n: events for n, events in world.events().items() if n.startswith("topic")}
+        assert told == {'topic claim:tenant:"t1"': ["LEAVE"], 'topic claim:tenant:"t2"': ["ENTER"]}
+
+    def test_the_last_frame_that_a_connection_sees_of_a_transaction_has_no_more(self) -> None:
+        world = self.app()
+        tenants = ["t1", "t2", "t1", "t2", "t2"]
+        changes = [
+            world.change("notes", None, self.note(t, "x") | {"id": f"n{n}"})._replace(
+                transaction="t", more=n < len(tenants) - 1
+            )
+            for n, t in enumerate(tenants)
+        ]
+        world.tell(*changes)
+        for tenant in ("t1", "t2"):
+            heard = world.heard("alice", claims={"tenant": tenant})[1:]
+            assert [frame["key"]["id"] for frame in heard] == [f"n{n}" for n, t in enumerate(tenants) if t == tenant]
+            assert [frame.get("more", False) for frame in heard] == [True] * (len(heard) - 1) + [False]
+
+    def test_an_item_goes_from_one_topic_to_another(self) -> None:
+        cells = topic("cell:{id}", followers=everyone)
+        world = self.app(tiles=cells.of("cell"))
+        world.tell(
+            world.change("tiles", None, self.note("t1", "a", cell=1)),
+            world.change("tiles", self.note("t1", "a", cell=1), self.note("t1", "a", cell="2"), 2),
+        )
+        told = {n: events for n, events in world.events().items() if "cell" in n}
+        assert told == {"topic cell:1": ["INSERT", "LEAVE"], "topic cell:2": ["ENTER"]}
+
+
+class TestSight:
+    """What a membership opens and closes is told to its member."""
+
+    def world(self, readers: Any = None) -> World:
+        world = World()
+        world.app = App("sight")
+        self.rooms = world.app.membership("members", group="room", member="user")
+        world.app.table("messages", key=("room", "id"), readers=readers or self.rooms.of("room"))
+        world.app.table("elsewhere", key="id", readers=self.rooms.of("room"))
+        world.app.check()
+        return world
+
+    def join(self, world: World, old: Item | None, new: Item | None, *items: Item, whole: bool = True) -> None:
+        image = new or old
+        assert image
+        records = [[1, NOW - 5, "carol", item] for item in items]
+        change = world.change("members", old, new)
+        seen = sight(world.app, self.rooms, old, new)
+        opens = [[table.name, records if table.name == "messages" else [], whole] for table in seen.look]
+        world.tell(change._replace(opens=opens or None))
+
+    def test_who_joins_enters_what_is_there(self) -> None:
+        world = self.world()
+        self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, {"room": "r", "id": 1})
+        own, *entered = world.heard("alice")
+        assert own["event"] == "INSERT"
+        assert [(f["event"], f["table"], f["key"], f["new"], f["at"], f["by"]) for f in entered] == [
+            ("ENTER", "messages", {"room": "r", "id": n}, {"room": "r", "id": n}, NOW - 5, "carol") for n in (2, 1)
+        ]
+        assert {frame["position"] for frame in entered} == {own["position"]}
+        assert world.heard("alice", "reset") == [{"reason": "too_many", "table": "elsewhere"}]
+
+    def test_what_is_too_much_is_to_be_queried(self) -> None:
+        world = self.world()
+        self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, whole=False)
+        assert [frame["event"] for frame in world.heard("alice")] == ["INSERT", "ENTER"]
+        assert {"reason": "too_many", "table": "messages", "key": {"room": "r"}} in world.heard("alice", "reset")
+
+    def test_who_leaves_is_told_so_of_the_group(self) -> None:
+        world = self.world()
+        self.join(world, None, {"room": "r", "user": "alice"})
+        self.join(world, {"room": "r", "user": "alice"}, None)
+        left = [(f["table"], f["event"], f["key"]) for f in world.heard("alice")[1:]]
+        assert left == [
+            ("members", "REMOVE", {"room": "r", "user": "alice"}),
+            ("members", "LEAVE", {"room": "r"}),
+            ("messages", "LEAVE", {"room": "r"}),
+        ]
+
+    def test_a_role_that_is_given_and_taken_opens_and_closes(self) -> None:
+        rooms = App("x").membership("members", group="room", member="user")
+        world = self.world(rooms.of("room", role="mod") | user("author"))
+        guest, mod = ({"room": "r", "user": "alice", "role": role} for role in ("guest", "mod"))
+        items = [{"room": "r", "id": 1, "author": "bob"}, {"room": "r", "id": 2, "author": "alice"}]
+        self.join(world, None, guest, *items)
+        assert [frame["event"] for frame in world.heard("alice")] == ["INSERT"]
+        self.join(world, guest, mod, *items)
+        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[1:]] == [("MODIFY", None), ("ENTER", 1)]
+        self.join(world, mod, guest, *items)
+        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[3:]] == [("MODIFY", None), ("LEAVE", 1)]
+
+    def test_peers_are_told_to_query_when_somebody_comes(self) -> None:
+        world = self.world()
+        rooms = self.rooms
+        world.app.connections(readers=rooms.peers("user"))
+        self.join(world, None, {"room": "r", "user": "alice"})
+        world.feeds.clear()
+        self.join(world, None, {"room": "r", "user": "bob"})
+        for name in ("alice", "bob"):
+            assert {"reason": "too_many", "table": "connections"} in world.heard(name, "reset")
+        world.tell(world.change("connections", None, {"user": "alice", "connection": "c1"}))
+        assert [frame["table"] for frame in world.heard("bob")][-1] == "connections"
+
+    def test_who_may_no_longer_follow_is_looked_at_again(self) -> None:
+        world = self.world()
+        world.app.topic("room:{room}", followers=self.rooms.of("room"))
+        self.join(world, None, {"room": "r", "user": "alice"})
+        assert not world.heard("alice", "recheck")
+        self.join(world, {"room": "r", "user": "alice"}, None)
+        assert world.heard("alice", "recheck") == [{}]
+
+
+def test_a_message_goes_to_its_user_alone(world: World) -> None:
+    world.tell(Change("SEND", "", {"user": "bob"}, 0, {"body": [1, "x"]}, None, NOW, "admin", None, None))
+    assert world.heard("bob", "message") == [{"from": "admin", "body": [1, "x"], "at": NOW}]
+    assert world.events() == {}
+
+
 def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
     app = make_app()
     names = [f"u{n}" for n in range(5000)]
@@ -413,7 +577,7 @@ def test_effects_of_a_destination_have_rising_numbers_and_nobody_hears_twice(
             own = [number[2] for number in numbers if number[:2] == change]
             assert own == list(range(1, len(own) + 1))
     for frames in world.feeds.values():
-        positions = [frame["position"] for frame in frames]
+        positions = [frame["position"] for _, frame in frames]
         assert len(positions) == len(set(positions)), "once per feed"
 
 

@@ -1,0 +1,89 @@
+"""Frames for one connection, whichever gateway has it: passed on over a stream of that gateway, and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from tidewire.backend import Backend
+from tidewire.bus import Answers, Bus
+from tidewire.errors import NotFound, RequestError
+from tidewire.records import Direct as Record
+from tidewire.records import Reply, unpack
+from tidewire.registry import Registry
+
+log = structlog.get_logger(__name__)
+
+TTL_MS = 60_000
+TIME_MS = 10_000
+KEPT = 1000
+Deliver = Callable[[str, dict[str, Any]], None]
+"""Gives a frame to a connection of this gateway. Raises NotFound, or RateLimited where the peer is too slow."""
+
+
+class Direct:
+    """Both ends of the way. `deliver` is the gateway's."""
+
+    def __init__(self, backend: Backend, bus: Bus, registry: Registry) -> None:
+        self._backend = backend
+        self._bus = bus
+        self._registry = registry
+        self._answers = Answers(backend)
+        self.deliver: Deliver = _nobody
+
+    async def send(self, connection: str, frame: dict[str, Any]) -> None:
+        """Raises NotFound where there is no such connection, RateLimited where it is too slow, Timeout."""
+        gateway = connection.rpartition("-")[0]
+        if gateway == self._registry.id:
+            self.deliver(connection, frame)
+            return
+        if gateway not in self._registry.live("gateway"):
+            _nobody(connection, frame)
+        deadline = self._registry.now_ms() + TIME_MS
+        stream = self._backend.keys.direct(gateway)
+        try:
+            await self._bus.request(
+                stream, lambda number: Record(connection, frame, deadline, self._registry.id, number)
+            )
+        finally:
+            with contextlib.suppress(RedisError, OSError):  # the gateway may have died, and nobody read it
+                await self._backend.commands.pexpire(stream, TTL_MS)
+
+    async def receive(self) -> None:
+        """Deliver what other gateways send, until cancelled."""
+        last: dict[str, bytes | str] = {}
+        while True:
+            name = self._registry.id  # one that was counted dead goes on under another name
+            stream = self._backend.keys.direct(name)
+            try:
+                found = await self._backend.read({stream: last.get(name, "0-0")})
+            except (RedisError, OSError) as error:
+                log.warning("direct_messages_not_read", error=str(error))
+                await asyncio.sleep(0.2)
+                continue
+            for _, entries in found:
+                for id_, fields in entries:
+                    last = {name: id_}
+                    self._received(Record(*unpack(fields[b"r"])))
+            if found:
+                with contextlib.suppress(RedisError, OSError):
+                    await self._backend.commands.xtrim(stream, maxlen=KEPT, approximate=True)
+
+    def _received(self, record: Record) -> None:
+        if record.deadline < self._registry.now_ms():
+            return  # whoever asked has given up
+        try:
+            self.deliver(record.connection, record.frame)
+            reply = Reply(record.number, {}, None)
+        except RequestError as error:
+            reply = Reply(record.number, None, error.as_frame(None))
+        self._answers.send({record.reply_to: [reply]})
+
+
+def _nobody(connection: str, frame: dict[str, Any]) -> None:
+    raise NotFound(f"there is no connection {connection[:100]!r}")

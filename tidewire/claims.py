@@ -1,0 +1,70 @@
+"""What a reader's claims must be: conditions made where an audience is evaluated, met by each connection. Pure.
+
+A condition is True, False, or one of the tuples ("is", claim, value), ("not", condition), ("all", condition, …) and
+("any", condition, …): plain values, as they lie in a feed's entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tidewire.keys import Scalar
+
+Condition = bool | tuple[Any, ...]
+
+
+def claim_is(name: str, value: Scalar | bool) -> Condition:
+    """Whose claim of that name has that value."""
+    return ("is", name, value)
+
+
+def both(*conditions: Condition) -> Condition:
+    """Where all of them hold."""
+    return _joined("all", conditions, neutral=True)
+
+
+def either(*conditions: Condition) -> Condition:
+    """Where one of them holds."""
+    return _joined("any", conditions, neutral=False)
+
+
+def unless(condition: Condition) -> Condition:
+    """Where it does not hold."""
+    if isinstance(condition, bool):
+        return not condition
+    return condition[1] if condition[0] == "not" else ("not", condition)
+
+
+def holds(condition: Any, claims: Mapping[str, Any]) -> bool:
+    """Whether a connection with these claims meets it; as a tuple, or as the list that Redis gave back."""
+    if isinstance(condition, bool):
+        return condition
+    kind, *parts = condition
+    if kind == "is":
+        return parts[0] in claims and _equal(claims[parts[0]], parts[1])
+    if kind == "not":
+        return not holds(parts[0], claims)
+    return (all if kind == "all" else any)(holds(part, claims) for part in parts)
+
+
+def _joined(kind: str, conditions: tuple[Condition, ...], *, neutral: bool) -> Condition:
+    parts: dict[str, Condition] = {}  # by how they are written: each once, and in an order that is always the same
+    for condition in conditions:
+        if condition is neutral:
+            continue
+        if isinstance(condition, bool):
+            return condition
+        inner = condition[1:] if condition[0] == kind else (condition,)
+        parts |= {repr(part): part for part in inner}
+    if any(repr(unless(part)) in parts for part in parts.values()):
+        return not neutral
+    found = [parts[name] for name in sorted(parts)]
+    if not found:
+        return neutral
+    return found[0] if len(found) == 1 else (kind, *found)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """As JSON has it: true is not 1."""
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
