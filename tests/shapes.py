@@ -177,6 +177,29 @@ def _wrong() -> list[Wrong]:
         Wrong("auth", {"auth_key": "k", "topics": []}, ("$.topics",)),
         Wrong("auth", {"auth_key": "k", "topics": {"scores": 5}}, ("$.topics",)),
         Wrong("auth", {"auth_key": "k", "user": "bob"}, ("user",)),
+        # ── follow, unfollow, send ──
+        *(
+            Wrong(action, fields, names)
+            for action in ("follow", "unfollow")
+            for fields, names in (
+                ({}, ("topic",)),
+                ({"topic": 5}, ("$.topic",)),
+                ({"topic": ""}, ("topic", "1024 bytes")),
+                ({"topic": LONG_KEY}, ("topic", "1024 bytes")),
+                ({"topic": "cell:1", "table": "notes"}, ("table",)),
+            )
+        ),
+        Wrong("follow", {"topic": "cell:1", "cursor": 5}, ("$.cursor",)),
+        Wrong("send", {"user": "bob"}, ("body",)),
+        Wrong("send", {"body": 1}, ("user", "connection")),
+        Wrong("send", {"body": 1, "user": "bob", "connection": "c"}, ("user", "connection")),
+        Wrong("send", {"body": 1, "user": 5}, ("$.user",)),
+        Wrong("send", {"body": 1, "connection": 5}, ("$.connection",)),
+        Wrong("send", {"body": 1, "user": "bob", "to": "bob"}, ("to",)),
+        Wrong("send", {"body": 1, "user": "bob", "request": ""}, ("request", "256 characters")),
+        Wrong("send", {"body": nested(70), "user": "bob"}, ("64 levels", "$.body")),
+        Wrong("send", {"body": 1, "user": ""}, ("user", "1024 bytes")),
+        Wrong("send", {"body": 1, "user": LONG_KEY}, ("user", "1024 bytes")),
         # ── put ──
         Wrong("put", {"item": NOTE}, ("table",)),
         Wrong("put", {"table": "notes"}, ("item",)),

@@ -162,7 +162,7 @@ ACTIONS: dict[str, type[_Request]] = {
 }
 WRITES = frozenset({"put", "update", "delete", "transact", "send"})
 STORE_ACTIONS = (WRITES - {"send"}) | {"get", "query"}
-MOST_TOPIC_BYTES = 1024
+MOST_NAME_BYTES = 1024
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -218,8 +218,12 @@ def parse_request(frame: dict[str, Any]) -> _Request:
         raise BadRequest(f"{action}: {error}") from None
     if isinstance(request, Query) and not 1 <= request.limit <= 1000:
         raise BadRequest("query: limit is between 1 and 1000")
-    if isinstance(request, Follow | Unfollow) and not 1 <= len(request.topic.encode()) <= MOST_TOPIC_BYTES:
-        raise BadRequest(f"{action}: topic is a string of 1 to {MOST_TOPIC_BYTES} bytes")
+    names = {"topic": getattr(request, "topic", None)}
+    if isinstance(request, Send):
+        names = {"user": request.user, "connection": request.connection}
+    for name, value in names.items():
+        if value is not None and not 1 <= len(value.encode()) <= MOST_NAME_BYTES:
+            raise BadRequest(f"{action}: {name} is a string of 1 to {MOST_NAME_BYTES} bytes")
     if isinstance(request, Send) and (request.user is None) == (request.connection is None):
         raise BadRequest("send: either user or connection says who it is for")
     if (

@@ -91,6 +91,8 @@ function onEvent(frame) {
 }
 
 function onChange({ table, key, event, new: item, position, by }) {
+  // Of a room that one is no longer in, all is left at once: one's own membership, which goes too, says the rest.
+  if (event === "LEAVE" && table !== "connections" && Object.keys(key).length === 1) return;
   const now = event === "REMOVE" || event === "LEAVE" ? null : item;
   if (table === "connections") presence.get(key.user)?.apply(key.connection, now, position);
   if (table === "messages" && key.room === here?.room) here.messages.apply(key.id, now, position);
