@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
+from tidewire.keys import Home
 from tidewire.records import Position, stream_id
 
 SOURCE = files("tidewire.lua").joinpath("tidewire.lua").read_text(encoding="utf-8")
@@ -43,10 +44,16 @@ class Owned(NamedTuple):
     """The keys of a partition that a worker owns for its group, and the fence."""
 
     lease: bytes
-    partition: bytes
+    home: Home
     stream: bytes
     group: str
     fence: Fence
+    fell: tuple[int, ...] = ()
+    """What was left of the changes at each fall back of the server: generation after it, ms, seq, …"""
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        return self.home.partition, self.home.changes, self.lease
 
 
 class Batch(NamedTuple):
@@ -131,22 +138,27 @@ class Functions:
 
     # ── leases ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def lease_take(self, lease: bytes, partition: bytes, owner: str, length_ms: int) -> Fence | None:
+    async def lease_take(
+        self, lease: bytes, home: Home, stream: bytes, group: str, owner: str, length_ms: int
+    ) -> Owned | None:
         """Take the lease, with a new epoch; None while another holds it."""
-        epoch, generation, _, _ = await self._call("lease_take", (lease, partition), owner, length_ms)
-        return Fence(int(epoch), int(generation)) if int(epoch) else None
+        keys = (home.partition, home.changes, lease)
+        epoch, generation, _, _, fell = await self._call("lease_take", keys, owner, length_ms)
+        if not int(epoch):
+            return None
+        return Owned(lease, home, stream, group, Fence(int(epoch), int(generation)), tuple(map(int, fell.split())))
 
     async def lease_renew(self, owned: Owned, length_ms: int) -> None:
-        await self._call("lease_renew", (owned.lease, owned.partition), *owned.fence, length_ms)
+        await self._call("lease_renew", owned.keys, *owned.fence, length_ms)
 
     async def lease_release(self, owned: Owned) -> None:
-        await self._call("lease_release", (owned.lease, owned.partition), *owned.fence)
+        await self._call("lease_release", owned.keys, *owned.fence)
 
     # ── the partition's stream ──────────────────────────────────────────────────────────────────────────────────────
 
     async def batch(self, owned: Owned, count: int) -> Batch:
         """What is pending for the group, else what is new. Repeating it gives the same."""
-        keys = (owned.lease, owned.partition, owned.stream)
+        keys = (*owned.keys, owned.stream)
         return _batch(await self._call("batch", keys, *owned.fence, owned.group, count))
 
     async def commit(
@@ -164,7 +176,7 @@ class Functions:
         False with it when all is done, but what was to be waited for has not confirmed it in time.
         """
         ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
-        keys = [owned.lease, owned.partition, owned.stream]
+        keys = [*owned.keys, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
         args: list[Arg] = [*owned.fence, owned.group, count, number, len(ids), *ids]
         _declare(operations, keys, index, args)
@@ -190,15 +202,13 @@ class Functions:
 
     # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def link_stamp(self, links: bytes, source: str, epoch: int) -> None:
-        """Announce a new owner of the source at a destination, before its first read."""
-        await self._call("link_stamp", (links,), source, epoch)
+    async def link_stamp(self, to: Home, source: str, epoch: int, fell: Sequence[int] = ()) -> None:
+        """Announce a new owner of the source at a destination, before its first read; and where the source fell to."""
+        await self._call("link_stamp", to, source, epoch, *fell)
 
-    async def link_append(
-        self, links: bytes, source: str, epoch: int, most_entries: int, appends: Iterable[Append]
-    ) -> int:
+    async def link_append(self, to: Home, source: str, epoch: int, most_entries: int, appends: Iterable[Append]) -> int:
         """Append to the open ones of the feeds what they have not had yet; how many entries that was."""
-        keys, index = [links], dict[tuple[bytes, bytes], int]()
+        keys, index = list(to), dict[tuple[bytes, bytes], int]()
         args: list[Arg] = [source, epoch, most_entries]
         for append in appends:
             args += [*append.position, append.first, append.body, len(append.feeds)]
@@ -209,9 +219,14 @@ class Functions:
                 args.append(index[feed])
         return int(await self._call("link_append", keys, *args))
 
-    async def link_apply(self, links: bytes, source: str, epoch: int, effects: Iterable[Effect]) -> None:
+    async def link_reset(self, to: Home, source: str, epoch: int, position: Position) -> None:
+        """Let all feeds there begin anew, as changes of the source before that position were lost."""
+        await self._call("link_reset", to, source, epoch, *position[1:])
+
+    async def link_apply(self, to: Home, source: str, epoch: int, effects: Iterable[Effect]) -> None:
         """Do in another partition what has not been done there yet."""
-        keys, index = [links], {links: 1}
+        keys: list[bytes] = list(to)
+        index = {key: at for at, key in enumerate(keys, 1)}
         args: list[Arg] = [source, epoch]
         for effect in effects:
             operations: list[Arg] = []
@@ -221,14 +236,16 @@ class Functions:
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def feed_open(self, feed: tuple[bytes, bytes], window_ms: int) -> FeedState:
+    async def feed_open(self, home: Home, feed: tuple[bytes, bytes], window_ms: int) -> FeedState:
         """Open the feed, or keep it open, for that long."""
-        epoch, seq, tag = await self._call("feed_open", feed, window_ms)
+        epoch, seq, tag = await self._call("feed_open", (*home[:2], *feed), window_ms)
         return FeedState(epoch.decode(), int(seq), tag.decode())
 
-    async def feed_read(self, feed: tuple[bytes, bytes], after: int, count: int) -> tuple[FeedState, list[FeedEntry]]:
+    async def feed_read(
+        self, home: Home, feed: tuple[bytes, bytes], after: int, count: int
+    ) -> tuple[FeedState, list[FeedEntry]]:
         """The feed's state and, of the same moment, its entries after a seq. A closed feed has the epoch ''."""
-        epoch, seq, tag, raw = await self._call("feed_read", feed, after, count)
+        epoch, seq, tag, raw = await self._call("feed_read", (*home[:2], *feed), after, count)
         return FeedState(epoch.decode(), int(seq), tag.decode()), [_entry(id_, fields) for id_, fields in raw]
 
     # ── the store's reads ───────────────────────────────────────────────────────────────────────────────────────────

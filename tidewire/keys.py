@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Scalar = str | int | float
 """A value of a key attribute. Booleans are refused before they get here."""
@@ -74,6 +75,14 @@ def _closed(text: bytes) -> bytes:
     return text.replace(b"\0", b"\0\xff") + b"\0\x01"
 
 
+class Home(NamedTuple):
+    """What every function that touches a partition is given of it."""
+
+    partition: bytes
+    changes: bytes
+    links: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys of one stage with its number of partitions."""
@@ -90,8 +99,18 @@ class Keys:
     def _of(self, partition: int, kind: bytes) -> bytes:
         return b"%s:{p%d}:%s" % (self.stage.encode(), partition, kind)
 
+    def home(self, partition: int) -> Home:
+        return Home(self.partition(partition), self.changes(partition), self.links(partition))
+
+    def home_of(self, key: bytes) -> Home:
+        """Of the partition that a key of a partition is of."""
+        tag = key[key.index(b"{p") + 2 : key.index(b"}")]
+        return self.home(int(tag))
+
     def partition(self, partition: int) -> bytes:
-        """Hash: the partition's generation, and the floor under versions of new items."""
+        """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
+        of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed.
+        """
         return self._of(partition, b"partition")
 
     def lease(self, partition: int, group: str) -> bytes:

@@ -87,6 +87,10 @@ class Change(NamedTuple):
     transaction: str | None = None  # the same for all changes of one; they come one after another
     more: bool = False  # another change of the transaction follows
     trace: str | None = None  # W3C traceparent
+    generation: int = 0  # of the partition when it was written: what was written before a fall back keeps its own
+    previous: Any = (
+        None  # id of the partition's change before it, as [ms, seq]: where that was not passed, there is a gap
+    )
     opens: list[Any] | None = None  # of a membership: as `Opened`, what its member may gain or lose sight of
 
 

@@ -17,7 +17,7 @@ from tidewire.app import App, ItemKey, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, claim_topic, resolve
 from tidewire.claims import Condition, both, either, unless
 from tidewire.functions import Append, Operation
-from tidewire.keys import Keys, Scalar
+from tidewire.keys import Home, Keys, Scalar
 from tidewire.records import RECHECK, Change, FeedBody, Item, ItemRecord, Opened, Position, pack
 from tidewire.sight import sight
 
@@ -58,7 +58,7 @@ class Missing(Exception):
 @dataclass
 class Decision:
     operations: list[Operation] = field(default_factory=list)
-    links: dict[bytes, list[list[Append]]] = field(default_factory=dict)
+    links: dict[Home, list[list[Append]]] = field(default_factory=dict)
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """The groups that changed, as they are after the batch."""
     indexed: list[tuple[Membership, ItemKey, bool]] = field(default_factory=list)
@@ -72,7 +72,6 @@ def decide(
     keys: Keys,
     known: Known,
     partition: int,
-    generation: int,
     changes: Sequence[tuple[tuple[int, int], Change | None]],
 ) -> Decision | set[Group | GroupsOf]:
     """What a batch of (id, change) comes to, or what must be known first."""
@@ -82,7 +81,7 @@ def decide(
         batch.begin()
         for id_, change in unit:
             try:
-                batch.one(Position(partition, generation, *id_), change)
+                batch.one(Position(partition, change.generation, *id_), change)
             except Missing as need:
                 missing.add(need.need)
         batch.send()
@@ -186,7 +185,7 @@ class _Batch:
         self.keys = keys
         self.known = known
         self.decision = Decision()
-        self.calls: dict[bytes, _Calls] = {}
+        self.calls: dict[Home, _Calls] = {}
         self.deliveries: list[_Delivery] = []
         self.transaction: str | None = None
 
@@ -196,7 +195,7 @@ class _Batch:
         self.transaction = None
 
     def done(self) -> Decision:
-        self.decision.links = {links: calls.all for links, calls in self.calls.items()}
+        self.decision.links = {to: calls.all for to, calls in self.calls.items()}
         return self.decision
 
     def one(self, position: Position, change: Change) -> None:
@@ -342,7 +341,7 @@ class _Batch:
                         appends.setdefault(destination, []).append(Append(delivery.position, first, body, tuple(few)))
                         numbers[delivery.position, destination] = first + len(few)
         for destination, some_appends in appends.items():
-            calls = self.calls.setdefault(self.keys.links(destination), _Calls())
+            calls = self.calls.setdefault(self.keys.home(destination), _Calls())
             if self.transaction is not None:
                 calls.add(some_appends)
             else:

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import structlog
+from msgspec import Struct
 from prometheus_client import Counter, Histogram
 
 from tidewire.app import BY_MEMBER, App, ItemKey, Membership, index_field
 from tidewire.backend import Backend
-from tidewire.functions import Append, Batch, Owned
-from tidewire.keys import Scalar
+from tidewire.functions import Append, Batch, Operation, Owned
+from tidewire.keys import Home, Scalar, value_of
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
-from tidewire.records import Change, ItemRecord, unpack
+from tidewire.records import Change, ItemRecord, Position, pack, stream_id, unpack
+from tidewire.walk import Place, walk
 
 from .decide import Decision, Group, GroupsOf, Members, decide, whole
 
@@ -27,10 +29,12 @@ GROUP = "broadcaster"
 GROUPS_KEPT = 10_000
 """Groups whose members a partition's owner keeps in memory; beyond, it forgets all, and fetches what it needs."""
 
+MEMBERS_AT_A_TIME = 1000
 INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
 FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed: nobody was told.")
+GAPS = Counter("tidewire_broadcaster_gaps_total", "Times that changes were lost before they were read.")
 LOST = Counter("tidewire_broadcaster_lost_total", "Change entries that were trimmed or unreadable.")
 AGE_SECONDS = Histogram(
     "tidewire_broadcaster_age_seconds",
@@ -50,22 +54,26 @@ class BroadcasterTenure:
         self._groups: dict[Group, Members] = {}  # of this partition, changed by nobody else
         self._decision = Decision()
         self._written: list[int] = []
+        self._passed: tuple[int, int] | None = None  # id of the last change that was passed on
+        self._next_passed = (0, 0)
 
-    def destinations(self) -> list[bytes]:
+    def destinations(self) -> list[Home]:
         keys = self._backend.keys
-        return [keys.links(partition) for partition in range(keys.partitions)]
+        return [keys.home(partition) for partition in range(keys.partitions)]
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if not batch.entries:
             return None
+        if self._passed is None:
+            self._passed = await self._last_passed()
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
-        changes = changes[: whole(changes)]
+        sound = unbroken(self._passed, changes)
+        if not sound:
+            return await self._over_the_gap(*changes[0])
+        changes = changes[: whole(changes[:sound])]
         known: dict[Group | GroupsOf, Any] = {}
         known |= self._groups.items()
-        generation = self._owned.fence.generation
-        while isinstance(
-            decided := decide(self._app, self._backend.keys, known, self._partition, generation, changes), set
-        ):
+        while isinstance(decided := decide(self._app, self._backend.keys, known, self._partition, changes), set):
             for need in decided:
                 known[need] = await (self._members(need) if isinstance(need, Group) else self._groups_of(need))
         self._decision = decided
@@ -77,15 +85,61 @@ class BroadcasterTenure:
         for one in decided.indexed:
             await self._until_indexed(*one)
         self._written = [change.at for _, change in changes if change]
-        return Outcome(len(changes), decided.operations, decided.links)
+        self._next_passed = changes[-1][0]
+        return Outcome(len(changes), [*decided.operations, self._passes(self._next_passed)], decided.links)
 
     async def committed(self, *, confirmed: bool) -> None:
+        self._passed = self._next_passed
         self._groups |= self._decision.groups
         FAILED.inc(self._decision.failed)
         CHANGES.inc(len(self._written))
         now = time.time() * 1000
         for at in self._written:
             AGE_SECONDS.observe(max(now - at, 0) / 1000)
+
+    # ── gaps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _last_passed(self) -> tuple[int, int]:
+        found = await self._backend.commands.hget(self._owned.home.partition, "passed")
+        return stream_id(found) if found else (0, 0)
+
+    def _passes(self, id_: tuple[int, int]) -> Operation:
+        return Operation("HSET", self._owned.home.partition, ("passed", f"{id_[0]}-{id_[1]}"))
+
+    async def _over_the_gap(self, id_: tuple[int, int], change: Change | None) -> Outcome:
+        """Changes were trimmed before they were read: whom they concerned is not known any more.
+
+        The members are taken from the items as they are, which may be ahead of what comes next. All feeds begin anew,
+        after that: whoever queries then finds a state in which all of it has been done.
+        """
+        GAPS.inc()
+        log.error("changes_lost", partition=self._partition, after=self._passed, before=id_)
+        # An entry that is trimmed itself is passed; else what comes before the first one that is there.
+        lost = change is None
+        self._next_passed = id_ if change is None or change.previous is None else stream_pair(change.previous)
+        self._decision, self._written, self._groups = Decision(), [], {}
+        operations = await self._members_as_they_are()
+        generation = self._owned.fence.generation if change is None else change.generation
+        reset = Reset(Position(self._partition, generation, *id_))
+        links: dict[Home, list[Reset]] = {home: [reset] for home in self.destinations()}
+        return Outcome(int(lost), [*operations, self._passes(self._next_passed)], links)
+
+    async def _members_as_they_are(self) -> list[Operation]:
+        operations: list[Operation] = []
+        keys = self._backend.keys
+        for table in self._app.tables.values():
+            if not isinstance(table, Membership):
+                continue
+            names: Any = await self._backend.commands.zrange(keys.values(self._partition, table.name), 0, -1)
+            for name in names:
+                operations.append(Operation("DEL", keys.members(table.name, value_of(name)), ()))
+            place: Place | None = None
+            while found := await walk(self._backend, self._partition, table.name, place, MEMBERS_AT_A_TIME):
+                place = found[-1][0]
+                for _, key, record in found:
+                    member = (pack(key.sort), pack(record.item))
+                    operations.append(Operation("HSET", keys.members(table.name, key.partition), member))
+        return operations
 
     def _is_here(self, group: Group) -> bool:
         return self._backend.keys.partition_of(group.group) == self._partition
@@ -112,6 +166,28 @@ class BroadcasterTenure:
         log.warning("index_behind", table=table.name, partition=self._partition)
 
 
+class Reset(Struct):
+    """All feeds of a destination begin anew: what they missed before this change is not known."""
+
+    position: Position
+
+
+def unbroken(passed: tuple[int, int], changes: Sequence[tuple[tuple[int, int], Change | None]]) -> int:
+    """How many of the changes follow on what was passed, one on the other."""
+    for count, (id_, change) in enumerate(changes):
+        if change is None:
+            return count
+        if change.previous is not None and stream_pair(change.previous) > passed:
+            return count
+        passed = id_
+    return len(changes)
+
+
+def stream_pair(raw: Sequence[int]) -> tuple[int, int]:
+    ms, seq = raw
+    return ms, seq
+
+
 def _change(fields: dict[bytes, bytes]) -> Change | None:
     """The change of an entry; None for one that was trimmed before it was read, or that nobody here wrote."""
     try:
@@ -129,8 +205,11 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
         return BroadcasterTenure(app, backend, partition, owned)
 
-    async def link(links: bytes, source: str, epoch: int, appends: Sequence[Append]) -> None:
-        await backend.functions.link_append(links, source, epoch, service.settings.resume_entries, appends)
+    async def link(to: Home, source: str, epoch: int, appends: Sequence[Append] | Reset) -> None:
+        if isinstance(appends, Reset):
+            await backend.functions.link_reset(to, source, epoch, appends.position)
+            return
+        await backend.functions.link_append(to, source, epoch, service.settings.resume_entries, appends)
 
     return service.work(
         Worker(

@@ -76,7 +76,6 @@ class _Reader:
         self._partition = partition
         self._stream = backend.keys.changes(partition)
         self._last = after
-        self._generation = 0
 
     async def past(self) -> AsyncIterator[Found]:
         """What was written until now."""
@@ -100,11 +99,10 @@ class _Reader:
     async def _found(self, entries: list[Entry]) -> list[Found]:
         if not entries:
             return []
-        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "generation")
-        self._last, generation = stream_id(entries[-1][0]), int(raw or 0)
+        self._last = stream_id(entries[-1][0])
         changes = ((stream_id(id_), Change(*unpack(fields[b"r"]))) for id_, fields in entries if b"r" in fields)
         return [
-            Found(id_, self._partition, Position(self._partition, generation, *id_), change)
+            Found(id_, self._partition, Position(self._partition, change.generation, *id_), change)
             for id_, change in changes
             if change.table == self._table
         ]

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from tidewire.backend import Backend
 from tidewire.feeds import Announcement, Cursor, Reset, follow_on, head_of, resume
 from tidewire.functions import FeedEntry
+from tidewire.keys import Home
 from tidewire.protocol import feed_frame, json_to_msgpack
 from tidewire.records import FeedBody, unpack
 from tidewire.tasks import end
@@ -71,7 +72,8 @@ class Follower(Protocol):
 class Feed:
     """One feed as followed here. `topic` is None for a user's own."""
 
-    def __init__(self, keys: tuple[bytes, bytes], topic: str | None) -> None:
+    def __init__(self, home: Home, keys: tuple[bytes, bytes], topic: str | None) -> None:
+        self.home = home
         self.keys = keys
         self.topic = topic
         self.head: Cursor | None = None
@@ -111,7 +113,7 @@ class Feeds:
         """The feed, open, subscribed to, with its head known. Each call needs a `leave`."""
         feed = self._feeds.get(keys[1])
         if feed is None:
-            feed = self._feeds[keys[1]] = Feed(keys, topic)
+            feed = self._feeds[keys[1]] = Feed(self._backend.keys.home_of(keys[1]), keys, topic)
             feed.ready = asyncio.create_task(self._start(feed), name="feed")
         feed.users += 1
         assert feed.ready
@@ -131,16 +133,16 @@ class Feeds:
         if feed.ready:
             feed.ready.cancel()
         with contextlib.suppress(RedisError, OSError):
-            await self._backend.functions.feed_open(feed.keys, self._window_ms)
+            await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
         if feed.keys[1] not in self._feeds:  # nobody came meanwhile
             with contextlib.suppress(RedisError, OSError):
                 await self._subscriber.unsubscribe(feed.keys[1])
 
     async def read(self, feed: Feed, cursor: Cursor, count: int = READ) -> tuple[list[FeedEntry], Reset | None]:
         """What follows on the cursor, as far as it can be proven to be all; else the reset."""
-        state, entries = await self._backend.functions.feed_read(feed.keys, cursor.seq, count)
+        state, entries = await self._backend.functions.feed_read(feed.home, feed.keys, cursor.seq, count)
         if not state.epoch:  # it closed while nobody looked
-            state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+            state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
             entries = []
         reset = resume(cursor, state, entries)
         return ([] if reset else entries), reset
@@ -173,7 +175,7 @@ class Feeds:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(feed.subscribed.wait(), 2)
                 break
-        state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+        state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
         feed.head = head_of(state)
         if feed.stale:
             await self.mend(feed)
@@ -225,12 +227,19 @@ class Feeds:
         while True:
             await asyncio.sleep(min(LOOK_S, self._window_ms / 3000))
             for feed in list(self._feeds.values()):
-                if feed.head is None:
+                head = feed.head
+                if head is None:
                     continue
                 try:
-                    state = await self._backend.functions.feed_open(feed.keys, self._window_ms)
+                    state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
                 except (RedisError, OSError) as error:
                     log.warning("feeds_not_looked_at", error=str(error))
                     break
-                if feed.head != head_of(state) and (state.epoch != feed.head.epoch or state.seq >= feed.head.seq):
+                now = head_of(state)
+                # It may have gone on meanwhile, and is then ahead of what was read; it may also have gone back.
+                if (
+                    feed.head
+                    and feed.head != now
+                    and (now.epoch != head.epoch or now.seq < head.seq or now.seq >= feed.head.seq)
+                ):
                     self._mend_soon(feed)

@@ -17,7 +17,7 @@ from prometheus_client import Gauge
 from tidewire.app import App, ItemKey, index_field, index_key
 from tidewire.backend import Backend
 from tidewire.functions import Batch, Effect, Operation, Owned
-from tidewire.keys import Keys
+from tidewire.keys import Home, Keys
 from tidewire.partition.loop import Outcome
 from tidewire.records import Change, Item, ItemRecord, Position, pack, unpack
 from tidewire.walk import Place, walk
@@ -133,8 +133,8 @@ class IndexerTenure:
         self._steps = 0
         self._oldest: int | None = None  # time of the oldest change of the batch
 
-    def destinations(self) -> Iterable[bytes]:
-        return [self._keys.links(partition) for partition in range(self._keys.partitions)]
+    def destinations(self) -> Iterable[Home]:
+        return [self._keys.home(partition) for partition in range(self._keys.partitions)]
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if self._indexes is None:
@@ -147,7 +147,7 @@ class IndexerTenure:
         if self._at is not None:
             links = await self._fill(self._at)
         for id_, change in _changes(batch):
-            position = Position(self._partition, self._owned.fence.generation, *id_)
+            position = Position(self._partition, change.generation, *id_)
             for to, effects in follow(self._app, self._keys, self._next, position, change).items():
                 links.setdefault(to, []).extend(effects)
         changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
@@ -163,7 +163,7 @@ class IndexerTenure:
         return Outcome(
             len(batch.entries),
             operations,
-            {self._keys.links(partition): [effects] for partition, effects in links.items()},
+            {self._keys.home(partition): [effects] for partition, effects in links.items()},
         )
 
     async def committed(self, *, confirmed: bool) -> None:

@@ -13,6 +13,7 @@ from tidewire.backend import Backend
 from tidewire.bus import Answers
 from tidewire.errors import ConfigurationError, Timeout
 from tidewire.functions import Batch, Operation, Owned, Wait
+from tidewire.keys import Home
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
@@ -66,7 +67,7 @@ class StoreTenure:
         self._expire_every_s = EXPIRE_EVERY_S
         self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
 
-    def destinations(self) -> tuple[bytes, ...]:
+    def destinations(self) -> tuple[Home, ...]:
         return ()
 
     async def decide(self, batch: Batch) -> Outcome | None:
@@ -76,7 +77,7 @@ class StoreTenure:
             return None
         if self._last is None:
             self._last = await self._last_change()
-            self._floor = int(await self._backend.commands.hget(self._owned.partition, "floor") or 0)
+            self._floor = int(await self._backend.commands.hget(self._owned.home.partition, "floor") or 0)
         situation = Situation(
             self._partition,
             self._owned.fence.generation,

@@ -206,7 +206,7 @@ class View:
             opens=self._opens(table, key, old, new) if isinstance(table, Membership) else None,
         )
         written = ItemRecord(version, now, author.user, new)
-        self.effects.changes.append((id_, change))
+        self._append(id_, change)
         self.effects.items[key] = written
         self.effects.operations.append(
             Operation("HSET", self.keys.items(key.table, key.partition), (key.field, pack(written)))
@@ -222,8 +222,12 @@ class View:
     def send(self, author: Author, user: str, body: Any) -> None:
         """A message to a user: a change of no table, which has that user as its audience."""
         id_, now = self._next_id(), self.situation.now
-        told = Change("SEND", "", {"user": user}, 0, {"body": body}, None, now, *author[:3], trace=author.trace)
-        self.effects.changes.append((id_, told))
+        change = Change("SEND", "", {"user": user}, 0, {"body": body}, None, now, *author[:3], trace=author.trace)
+        self._append(id_, change)
+
+    def _append(self, id_: tuple[int, int], change: Change) -> None:
+        change = change._replace(generation=self.situation.generation, previous=self.last_id)
+        self.effects.changes.append((id_, change))
 
     def _opens(self, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
         """The items that the member may gain or lose sight of, as they are now."""

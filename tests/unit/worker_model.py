@@ -22,7 +22,7 @@ from redis.exceptions import ResponseError
 from tidewire.errors import Fenced
 from tidewire.feeds import chained
 from tidewire.functions import Append, Batch, Functions, Operation, Owned
-from tidewire.keys import Keys
+from tidewire.keys import Home, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Position, pack, unpack
 
@@ -120,8 +120,8 @@ class Gate:
         raise AssertionError("the functions are there")
 
 
-async def append(functions: Functions, links: bytes, source: str, epoch: int, appends: Iterable[Append]) -> None:
-    await functions.link_append(links, source, epoch, 1000, appends)
+async def append(functions: Functions, to: Home, source: str, epoch: int, appends: Iterable[Append]) -> None:
+    await functions.link_append(to, source, epoch, 1000, appends)
 
 
 class ModelTenure:
@@ -131,14 +131,14 @@ class ModelTenure:
         self.owned = owned
         self.chance = chance
 
-    def destinations(self) -> Iterable[bytes]:
-        return [KEYS.links(partition) for partition in range(KEYS.partitions)]
+    def destinations(self) -> Iterable[Home]:
+        return [KEYS.home(partition) for partition in range(KEYS.partitions)]
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if not batch.entries:
             return None
         taken = batch.entries[: self.chance.randint(1, len(batch.entries))]
-        links = {KEYS.links(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
+        links = {KEYS.home(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
         return Outcome(len(taken), [Operation("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
 
     def calls(self, partition: int, taken: Iterable[Entry]) -> list[list[Append]]:
@@ -178,10 +178,10 @@ class Worker:
                 self.owned = None
 
     async def own(self) -> None:
-        fence = await self.functions.lease_take(LEASE, KEYS.partition(SOURCE), self.name, LEASE_MS)
-        if fence is None:
+        owned = await self.functions.lease_take(LEASE, KEYS.home(SOURCE), STREAM, GROUP, self.name, LEASE_MS)
+        if owned is None:
             return
-        self.owned = Owned(LEASE, KEYS.partition(SOURCE), STREAM, GROUP, fence)
+        self.owned = owned
 
         async def idle(_: tuple[int, int]) -> None:
             await stop("idle")
@@ -241,7 +241,10 @@ class Model:
         self.stamp: tuple[int, dict[str, int]] = (0, {})
         server.flushall()
         server.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
-        self.tags = {user: server.fcall("feed_open", 2, *feed, 600_000)[2].decode() for user, feed in FEEDS.items()}
+        self.tags = {
+            user: server.fcall("feed_open", 4, *KEYS.home_of(feed[0])[:2], *feed, 600_000)[2].decode()
+            for user, feed in FEEDS.items()
+        }
         self.workers = [self.another() for _ in range(workers)]
 
     def another(self) -> Worker:

@@ -11,38 +11,68 @@ local function text(n) return string.format('%.0f', n) end
 
 local FENCED = 'FENCED another worker owns this partition'
 
--- The fence is the lease's epoch and the partition's generation. KEYS[1] is the lease, KEYS[2] the partition.
-local function fenced(keys, epoch, generation)
-  if redis.call('HGET', keys[1], 'epoch') ~= epoch then return true end
-  return (redis.call('HGET', keys[2], 'generation') or '0') ~= generation
+-- ── generations ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Of a server that was promoted or restarted, the newest writes may be gone. Its replication id is then another one: the
+-- partition gets a new generation, and notes what its changes had come to, in `fell`: "<generation> <ms> <seq> …".
+-- KEYS[1] is always the partition, KEYS[2] its changes. Where there is no INFO (fakeredis), all is generation 0.
+local function generation(keys)
+  local held = redis.call('HMGET', keys[1], 'generation', 'server')
+  local info = redis.pcall('INFO', 'replication')
+  if type(info) ~= 'string' then return held[1] or '0' end
+  local server = string.match(info, 'master_replid:(%x+)')
+  if server == held[2] then return held[1] or '0' end
+  if not held[2] then
+    redis.call('HSET', keys[1], 'server', server)
+    return held[1] or '0'
+  end
+  local minted = text(math.max((tonumber(held[1]) or 0) + 1, now_ms()))
+  local last = redis.call('XREVRANGE', keys[2], '+', '-', 'COUNT', '1')
+  local ms, seq = string.match(last[1] and last[1][1] or '0-0', '^(%d+)-(%d+)$')
+  local fell = redis.call('HGET', keys[1], 'fell')
+  fell = (fell and fell .. ' ' or '') .. minted .. ' ' .. ms .. ' ' .. seq
+  while #fell > 500 do fell = string.match(fell, '^%d+ %d+ %d+ (.*)$') end
+  redis.call('HSET', keys[1], 'generation', minted, 'server', server, 'fell', fell)
+  -- Of several masters one can go back alone: its feeds may then lack what nobody sends again.
+  local cluster = redis.pcall('INFO', 'cluster')
+  if type(cluster) == 'string' and string.find(cluster, 'cluster_enabled:1', 1, true) then
+    redis.call('HINCRBY', keys[1], 'feeds', '1')
+  end
+  return minted
+end
+
+-- The fence is the lease's epoch and the partition's generation. KEYS[3] is the lease.
+local function fenced(keys, epoch, known)
+  local now = generation(keys)
+  return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch
 end
 
 -- ── leases ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- keys: lease, partition. args: owner, length in ms. Returns {epoch, generation, owner, ms left}; epoch 0: held.
--- An expiry more than one length ahead comes from a clock that has since gone back: it counts as expired.
+-- keys: partition, changes, lease. args: owner, length in ms. Returns {epoch, generation, owner, ms left, fell}; epoch
+-- 0: held. An expiry more than one length ahead comes from a clock that has since gone back: it counts as expired.
 redis.register_function('lease_take', function(keys, args)
   local now, length = now_ms(), tonumber(args[2])
-  local held = redis.call('HMGET', keys[1], 'owner', 'expires', 'epoch')
-  local generation = redis.call('HGET', keys[2], 'generation') or '0'
+  local held = redis.call('HMGET', keys[3], 'owner', 'expires', 'epoch')
+  local known = generation(keys)
   local left = (tonumber(held[2]) or 0) - now
-  if held[1] and held[1] ~= args[1] and left > 0 and left <= length then return {0, generation, held[1], left} end
+  if held[1] and held[1] ~= args[1] and left > 0 and left <= length then return {0, known, held[1], left, ''} end
   local epoch = math.max((tonumber(held[3]) or 0) + 1, now)
-  redis.call('HSET', keys[1], 'owner', args[1], 'expires', text(now + length), 'epoch', text(epoch), 'call', '0')
-  return {epoch, generation, args[1], length}
+  redis.call('HSET', keys[3], 'owner', args[1], 'expires', text(now + length), 'epoch', text(epoch), 'call', '0')
+  return {epoch, known, args[1], length, redis.call('HGET', keys[1], 'fell') or ''}
 end)
 
--- keys: lease, partition. args: epoch, generation, length in ms. Keeps the epoch.
+-- keys: partition, changes, lease. args: epoch, generation, length in ms. Keeps the epoch.
 redis.register_function('lease_renew', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  redis.call('HSET', keys[1], 'expires', text(now_ms() + tonumber(args[3])))
+  redis.call('HSET', keys[3], 'expires', text(now_ms() + tonumber(args[3])))
   return 'OK'
 end)
 
--- keys: lease, partition. args: epoch, generation. Anyone may take it from now on.
+-- keys: partition, changes, lease. args: epoch, generation. Anyone may take it from now on.
 redis.register_function('lease_release', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  redis.call('HSET', keys[1], 'expires', '0')
+  redis.call('HSET', keys[3], 'expires', '0')
   return 'OK'
 end)
 
@@ -67,10 +97,10 @@ local function read(stream, group, count)
   return {now_ms(), last[1] and last[1][1] or '0-0', entries}
 end
 
--- keys: lease, partition, stream. args: epoch, generation, group, count. Returns what is to be done, as `read`.
+-- keys: partition, changes, lease, stream. args: epoch, generation, group, count. Returns what is to be done, as `read`.
 redis.register_function('batch', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  return read(keys[3], args[3], tonumber(args[4]))
+  return read(keys[4], args[3], tonumber(args[4]))
 end)
 
 -- Plain commands, one after another: for each the number of its arguments, command, index of its key, arguments.
@@ -89,23 +119,23 @@ redis.register_function('enqueue', function(keys, args)
   return math.max(room, 0)
 end)
 
--- keys: lease, partition, stream, then those of the operations. args: epoch, generation, group, count, call number (1,
+-- keys: partition, changes, lease, stream, then those of the operations. args: epoch, generation, group, count, call number (1,
 -- 2, 3… under this epoch), number of ids, ids to acknowledge, then the operations. All of it or, when fenced or done
 -- before, nothing. Returns what is to be done next, as `read`.
 redis.register_function('commit', function(keys, args)
   if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  local call = redis.call('HGET', keys[1], 'call')
+  local call = redis.call('HGET', keys[3], 'call')
   if tonumber(args[5]) <= tonumber(call) then
-    redis.call('HSET', keys[1], 'call', call) -- WAIT and WAITAOF look at what this connection wrote last
+    redis.call('HSET', keys[3], 'call', call) -- WAIT and WAITAOF look at what this connection wrote last
   else
     local acknowledged = 6 + tonumber(args[6])
     operate(keys, args, acknowledged + 1, #args)
     for i = 7, acknowledged, 1000 do
-      redis.call('XACK', keys[3], args[3], unpack(args, i, math.min(i + 999, acknowledged)))
+      redis.call('XACK', keys[4], args[3], unpack(args, i, math.min(i + 999, acknowledged)))
     end
-    redis.call('HSET', keys[1], 'call', args[5])
+    redis.call('HSET', keys[3], 'call', args[5])
   end
-  return read(keys[3], args[3], tonumber(args[4]))
+  return read(keys[4], args[3], tonumber(args[4]))
 end)
 
 -- ── links: effects from one partition to another ──────────────────────────────────────────────────────────────────
@@ -127,18 +157,42 @@ local function later(a, b)
   return false
 end
 
--- keys: links. args: source, epoch. From now on, what an owner before this epoch still sends is refused.
+-- keys: partition, changes, links. args: source, epoch, what the source's partition notes as `fell`, each number an
+-- argument. From now on, what an owner before this epoch still sends is refused. Where more was taken than the source
+-- had when it fell back, its feeds tell of what never was: they begin anew.
 redis.register_function('link_stamp', function(keys, args)
-  local epoch, position = link_state(keys[1], args[1])
+  generation(keys)
+  local epoch, taken = link_state(keys[3], args[1])
   if tonumber(args[2]) < epoch then return redis.error_reply(FENCED) end
-  redis.call('HSET', keys[1], args[1], link_text(tonumber(args[2]), position))
+  for i = 3, #args, 3 do
+    local new, ms, seq = tonumber(args[i]), tonumber(args[i + 1]), tonumber(args[i + 2])
+    if taken[1] < new and (taken[2] > ms or (taken[2] == ms and taken[3] > seq)) then
+      redis.call('HINCRBY', keys[1], 'feeds', '1')
+      taken = {new, 0, 0, 0}
+    end
+  end
+  redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))
   return 'OK'
 end)
 
+-- A feed begins anew when its partition's feeds do: {epoch, seq, tag} of one that is open, else nil.
+local function feed_state(feeds, state, feed)
+  local held = redis.call('HMGET', state, 'epoch', 'seq', 'tag', 'feeds')
+  if not held[1] then return nil end
+  if (held[4] or '0') ~= feeds then
+    local epoch = text(math.max(tonumber(held[1]) + 1, now_ms()))
+    local tag = string.sub(redis.sha1hex(epoch .. state), 1, 10)
+    redis.call('DEL', feed)
+    redis.call('HSET', state, 'epoch', epoch, 'seq', '0', 'tag', tag, 'feeds', feeds)
+    held = {epoch, '0', tag}
+  end
+  return held
+end
+
 -- One more entry of an open feed: seq, entry, chained tag and announcement in one step. A closed feed has no state.
-local function feed_append(state, feed, most, position, body)
-  local held = redis.call('HMGET', state, 'epoch', 'seq', 'tag')
-  if not held[1] then return 0 end
+local function feed_append(feeds, state, feed, most, position, body)
+  local held = feed_state(feeds, state, feed)
+  if not held then return 0 end
   local seq = text(tonumber(held[2]) + 1)
   local tag = string.sub(redis.sha1hex(held[3] .. position), 1, 10)
   redis.call('XADD', feed, 'MAXLEN', '~', most, seq .. '-0', 't', tag, 'p', position, 'b', body)
@@ -148,13 +202,16 @@ local function feed_append(state, feed, most, position, body)
   return 1
 end
 
--- keys: links, then state and entries of each feed. args: source, epoch, most entries of a feed, then for each change:
--- its partition, generation, ms, seq; the number of its first effect; body; number of feeds, index of each feed.
--- Returns how many entries were appended. What is at or below the position already taken from this source is skipped.
+-- keys: partition, changes, links, then state and entries of each feed. args: source, epoch, most entries of a feed,
+-- then for each change: its partition, generation, ms, seq; the number of its first effect; body; number of feeds, index
+-- of each feed. Returns how many entries were appended. What is at or below the position already taken from this source
+-- is skipped.
 redis.register_function('link_append', function(keys, args)
+  generation(keys)
   local source, epoch, most = args[1], tonumber(args[2]), args[3]
-  local known, taken = link_state(keys[1], source)
+  local known, taken = link_state(keys[3], source)
   if epoch < known then return redis.error_reply(FENCED) end
+  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
   local appended, at = 0, 4
   while at <= #args do
     local position = table.concat({args[at], args[at + 1], args[at + 2], args[at + 3]}, '-')
@@ -162,22 +219,37 @@ redis.register_function('link_append', function(keys, args)
     for i = 1, count do
       local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + i - 1}
       if later(effect, taken) then
-        local feed = 2 * tonumber(args[at + 6 + i])
-        appended = appended + feed_append(keys[feed], keys[feed + 1], most, position, body)
+        local feed = 2 + 2 * tonumber(args[at + 6 + i])
+        appended = appended + feed_append(feeds, keys[feed], keys[feed + 1], most, position, body)
         taken = effect
       end
     end
     at = at + 7 + count
   end
-  redis.call('HSET', keys[1], source, link_text(epoch, taken))
+  redis.call('HSET', keys[3], source, link_text(epoch, taken))
   return appended
 end)
 
--- keys: links, then those of the operations. args: source, epoch, then for each effect: generation, ms, seq, number,
+-- keys: partition, changes, links. args: source, epoch, generation, ms, seq of the first change after those that were
+-- lost. All feeds of the partition begin anew, once.
+redis.register_function('link_reset', function(keys, args)
+  generation(keys)
+  local known, taken = link_state(keys[3], args[1])
+  if tonumber(args[2]) < known then return redis.error_reply(FENCED) end
+  local effect = {tonumber(args[3]), tonumber(args[4]), tonumber(args[5]), 0}
+  if later(effect, taken) then
+    redis.call('HINCRBY', keys[1], 'feeds', '1')
+    redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), effect))
+  end
+  return 'OK'
+end)
+
+-- keys: partition, changes, links, then those of the operations. args: source, epoch, then for each effect: generation, ms, seq, number,
 -- number of arguments of its operations in all, the operations. Taken once and in order, as above.
 redis.register_function('link_apply', function(keys, args)
+  generation(keys)
   local source, epoch = args[1], tonumber(args[2])
-  local known, taken = link_state(keys[1], source)
+  local known, taken = link_state(keys[3], source)
   if epoch < known then return redis.error_reply(FENCED) end
   local at = 3
   while at <= #args do
@@ -189,31 +261,38 @@ redis.register_function('link_apply', function(keys, args)
     end
     at = last + 1
   end
-  redis.call('HSET', keys[1], source, link_text(epoch, taken))
+  redis.call('HSET', keys[3], source, link_text(epoch, taken))
   return 'OK'
 end)
 
 -- ── feeds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- keys: state, entries. args: how long it stays open without being asked for again, in ms. Returns {epoch, seq, tag}.
+-- keys: partition, changes, state, entries. args: how long it stays open without being asked for again, in ms. Returns
+-- {epoch, seq, tag}.
 redis.register_function('feed_open', function(keys, args)
-  if redis.call('EXISTS', keys[1]) == 0 then
+  generation(keys)
+  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
+  local held = feed_state(feeds, keys[3], keys[4])
+  if not held then
     local epoch = text(now_ms())
-    redis.call('DEL', keys[2])
-    redis.call('HSET', keys[1], 'epoch', epoch, 'seq', '0', 'tag', string.sub(redis.sha1hex(epoch .. keys[1]), 1, 10))
+    held = {epoch, '0', string.sub(redis.sha1hex(epoch .. keys[3]), 1, 10)}
+    redis.call('DEL', keys[4])
+    redis.call('HSET', keys[3], 'epoch', epoch, 'seq', '0', 'tag', held[3], 'feeds', feeds)
   end
-  redis.call('PEXPIRE', keys[1], args[1])
-  redis.call('PEXPIRE', keys[2], args[1])
-  return redis.call('HMGET', keys[1], 'epoch', 'seq', 'tag')
+  redis.call('PEXPIRE', keys[3], args[1])
+  redis.call('PEXPIRE', keys[4], args[1])
+  return {held[1], held[2], held[3]}
 end)
 
--- keys: state, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch '' for a closed feed.
+-- keys: partition, changes, state, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch ''
+-- for a closed feed.
 redis.register_function('feed_read', function(keys, args)
-  local held = redis.call('HMGET', keys[1], 'epoch', 'seq', 'tag')
-  if not held[1] then return {'', '0', '', {}} end
+  generation(keys)
+  local held = feed_state(redis.call('HGET', keys[1], 'feeds') or '0', keys[3], keys[4])
+  if not held then return {'', '0', '', {}} end
   local entries = {}
   if tonumber(args[1]) < tonumber(held[2]) then
-    entries = redis.call('XRANGE', keys[2], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
+    entries = redis.call('XRANGE', keys[4], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
   end
   return {held[1], held[2], held[3], entries}
 end)

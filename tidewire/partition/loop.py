@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from typing import Any, NamedTuple, Protocol
 
 from tidewire.functions import Batch, Functions, Operation, Owned, Wait
+from tidewire.keys import Home
 
 
 class Outcome(NamedTuple):
@@ -18,8 +19,8 @@ class Outcome(NamedTuple):
 
     consumed: int
     operations: Sequence[Operation]
-    links: Mapping[bytes, Sequence[Any]] = {}
-    """For each destination (the key of its links): calls in order, each what the worker's `Link` takes."""
+    links: Mapping[Home, Sequence[Any]] = {}
+    """For each destination: calls in order, each what the worker's `Link` takes."""
     wait: Wait | None = None
     """What to wait for after the commit."""
 
@@ -27,8 +28,8 @@ class Outcome(NamedTuple):
 class Tenure(Protocol):
     """What a service does with a partition while it owns it. One object for each time it is owned."""
 
-    def destinations(self) -> Iterable[bytes]:
-        """The links that may be written to: they are stamped before the first read."""
+    def destinations(self) -> Iterable[Home]:
+        """The partitions that may be written to: they are stamped before the first read."""
 
     async def decide(self, batch: Batch) -> Outcome | None:
         """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing.
@@ -41,8 +42,8 @@ class Tenure(Protocol):
 
 
 Idle = Callable[[tuple[int, int]], Awaitable[None]]
-Link = Callable[[bytes, str, int, Any], Awaitable[Any]]
-"""Sends one call to a destination: (its links, source, epoch, what the tenure gave for it)."""
+Link = Callable[[Home, str, int, Any], Awaitable[Any]]
+"""Sends one call to a destination: (it, source, epoch, what the tenure gave for it)."""
 Together = Callable[[Iterable[Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
 
@@ -87,7 +88,7 @@ class PartitionLoop:
         epoch = self._owned.fence.epoch
         # Before the first read: what a predecessor, paused between reading and writing, may still send comes too late.
         await self._together(
-            self._functions.link_stamp(links, self._source, epoch) for links in self._tenure.destinations()
+            self._functions.link_stamp(to, self._source, epoch, self._owned.fell) for to in self._tenure.destinations()
         )
         while True:
             await self.turn()
@@ -100,7 +101,7 @@ class PartitionLoop:
             await self._idle(batch.last)
             return
         # Before the acknowledgement: an effect may be sent twice, and is taken once; it is never forgotten.
-        await self._together(self._send(links, calls) for links, calls in outcome.links.items())
+        await self._together(self._send(to, calls) for to, calls in outcome.links.items())
         self.commits += 1
         acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
         confirmed, following = await self._functions.commit(
@@ -109,7 +110,7 @@ class PartitionLoop:
         await self._tenure.committed(confirmed=confirmed)
         self._next = following
 
-    async def _send(self, links: bytes, calls: Sequence[Any]) -> None:
+    async def _send(self, to: Home, calls: Sequence[Any]) -> None:
         assert self._link or not calls
         for call in calls:
-            await self._link(links, self._source, self._owned.fence.epoch, call)  # type: ignore[misc]
+            await self._link(to, self._source, self._owned.fence.epoch, call)  # type: ignore[misc]

@@ -110,14 +110,17 @@ class Worker:
 
     async def _take(self, partition: int) -> None:
         keys, stream = self._backend.keys, self._stream(partition)
-        lease = keys.lease(partition, self.group)
-        fence = await self._backend.functions.lease_take(
-            lease, keys.partition(partition), self._registry.id, self._settings.lease_ms
+        owned = await self._backend.functions.lease_take(
+            keys.lease(partition, self.group),
+            keys.home(partition),
+            stream,
+            self.group,
+            self._registry.id,
+            self._settings.lease_ms,
         )
-        if fence is None:
+        if owned is None:
             return
         await self._backend.ensure_group(stream, self.group)
-        owned = Owned(lease, keys.partition(partition), stream, self.group, fence)
         idle = self._backend.waiter(stream)
         loop = PartitionLoop(
             self._backend.functions,
@@ -130,7 +133,7 @@ class Worker:
         )
         self._owned[partition], self._loops[partition] = owned, loop
         self._tasks[partition] = asyncio.create_task(_run(loop, idle), name=f"{self.group}:{partition}")
-        log.info("partition_taken", group=self.group, partition=partition, epoch=fence.epoch)
+        log.info("partition_taken", group=self.group, partition=partition, epoch=owned.fence.epoch)
 
     async def _renew(self) -> None:
         async def renew(partition: int, owned: Owned) -> None:
