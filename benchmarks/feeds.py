@@ -1,0 +1,239 @@
+"""Appends to feeds over a link, and beside them the floor; a broadcaster as a whole; what feeds cost in memory.
+
+    python benchmarks/feeds.py [--seconds 3] [--rounds 3]
+
+Starts a server as `tidewire up` has it. An append is one change to so many open feeds of one partition in one function
+call: fence, position, seq, chained tag, entry and announcement. The floor is a bare function that does the same XADD
+and SPUBLISH, and nothing else; both have the same number of calls under way.
+
+The broadcaster is a process of its own, with 40,000 changes to one user each before it; counted is what it passes on in
+a second of its own processor time, and in a second of the clock, while the server takes the rest of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from tidewire import App, user
+from tidewire.backend import Backend, connect
+from tidewire.errors import TidewireError
+from tidewire.functions import Append
+from tidewire.keys import Keys
+from tidewire.records import Change, FeedBody, Position, pack
+from tidewire.services.cli.embedded import Embedded, free_port
+from tidewire.services.cli.service import start
+from tidewire.services.cli.up import Child
+from tidewire.settings import Settings
+
+app = App("benchmark")
+app.table("mail", key="id", readers=user("to"))
+
+RECIPIENTS = (1, 10, 100, 1000)
+CALLS = 16
+"""Under way at a time."""
+GOAL_RATIO, GOAL_CHANGES_S, GOAL_BYTES = 0.8, 20_000, 300
+PARTITIONS = 8
+CHANGES = 40_000
+USERS = 1000
+FLOOR = """#!lua name=tidewire_floor
+redis.register_function('floor', function(keys, args)
+  for i = 1, #keys do
+    redis.call('XADD', keys[i], 'MAXLEN', '~', args[1], '*', 't', args[2], 'p', args[3], 'b', args[4])
+    redis.call('SPUBLISH', keys[i], args[5] .. args[4])
+  end
+  return #keys
+end)
+"""
+BROADCASTER = [sys.executable, "-m", "tidewire.services.cli.main", "broadcaster", "benchmarks.feeds:app"]
+
+
+def body() -> bytes:
+    """Of a change of 200 bytes."""
+    return pack(FeedBody("change", b'{"new":"%s"}' % (b"x" * 190)))
+
+
+async def under_way(call: Callable[[], Awaitable[Any]], seconds: float) -> float:
+    """Calls a second, so many at a time."""
+    begun, done = time.perf_counter(), 0
+
+    async def again() -> None:
+        nonlocal done
+        while time.perf_counter() < begun + seconds:
+            await call()
+            done += 1
+
+    await asyncio.gather(*(again() for _ in range(CALLS)))
+    return done / (time.perf_counter() - begun)
+
+
+class Appends:
+    """One partition with that many open feeds."""
+
+    def __init__(self, backend: Backend, recipients: int) -> None:
+        self._functions = backend.functions
+        keys = Keys(f"append{recipients}", 1)
+        self._home = keys.home(0)
+        self._feeds = tuple(keys.user_feed(f"user{n}") for n in range(recipients))
+        self._bare = [entries + b":floor" for _, entries in self._feeds]
+        self._body = body()
+        self._ids = itertools.count(1)
+        self._most = Settings().resume_entries
+        self._fcall = backend.functions._redis.fcall
+
+    async def open(self) -> None:
+        for feed in self._feeds:
+            await self._functions.feed_open(self._home, feed, 3_600_000)
+
+    async def append(self) -> None:
+        append = Append(Position(0, 0, 1_795_409_459_002, next(self._ids)), 1, self._body, self._feeds)
+        await self._functions.link_append(self._home, "b:0", 1, self._most, [append])
+
+    async def floor(self) -> None:
+        position = f"0-0-1795409459002-{next(self._ids)}"
+        head = f"1795409459002 1000000 0123456789 {position}\n"
+        args = (self._most, "0123456789", position, self._body, head)
+        await self._fcall("floor", len(self._bare), *self._bare, *args)
+
+
+async def appends(backend: Backend, rounds: int, seconds: float) -> bool:
+    await backend.commands.function_load(FLOOR, replace=True)
+    print(f"{'recipients':>10} {'calls/s':>9} {'appends/s':>10} {'floor/s':>10} {'ratio':>6}")
+    reached = True
+    for recipients in RECIPIENTS:
+        one = Appends(backend, recipients)
+        await one.open()
+        ours: list[float] = []
+        bare: list[float] = []
+        for _ in range(rounds):
+            ours.append(await under_way(one.append, seconds) * recipients)
+            bare.append(await under_way(one.floor, seconds) * recipients)
+        ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
+        rate = statistics.median(ours)
+        print(f"{recipients:10} {rate / recipients:9,.0f} {rate:10,.0f} {statistics.median(bare):10,.0f} {ratio:6.2f}")
+        reached &= ratio >= GOAL_RATIO or recipients < 100
+    return reached
+
+
+async def broadcaster(backend: Backend, process: asyncio.subprocess.Process) -> tuple[float, float]:
+    """(changes a second of the clock, changes a second of its processor time), past its start."""
+    keys, commands = backend.keys, backend.commands
+
+    async def left() -> int:
+        infos: list[Any] = await asyncio.gather(*(commands.xinfo_groups(keys.changes(p)) for p in range(PARTITIONS)))
+        return sum(int(group["lag"] or 0) + int(group["pending"]) for groups in infos for group in groups)
+
+    while (before := await left()) > CHANGES * 0.9:  # noqa: ASYNC110 - what is waited for is in another process
+        await asyncio.sleep(0.01)
+        if process.returncode is not None:
+            raise TidewireError(f"the broadcaster ended with {process.returncode}: see above")
+    begun, used = time.perf_counter(), cpu_s(process.pid)
+    while (after := await left()) > CHANGES * 0.1:
+        await asyncio.sleep(0.01)
+    done = before - after
+    return done / (time.perf_counter() - begun), done / (cpu_s(process.pid) - used)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def write_changes(backend: Backend) -> None:
+    keys = backend.keys
+    now = int(time.time() * 1000)
+    for number in range(USERS):
+        feed = keys.user_feed(f"user{number}")
+        await backend.functions.feed_open(keys.home_of(feed[0]), feed, 3_600_000)
+    for partition in range(PARTITIONS):
+        await backend.ensure_group(keys.changes(partition), "broadcaster")
+    for first in range(0, CHANGES, 1000):
+        calls = []
+        for number in range(first, first + 1000):
+            item = {"id": f"m{number}", "to": f"user{number % USERS}", "text": "x" * 150}
+            change = Change("INSERT", "mail", {"id": item["id"]}, 1, item, None, now, "alice", "c", None)
+            stream = keys.changes(keys.partition_of(item["id"]))
+            calls.append(("XADD", stream, "*", "r", pack(change)))
+        await backend.calls(calls)
+
+
+async def memory(backend: Backend) -> bool:
+    """What feeds cost, by the server's own count."""
+    redis = backend.commands
+    node_bytes = (await redis.config_get("stream-node-max-bytes"))["stream-node-max-bytes"]
+    print(f"memory of a feed, with stream-node-max-bytes {node_bytes}: (state, entries) in bytes")
+    state_bytes = 0
+    for entries in (1, 10, 100, 1000):
+        keys = Keys(f"memory{entries}", 1)
+        feed = keys.user_feed("a-user-of-20-letters")
+        await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
+        for number in range(entries):
+            append = Append(Position(0, 0, 1_795_409_459_002, number), 1, body(), (feed,))
+            await backend.functions.link_append(keys.home(0), "b:0", 1, 1000, [append])
+        state, stream = [int(await redis.memory_usage(key, samples=0) or 0) for key in feed]
+        state_bytes = max(state_bytes, state)
+        print(f"{entries:6} entries of {len(body())} bytes: {state:4} + {stream:8,}, {stream / entries:,.0f} an entry")
+    return state_bytes <= GOAL_BYTES
+
+
+async def compare(backend: Backend, child: Child, rounds: int, seconds: float) -> None:
+    goals = {f"ratio at 100 recipients and more ≥ {GOAL_RATIO}": await appends(backend, rounds, seconds)}
+    await write_changes(backend)
+    clock_s, own_s = await broadcaster(backend, await child.start())
+    print(f"a broadcaster, to one user each: {clock_s:,.0f} changes/s, {own_s:,.0f} in a second of its processor time")
+    goals[f"a broadcaster ≥ {GOAL_CHANGES_S:,} changes/s on one core"] = own_s >= GOAL_CHANGES_S
+    goals[f"a feed beyond its stream ≤ {GOAL_BYTES} bytes"] = await memory(backend)
+    for goal, reached in goals.items():
+        print(f"goal {'reached' if reached else 'MISSED '}  {goal}")
+
+
+@contextlib.asynccontextmanager
+async def running(data: Path) -> AsyncIterator[tuple[Backend, Child]]:
+    """A server, and a broadcaster that is yet to be started; both are ended with the block."""
+    stopping, embedded = asyncio.Event(), Embedded(data)
+    keys = Keys("bench", PARTITIONS)
+    environment = os.environ | {"TIDEWIRE_STAGE": keys.stage, "TIDEWIRE_PARTITIONS": str(PARTITIONS)}
+    environment.setdefault("TIDEWIRE_LOG_LEVEL", "warning")
+    command = [*BROADCASTER, "--redis", embedded.url, "--admin-port", str(free_port())]
+    server = Child("server", embedded.command(), environment, stopping)
+    child = Child("broadcaster", command, environment, stopping)
+    try:
+        await embedded.wait_until_ready(await server.start())
+        async with await connect(embedded.url, keys) as backend:
+            yield backend, child
+    finally:
+        stopping.set()
+        await child.stop(5)
+        await server.stop(10)
+
+
+async def main(rounds: int, seconds: float) -> None:
+    # Twice what it should take: what hangs must not keep this from ending.
+    async with asyncio.timeout(240 + 4 * rounds * len(RECIPIENTS) * (seconds + 1)):
+        with tempfile.TemporaryDirectory() as data:
+            async with running(Path(data)) as (backend, child):
+                await compare(backend, child, rounds, seconds)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3, help="for each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    try:
+        start(main(max(args.rounds, 1), max(args.seconds, 0.1)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (TidewireError, TimeoutError) as error:
+        sys.exit(f"feeds.py: {error or 'not done in time'}")
