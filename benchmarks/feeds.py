@@ -133,12 +133,12 @@ async def broadcaster(backend: Backend, process: asyncio.subprocess.Process) -> 
         infos: list[Any] = await asyncio.gather(*(commands.xinfo_groups(keys.changes(p)) for p in range(PARTITIONS)))
         return sum(int(group["lag"] or 0) + int(group["pending"]) for groups in infos for group in groups)
 
-    while (before := await left()) > CHANGES * 0.9:  # noqa: ASYNC110 - what is waited for is in another process
+    while (before := await left()) > CHANGES * 0.9:
         await asyncio.sleep(0.01)
         if process.returncode is not None:
             raise TidewireError(f"the broadcaster ended with {process.returncode}: see above")
     begun, used = time.perf_counter(), cpu_s(process.pid)
-    while (after := await left()) > CHANGES * 0.1:
+    while (after := await left()) > CHANGES * 0.1:  # noqa: ASYNC110 - what is waited for is in another process
         await asyncio.sleep(0.01)
     done = before - after
     return done / (time.perf_counter() - begun), done / (cpu_s(process.pid) - used)

@@ -391,7 +391,7 @@ class _Batch:
                 break
             shown.append(entry)
             last = item
-        return {"items": shown, "next": following, "position": position}
+        return {"items": shown, "next": following, "position": position, "key": list(table.key)}
 
     def scan(self, table: Table, partition: Scalar, request: Query) -> Iterator[ItemRecord]:
         """The items of a partition-key value, in the order asked for."""

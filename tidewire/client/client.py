@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Self
 from urllib.parse import urlencode
 
@@ -16,12 +16,24 @@ import msgspec
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from tidewire.errors import ConnectionClosed, RequestError, Timeout, Unauthenticated, from_wire
+from tidewire.client.live import View
+from tidewire.errors import (
+    ConfigurationError,
+    ConnectionClosed,
+    NotFound,
+    RequestError,
+    TidewireError,
+    Timeout,
+    Unauthenticated,
+    from_wire,
+)
 from tidewire.tasks import end
 
 EVENTS_KEPT = 10_000
 CLOSING_S = 1.0
 """How long the server is given to agree to the end of a connection."""
+LOADS, SETTLE_S = 5, 0.5
+"""A view of several pages is loaded so often, for all of them to be of one moment; else it is given time to settle."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 Frame = dict[str, Any]
@@ -71,6 +83,7 @@ class Client:
         self._ended: Exception | None = None
         self._after_ms: float | None = None
         self._task: asyncio.Task[None] | None = None
+        self._lives: set[Live] = set()
 
     async def __aenter__(self) -> Self:
         """Connect. Raises Unauthenticated or ConnectionClosed when that is refused for good, Timeout when it lasts."""
@@ -191,6 +204,48 @@ class Client:
             pass
         raise Timeout(f"no event within {timeout_s} s")
 
+    # ── topics ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def follow(self, topic: str, cursor: str | None = None) -> str:
+        """Follow a topic, from a cursor on; the cursor it begins at. Raises NotFound or PermissionDenied.
+
+        It is followed again on each connection, from where it stopped.
+        """
+        fields = {} if cursor is None else {"cursor": cursor}
+        self.topics.pop(topic, None)
+        answer = await self.request("follow", topic=topic, **fields)
+        return str(self.topics.setdefault(topic, answer["cursor"]))
+
+    async def unfollow(self, topic: str) -> str:
+        """Follow it no more; the cursor it stopped at. Raises NotFound when it is not followed."""
+        answer = await self.request("unfollow", topic=topic)
+        self.topics.pop(topic, None)
+        return str(answer["cursor"])
+
+    # ── live views ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def live(self, table: str, *, topic: str | None = None, **key: Any) -> AsyncGenerator[dict[Any, Frame]]:
+        """The items of a partition key as they are, again whenever something has changed: sort key to item, in order.
+
+        `key` is the partition attribute with its value: `client.live("messages", room="r1")`. In a table without a sort
+        key the one item stands under the partition key. With `topic`, that topic is followed first, for a table whose
+        readers are its followers. Changes that come while a view is looked at are in the next one, together; one that
+        says that something may be missing gives an empty view, and then a new one.
+
+        Raises RequestError when the query or the topic is refused, ConnectionClosed at the connection's end for good.
+        """
+        if len(key) != 1:
+            raise ConfigurationError(f"live({table!r}, …) needs one attribute, the partition key, not {sorted(key)}")
+        ((attribute, value),) = key.items()
+        live = Live(self, View(table, attribute, value), topic)
+        self._lives.add(live)
+        try:
+            async for shown in live.views():
+                yield shown
+        finally:
+            self._lives.discard(live)
+            await live.aclose()
+
     # ── the connection ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _until_welcomed(self, timeout_s: float) -> None:
@@ -252,12 +307,16 @@ class Client:
                     future.set_result(frame["result"])
                 else:
                     future.set_exception(from_wire(frame))
+            elif kind == "error" and "topic" in frame["details"]:
+                self._not_followed(frame["details"]["topic"], from_wire(frame))
         elif kind == "welcome":
             self._welcome(frame)
         elif kind == "reconnect":
             self._after_ms = frame["after_ms"]
         elif kind in ("change", "message", "reset"):
             self._note_cursor(frame)
+            for live in self._lives:
+                live.take(frame)
             self._put(frame)
 
     def _welcome(self, frame: Frame) -> None:
@@ -271,6 +330,13 @@ class Client:
         for request, future in list(self._open.values()):
             if not future.done():
                 asyncio.ensure_future(_quietly(self._ws.send(json.dumps(request))))  # noqa: RUF006 - bounded by _open
+
+    def _not_followed(self, topic: str, error: RequestError) -> None:
+        """The server no longer lets this user follow the topic."""
+        self.topics.pop(topic, None)
+        for live in self._lives:
+            if live.topic == topic:
+                live.end(error)
 
     def _note_cursor(self, frame: Frame) -> None:
         if "cursor" not in frame:
@@ -296,9 +362,120 @@ class Client:
         for _, future in self._open.values():
             if not future.done():
                 future.set_exception(error)
+        for live in self._lives:
+            live.end(error)
         if self._events.full():
             self._events.get_nowait()
         self._events.put_nowait(None)
+
+
+class Live:
+    """One live view: what feeds the view, and what it is looked at by."""
+
+    def __init__(self, client: Client, view: View, topic: str | None) -> None:
+        self.topic = topic
+        self._client = client
+        self._view = view
+        self._changed = asyncio.Event()
+        self._empty = False  # to be shown as that, before it is filled again
+        self._is_loaded = False
+        self._load_again = asyncio.Event()
+        self._load_again.set()
+        self._ended: Exception | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def take(self, frame: Frame) -> None:
+        """A frame of a feed, in the order of arrival."""
+        if frame["type"] == "change":
+            if self._view.take(frame):
+                self._changed.set()
+            if self._view.unread:
+                self._load_again.set()
+        elif frame["type"] == "reset" and self._view.concerns(frame):
+            self._view.start_over()
+            self._empty, self._is_loaded = True, False
+            self._changed.set()
+            self._load_again.set()
+
+    def end(self, error: Exception) -> None:
+        self._ended = error
+        self._changed.set()
+
+    async def views(self) -> AsyncIterator[dict[Any, Frame]]:
+        self._task = asyncio.create_task(self._keep_loaded(), name="live")
+        shown: dict[Any, Frame] | None = None
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._ended:
+                raise self._ended
+            if self._empty:
+                self._empty = False
+                if shown:
+                    shown = {}
+                    yield {}
+            if self._is_loaded and self._view.is_whole and (now := self._view.shown()) != shown:
+                shown = now
+                yield dict(now)
+
+    async def aclose(self) -> None:
+        if self._task:
+            await end([self._task])
+
+    async def _keep_loaded(self) -> None:
+        try:
+            if self.topic is not None and self.topic not in self._client.topics:
+                await self._client.follow(self.topic)
+            while True:
+                await self._load_again.wait()
+                self._load_again.clear()
+                try:
+                    if not self._is_loaded:
+                        await self._load()
+                    for key in list(self._view.unread):
+                        await self._read(key)
+                except RequestError as error:
+                    if not error.retry:
+                        raise
+                    self._load_again.set()  # whatever is away, it has been waited for
+                self._changed.set()
+        except TidewireError as error:
+            self.end(error)
+
+    async def _load(self) -> None:
+        """Page by page, until there is a last one; again, as long as there is hope, where they differ in time."""
+        for more_tries in reversed(range(LOADS)):
+            self._view.start_over()
+            begun = self._view.loads
+            after: Any = None
+            while True:
+                bounds = {} if after is None else {"after": after}
+                found = await self._client.query(self._view.table, self._view.value, limit=1000, **bounds)
+                if self._view.loads != begun:
+                    return  # a reset came meanwhile: it is loaded again
+                following = found["next"]
+                items = [one["item"] for one in found["items"]]
+                self._view.page(items, found["key"], found["position"], after, last=following is None)
+                if following is None:
+                    break
+                after = following
+            if self._view.is_of_one_moment:
+                break
+            if not more_tries:
+                # Written to all the time, and longer than a page: what happened between the pages comes as frames.
+                await asyncio.sleep(SETTLE_S)
+                if self._view.loads != begun:
+                    return
+        self._is_loaded = True
+
+    async def _read(self, key: Any) -> None:
+        view = self._view
+        named = {view.attribute: view.value} | ({} if view.sort is None else {view.sort: key})
+        try:
+            found = await self._client.get(view.table, named)
+            view.read(key, found["item"], found["position"])
+        except NotFound:
+            view.read(key, None, None)
 
 
 async def _quietly(sending: Any) -> None:
