@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import tempfile
@@ -27,28 +28,206 @@ dir "{folder}"
 save ""
 appendonly no
 logfile "{folder}/server.log"
+repl-diskless-sync-delay 0
+"""
+OF_A_CLUSTER = """\
 cluster-enabled yes
 cluster-config-file nodes.conf
 cluster-node-timeout 1000
+cluster-replica-validity-factor 0
 cluster-announce-ip 127.0.0.1
 """
+SENTINEL = """\
+bind 127.0.0.1
+port {port}
+dir "{folder}"
+logfile "{folder}/sentinel.log"
+sentinel monitor tidewire 127.0.0.1 {master} 2
+sentinel down-after-milliseconds tidewire 1000
+sentinel failover-timeout tidewire 5000
+"""
+
+
+class Server:
+    """One process, which can be killed, paused and started again."""
+
+    def __init__(self, folder: Path, port: int, config: str, *args: str) -> None:
+        self.port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+        self._config = folder / "server.conf"
+        self._config.write_text(config.format(port=port, folder=folder))
+        self._args = args
+        self.redis: Any = redis.Redis(port=port, decode_responses=True, socket_timeout=5)
+
+    def start(self) -> None:
+        command = [binary(), str(self._config), *self._args]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+    def close(self) -> None:
+        self.kill()
+        self.redis.close()
+
+
+class Cluster:
+    """Masters with an equal share of the slots each, and as many replicas of each as asked for."""
+
+    def __init__(self, folder: Path, masters: int, replicas: int) -> None:
+        ports = _cluster_ports(masters * (1 + replicas))
+        self.servers = [Server(folder / str(port), port, CONFIG + OF_A_CLUSTER) for port in ports]
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+        self._masters = masters
+
+    def start(self) -> None:
+        for server in self.servers:
+            server.start()
+        nodes: list[Any] = [server.redis for server in self.servers]
+        _until("every node answers", lambda: all(node.ping() for node in nodes))
+        _share_slots(nodes[: self._masters])
+        for server in self.servers[1:]:
+            nodes[0].execute_command("CLUSTER MEET", "127.0.0.1", server.port)
+        _until("the nodes are one cluster", lambda: all(_is_whole(node, len(nodes)) for node in nodes))
+        for number, replica in enumerate(nodes[self._masters :]):
+            master = nodes[number % self._masters].execute_command("CLUSTER MYID")
+            replica.execute_command("CLUSTER REPLICATE", master)
+        _until("the replicas follow", lambda: all(map(_follows, nodes[self._masters :])))
+
+    def master_of(self, slot: int) -> Server:
+        """The live one that has the slot, as most of those who answer see it."""
+        seen: list[int] = []
+        for server in self.servers:
+            with contextlib.suppress(redis.RedisError):
+                for low, high, (_, port, *_), *_ in server.redis.execute_command("CLUSTER SLOTS"):
+                    if low <= slot <= high:
+                        seen.append(port)
+        return next(server for server in self.servers if server.port == max(set(seen), key=seen.count))
+
+    def fail_over(self, slot: int) -> Server:
+        """Kill the master of a slot, and wait until a replica has taken its place; the one that was killed."""
+        killed = self.master_of(slot)
+        killed.kill()
+        _until("a replica has taken over", lambda: self.master_of(slot) is not killed)
+        others = [server.redis for server in self.servers if server is not killed]
+        _until("the cluster is whole", lambda: all(map(_is_ok, others)))
+        return killed
+
+    def come_back(self, server: Server) -> None:
+        """Start it again, and wait until it follows who has taken its place."""
+        server.start()
+        _until("it follows", lambda: _follows(server.redis))
+
+    def move(self, slot: int) -> None:
+        """Move a slot with its keys to another master, as an operator does, key by key."""
+        source = self.master_of(slot)
+        target = next(self.master_of(s) for s in range(0, SLOTS, 1000) if self.master_of(s) is not source)
+        ids = {server: server.redis.execute_command("CLUSTER MYID") for server in (source, target)}
+        target.redis.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        source.redis.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        while keys := source.redis.execute_command("CLUSTER GETKEYSINSLOT", slot, 10):
+            source.redis.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for server in (target, source):
+            server.redis.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+
+class Sentinels:
+    """A master, a replica, and three who watch them."""
+
+    def __init__(self, folder: Path) -> None:
+        master, replica, *watching = (free_port() for _ in range(5))
+        self.servers = [
+            Server(folder / "master", master, CONFIG),
+            Server(folder / "replica", replica, CONFIG + f"replicaof 127.0.0.1 {master}\n"),
+        ]
+        self._watching = [
+            Server(folder / str(port), port, SENTINEL.replace("{master}", str(master)), "--sentinel")
+            for port in watching
+        ]
+        self.url = "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in watching) + "/tidewire"
+
+    def start(self) -> None:
+        for server in (*self.servers, *self._watching):
+            server.start()
+        _until("the replica follows", lambda: _follows(self.servers[1].redis))
+        _until("they watch", lambda: all(self._sees_all(server) for server in self._watching))
+
+    def _sees_all(self, server: Server) -> bool:
+        state = server.redis.execute_command("SENTINEL MASTER", "tidewire")
+        return int(state["num-other-sentinels"]) == len(self._watching) - 1 and int(state["num-slaves"]) == 1
+
+    def master(self) -> Server:
+        """As those who watch see it."""
+        for server in self._watching:
+            with contextlib.suppress(redis.RedisError):
+                _, port = server.redis.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", "tidewire")
+                return next(one for one in self.servers if one.port == int(port))
+        raise AssertionError("nobody watches")
+
+    def fail_over(self) -> Server:
+        """Kill the master, and wait until the replica has taken its place; the one that was killed."""
+        killed = self.master()
+        killed.kill()
+        _until("the replica has taken over", lambda: self.master() is not killed)
+        _until("it is a master", lambda: self.master().redis.role()[0] == "master")
+        return killed
+
+    def come_back(self, server: Server) -> None:
+        """Start it again, and wait until it follows who has taken its place."""
+        server.start()
+        _until("it follows", lambda: _follows(server.redis))
+
+    def close(self) -> None:
+        for server in (*self.servers, *self._watching):
+            server.close()
+
+
+@contextlib.contextmanager
+def replicated_cluster(masters: int = 3, replicas: int = 1) -> Iterator[Cluster]:
+    """That many masters with so many replicas each."""
+    with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
+        made = Cluster(Path(folder), masters, replicas)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.close()
+
+
+@contextlib.contextmanager
+def sentinels() -> Iterator[Sentinels]:
+    """A master with a replica, watched by three."""
+    with tempfile.TemporaryDirectory(prefix="sentinel-") as folder:
+        made = Sentinels(Path(folder))
+        try:
+            made.start()
+            yield made
+        finally:
+            made.close()
 
 
 @contextlib.contextmanager
 def cluster(masters: int = 3) -> Iterator[str]:
     """That many masters with an equal share of the slots each; the address, as --redis takes it."""
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
-        ports = _cluster_ports(masters)
-        for port in ports:
-            stack.enter_context(_server(folder / str(port), port))
-        nodes: list[Any] = [stack.enter_context(redis.Redis(port=port, decode_responses=True)) for port in ports]
-        _until("every node answers", lambda: all(node.ping() for node in nodes))
-        _share_slots(nodes)
-        for port in ports[1:]:
-            nodes[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
-        _until("the nodes are one cluster", lambda: all(_is_whole(node, masters) for node in nodes))
-        yield "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    with replicated_cluster(masters, replicas=0) as made:
+        yield made.url
+
+
+def _follows(node: Any) -> bool:
+    info = node.info("replication")
+    return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
 
 def _share_slots(nodes: Sequence[Any]) -> None:
@@ -57,6 +236,10 @@ def _share_slots(nodes: Sequence[Any]) -> None:
         node.execute_command("CLUSTER ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
         # Nodes of one epoch would have to agree first on who takes which: that takes seconds.
         node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+
+
+def _is_ok(node: Any) -> bool:
+    return bool(node.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
 
 
 def _is_whole(node: Any, nodes: int) -> bool:
@@ -74,19 +257,6 @@ def _cluster_ports(count: int) -> list[int]:
             probe.bind(("127.0.0.1", port + BUS))
             found.add(port)
     return sorted(found)
-
-
-@contextlib.contextmanager
-def _server(folder: Path, port: int) -> Iterator[None]:
-    folder.mkdir()
-    config = folder / "server.conf"
-    config.write_text(CONFIG.format(port=port, folder=folder))
-    process = subprocess.Popen([binary(), str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 def _until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:

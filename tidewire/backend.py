@@ -9,12 +9,13 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, NamedTuple, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -232,6 +233,26 @@ class ClusterBackend(Backend):
         return self._nodes[node.name]
 
 
+class SentinelBackend(Backend):
+    """A stage on the master that sentinels name: it is asked for whenever a connection is made."""
+
+    def __init__(self, address: Sentinels, keys: Keys) -> None:
+        options: Any = {"socket_timeout": 2.0, **address.sentinel}
+        self._sentinels: Any = Sentinel(address.nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+
+        def master(chosen: dict[str, Any]) -> Redis:
+            login = {"username": address.username, "password": address.password}
+            return cast(Redis, self._sentinels.master_for(address.service, **login, **chosen))
+
+        commands = master(_COMMANDS)
+        super().__init__(commands, master(_BLOCKING), keys, Wire(commands.connection_pool.make_connection))
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        for sentinel in self._sentinels.sentinels:
+            await sentinel.aclose()
+
+
 class _Client(RedisCluster):
     """redis-py's, whose errors are all RedisError, and which finds the keys of our calls without asking a server."""
 
@@ -291,19 +312,59 @@ class Cluster(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> Cluster:
         """Raises ConfigurationError for what is no such address."""
-        # A password may hold anything, the rest neither of these signs.
-        login, _, rest = url.partition("://")[2].rpartition("@")
-        hosts, *behind = re.split(r"[/?#]", rest, maxsplit=1)
-        user, _, password = login.partition(":")
-        found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?", host) for host in hosts.split(",")]
-        nodes = [(one[1].strip("[]"), int(one[2] or 6379)) for one in found if one]
-        if len(nodes) < len(found) or any(not 0 < port < 65536 for _, port in nodes):
-            wrong = "some of the cluster's nodes, as redis+cluster://host:port,host:port"
-        elif any(behind):
-            wrong = "nothing after the nodes: a cluster has no numbered databases"
-        else:
-            return cls(nodes, unquote(user) or None, unquote(password) or None)
-        raise ConfigurationError(f"--redis {redacted(url)!r}: write {wrong}")
+        user, password, nodes, behind = _parts(url, 6379)
+        if nodes is None:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write some of the cluster's nodes, as redis+cluster://host:port,host:port"
+            )
+        if behind:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write nothing after the nodes: a cluster has no numbered databases"
+            )
+        return cls(nodes, user, password)
+
+
+class Sentinels(NamedTuple):
+    """What redis+sentinel://user:password@host:port,host:port/service?sentinel_password=… says.
+
+    User and password are the servers'; the sentinels' own, where they have them, are `sentinel_username` and
+    `sentinel_password`.
+    """
+
+    nodes: list[tuple[str, int]]
+    service: str
+    username: str | None
+    password: str | None
+    sentinel: dict[str, str]
+
+    @classmethod
+    def parse(cls, url: str) -> Sentinels:
+        """Raises ConfigurationError for what is no such address."""
+        user, password, nodes, behind = _parts(url, 26379)
+        path, _, query = behind.partition("?")
+        service, options = unquote(path.strip("/")), dict(parse_qsl(query, keep_blank_values=True))
+        strangers = options.keys() - {"sentinel_username", "sentinel_password"}
+        if nodes is None or not service or "/" in service or strangers:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write some of the sentinels and the name of the service, as "
+                "redis+sentinel://host:port,host:port/service, and the sentinels' own password, if they have one, as "
+                "?sentinel_password=…"
+            )
+        sentinel = {name.removeprefix("sentinel_"): value for name, value in options.items()}
+        return cls(nodes, service, user, password, sentinel)
+
+
+def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str, int]] | None, str]:
+    """(user, password, nodes, what comes behind) of an address with several; nodes are None where they are none."""
+    # A password may hold anything, the rest neither of these signs.
+    login, _, rest = url.partition("://")[2].rpartition("@")
+    hosts, *behind = re.split(r"(?=[/?#])", rest, maxsplit=1)
+    user, _, password = login.partition(":")
+    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?", host) for host in hosts.split(",")]
+    nodes = [(one[1].strip("[]"), int(one[2] or port)) for one in found if one]
+    sound = len(nodes) == len(found) and all(0 < number < 65536 for _, number in nodes)
+    after = "".join(behind)
+    return unquote(user) or None, unquote(password) or None, nodes if sound else None, "" if after == "/" else after
 
 
 def backend_at(url: str, keys: Keys) -> Backend:
@@ -312,11 +373,11 @@ def backend_at(url: str, keys: Keys) -> Backend:
     if scheme == "redis+cluster":
         return ClusterBackend(Cluster.parse(url), keys)
     if scheme == "redis+sentinel":
-        raise ConfigurationError("--redis redis+sentinel://…: this version speaks to a single server or a cluster")
+        return SentinelBackend(Sentinels.parse(url), keys)
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
-            f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://… or "
-            "redis+cluster://host:6379,host:6379 is needed"
+            f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://…, "
+            "redis+sentinel://host:26379,host:26379/service or redis+cluster://host:6379,host:6379 is needed"
         )
     try:
         commands = Redis.from_url(url, **_COMMANDS)
@@ -370,6 +431,10 @@ async def _explained(url: str) -> AsyncIterator[None]:
         raise ConfigurationError(f"{at} is a node of a cluster: name it as redis+cluster://host:port") from None
     except AuthenticationError as error:
         raise ConfigurationError(f"{at} does not answer ({error}): check its password") from None
+    except MasterNotFoundError:
+        raise ConfigurationError(
+            f"{at} does not answer: no sentinel there is reachable and knows a master of the service's name"
+        ) from None
     except (RedisError, OSError) as error:
         raise ConfigurationError(f"{at} does not answer ({error}): is it running, and reachable?") from None
 
@@ -377,4 +442,4 @@ async def _explained(url: str) -> AsyncIterator[None]:
 def redacted(url: str) -> str:
     """The address without its password, wherever it stands."""
     url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)
-    return re.sub(r"([?&]password=)[^&]*", r"\1…", url)
+    return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1…", url)

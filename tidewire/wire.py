@@ -16,7 +16,7 @@ from typing import Any
 import hiredis
 from redis._parsers.base import BaseParser
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, TimeoutError
 
 TRIES = 6
 """Within about two seconds. Every command that goes this way may be done twice."""
@@ -46,6 +46,10 @@ class Wire:
                 line = self._line if self._line and not self._line.lost else await self._connect()
                 answers = await line.ask(packed)
                 for answer in answers:
+                    if isinstance(answer, ReadOnlyError | MasterDownError):
+                        # No longer the master: whoever makes connections finds the one who is.
+                        line.lose(ConnectionError(f"the server says: {answer}"))
+                        raise ConnectionError(str(answer))
                     if isinstance(answer, Exception):
                         raise answer
                 return answers

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tidewire.backend import Cluster, backend_at, redacted
+from tidewire.backend import Cluster, Sentinels, backend_at, redacted
 from tidewire.errors import ConfigurationError
 from tidewire.keys import Keys
 
@@ -25,6 +25,21 @@ def test_an_address_of_a_cluster_names_nodes_and_perhaps_a_user(url: str, expect
 
 
 @pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis+sentinel://a/main", Sentinels([("a", 26379)], "main", None, None, {})),
+        ("redis+sentinel://a:1,[::1]:2/my%20service/", Sentinels([("a", 1), ("::1", 2)], "my service", None, None, {})),
+        ("redis+sentinel://me:s%40c@a/main", Sentinels([("a", 26379)], "main", "me", "s@c", {})),
+        ("redis+sentinel://:one@a/main?sentinel_username=you&sentinel_password=t%26o", Sentinels(
+            [("a", 26379)], "main", None, "one", {"username": "you", "password": "t&o"}
+        )),
+    ],
+)  # fmt: skip
+def test_an_address_of_sentinels_names_a_service_and_perhaps_two_logins(url: str, expected: Sentinels) -> None:
+    assert Sentinels.parse(url) == expected
+
+
+@pytest.mark.parametrize(
     ("url", "said"),
     [
         ("redis+cluster://", "host:port,host:port"),
@@ -38,7 +53,12 @@ def test_an_address_of_a_cluster_names_nodes_and_perhaps_a_user(url: str, expect
         ("redis+cluster://a b", "host:port,host:port"),
         ("redis+cluster://a/3", "no numbered databases"),
         ("redis+cluster://a?db=3", "no numbered databases"),
-        ("redis+sentinel://a", "a single server or a cluster"),
+        ("redis+sentinel://a", "host:port,host:port/service"),
+        ("redis+sentinel://a/", "host:port,host:port/service"),
+        ("redis+sentinel:///main", "host:port,host:port/service"),
+        ("redis+sentinel://a:x/main", "host:port,host:port/service"),
+        ("redis+sentinel://a/main/0", "host:port,host:port/service"),
+        ("redis+sentinel://a/main?db=3", "sentinel_password"),
         ("http://a", "redis+cluster://host:6379"),
         ("redis://a:port", "redis://a:port"),
     ],
@@ -59,6 +79,7 @@ def test_what_is_no_address_is_refused_with_what_to_write(url: str, said: str) -
         ("redis+cluster://me:secret@a:1,b:2", "redis+cluster://me:…@a:1,b:2"),
         ("redis+cluster://:sec:r/e@t@a:1,b:2", "redis+cluster://:…@a:1,b:2"),
         ("redis+sentinel://:secret@a,b/main", "redis+sentinel://:…@a,b/main"),
+        ("redis+sentinel://a/main?sentinel_password=secret", "redis+sentinel://a/main?sentinel_password=…"),
         ("unix://me:secret@/run/redis.sock?db=1", "unix://me:…@/run/redis.sock?db=1"),
         ("redis://a?password=secret&db=1", "redis://a?password=…&db=1"),
     ],

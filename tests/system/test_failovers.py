@@ -1,0 +1,139 @@
+"""A master dies, or a slot moves, while messages flow: work goes on, and nobody is left with what is not so."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from tests import topologies
+from tests.helpers import wait_until
+from tidewire.client import Client
+from tidewire.errors import RequestError
+
+from .conftest import Up
+
+
+class Traffic:
+    """alice says something again and again; bob keeps a live view of the room."""
+
+    def __init__(self, alice: Client, bob: Client) -> None:
+        self.alice = alice
+        self.view: dict[Any, Any] = {}
+        self.acknowledged = 0
+        self.failed: list[str] = []
+        self.longest_pause_s = 0.0
+        self.bob = bob
+        self._stopping = False
+
+    async def write(self) -> None:
+        number, last = 0, time.monotonic()
+        while not self._stopping:
+            try:
+                await self.alice.put("messages", {"room": "lobby", "id": number, "author": "alice", "text": "x"})
+                self.acknowledged += 1
+            except RequestError as error:  # after half a minute of trying
+                self.failed.append(error.message)
+            now = time.monotonic()
+            self.longest_pause_s, last = max(self.longest_pause_s, now - last), now
+            number += 1
+            await asyncio.sleep(0.01)
+
+    async def look(self) -> None:
+        async for view in self.bob.live("messages", room="lobby"):
+            self.view = view
+
+    async def goes_on(self, count: int = 30) -> None:
+        """So many more are acknowledged, and seen."""
+        before = self.acknowledged
+        await wait_until(lambda: self.acknowledged >= before + count, "writes are acknowledged again", 60)
+        ids = len(self.view)
+        await wait_until(lambda: len(self.view) >= ids + 1, "and seen", 60)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+
+@contextlib.asynccontextmanager
+async def traffic(up: Up) -> AsyncIterator[Traffic]:
+    keys = up.keys()
+    async with up.client("alice", keys["alice"]) as alice, up.client("bob", keys["bob"]) as bob:
+        flowing = Traffic(alice, bob)
+        tasks = [asyncio.create_task(flowing.write()), asyncio.create_task(flowing.look())]
+        try:
+            await flowing.goes_on()
+            yield flowing
+            flowing.stop()
+            await asyncio.wait_for(tasks[0], 60)
+            stored = await everything(alice)
+            await wait_until(lambda: flowing.view == stored, "the view is what the store has", 60)
+            assert not tasks[1].done(), "nothing has ended the view"
+            resets = [len(client.welcomes) for client in (alice, bob)]
+            print(
+                f"{flowing.acknowledged} writes acknowledged, {len(stored)} there, {len(flowing.failed)} failed, "
+                f"longest pause {flowing.longest_pause_s:.1f} s, connections {resets}"
+            )
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+async def everything(client: Client) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    after: Any = None
+    while True:
+        bounds = {} if after is None else {"after": after}
+        page = await client.query("messages", "lobby", limit=1000, **bounds)
+        found |= {one["item"]["id"]: one["item"] for one in page["items"]}
+        if (after := page["next"]) is None:
+            return found
+
+
+def slot_of(value: str) -> int:
+    """Of all keys of the partition that holds this partition-key value."""
+    partition = binascii.crc_hqx(value.encode(), 0) % 8
+    return binascii.crc_hqx(f"p{partition}".encode(), 0) % topologies.SLOTS
+
+
+async def in_a_thread(work: Callable[..., Any], *args: Any) -> float:
+    """How long it took, in seconds."""
+    begun = time.monotonic()
+    await asyncio.to_thread(work, *args)
+    return time.monotonic() - begun
+
+
+async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
+    with topologies.sentinels() as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            print(f"failed over after {await in_a_thread(servers.fail_over):.1f} s")
+            await flowing.goes_on()
+            status = await up.status()
+            assert all(service["alive"] for service in status["services"] if service["kind"] == "store")
+
+
+async def test_a_replica_of_a_cluster_takes_the_place_of_its_master(new_up: Any) -> None:
+    with topologies.replicated_cluster() as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            killed: list[topologies.Server] = []
+            took_s = await in_a_thread(lambda: killed.append(servers.fail_over(slot_of("lobby"))))
+            print(f"the master of the room failed over after {took_s:.1f} s")
+            await flowing.goes_on()
+            await in_a_thread(servers.come_back, killed.pop())
+            took_s = await in_a_thread(lambda: killed.append(servers.fail_over(slot_of("bob"))))
+            print(f"the master of bob's feed failed over after {took_s:.1f} s")
+            await flowing.goes_on()
+
+
+async def test_slots_of_a_cluster_move_to_another_master(new_up: Any) -> None:
+    with topologies.replicated_cluster(replicas=0) as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            for value in ("lobby", "bob", "lobby"):
+                await in_a_thread(servers.move, slot_of(value))
+                await flowing.goes_on()
