@@ -184,6 +184,13 @@ class Sentinels:
         _until("it is a master", lambda: self.master().redis.role()[0] == "master")
         return killed
 
+    def switch(self) -> None:
+        """Let the two change places while both live, as an operator does before maintenance."""
+        before = self.master()
+        self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire")
+        _until("the replica has taken over", lambda: self.master() is not before)
+        _until("the other follows", lambda: _follows(before.redis))
+
     def come_back(self, server: Server) -> None:
         """Start it again, and wait until it follows who has taken its place."""
         server.start()

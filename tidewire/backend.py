@@ -5,6 +5,7 @@ Every key has a hash tag, and each call stays with one tag: so the same calls do
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -234,23 +235,52 @@ class ClusterBackend(Backend):
 
 
 class SentinelBackend(Backend):
-    """A stage on the master that sentinels name: it is asked for whenever a connection is made."""
+    """A stage on the master that sentinels name: it is asked for whenever a connection is made, and once a second.
+
+    An operator's `SENTINEL FAILOVER` leaves the old master alive, and willing, until the sentinels have told it whom to
+    follow, ten seconds later; what it accepts meanwhile is lost. So nobody stays with it who can know better.
+    """
 
     def __init__(self, address: Sentinels, keys: Keys) -> None:
         options: Any = {"socket_timeout": 2.0, **address.sentinel}
         self._sentinels: Any = Sentinel(address.nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        self._service = address.service
 
         def master(chosen: dict[str, Any]) -> Redis:
             login = {"username": address.username, "password": address.password}
             return cast(Redis, self._sentinels.master_for(address.service, **login, **chosen))
 
         commands = master(_COMMANDS)
-        super().__init__(commands, master(_BLOCKING), keys, Wire(commands.connection_pool.make_connection))
+        self._lines = Wire(commands.connection_pool.make_connection)
+        super().__init__(commands, master(_BLOCKING), keys, self._lines)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def reach(self) -> None:
+        await super().reach()
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch(await self._master()))
 
     async def __aexit__(self, *_: object) -> None:
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
         await super().__aexit__()
         for sentinel in self._sentinels.sentinels:
             await sentinel.aclose()
+
+    async def _master(self) -> tuple[str, int]:
+        found: tuple[str, int] = await self._sentinels.discover_master(self._service)
+        return found
+
+    async def _watch(self, master: tuple[str, int]) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            with contextlib.suppress(RedisError, OSError):
+                if (found := await self._master()) != master:
+                    master = found
+                    self._lines.lose("the sentinels name another master")
+                    for client in (self.commands, self._blocking):
+                        await client.connection_pool.disconnect()
 
 
 class _Client(RedisCluster):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -37,6 +38,7 @@ class Wire:
         self._connection = connection
         self._line: _Line | None = None
         self._connecting = asyncio.Lock()
+        self._others: weakref.WeakSet[Wire] = weakref.WeakSet()
 
     async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """The answers of all commands. An error is raised when all are done."""
@@ -67,7 +69,16 @@ class Wire:
 
     def another(self) -> Wire:
         """One to the same server, whose commands do not wait for those that go this way."""
-        return Wire(self._connection)
+        made = Wire(self._connection)
+        self._others.add(made)
+        return made
+
+    def lose(self, why: str) -> None:
+        """Whoever waits for an answer, here or at another of these, asks again on a new connection."""
+        if self._line:
+            self._line.lose(ConnectionError(why))
+        for other in self._others:
+            other.lose(why)
 
     async def aclose(self) -> None:
         if self._line:

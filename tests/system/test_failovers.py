@@ -116,6 +116,14 @@ async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
             assert all(service["alive"] for service in status["services"] if service["kind"] == "store")
 
 
+async def test_sentinels_let_master_and_replica_change_places(new_up: Any) -> None:
+    with topologies.sentinels() as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            print(f"changed places after {await in_a_thread(servers.switch):.1f} s")
+            await flowing.goes_on()
+
+
 async def test_a_replica_of_a_cluster_takes_the_place_of_its_master(new_up: Any) -> None:
     with topologies.replicated_cluster() as servers:
         up = new_up("--redis", servers.url)
