@@ -1,0 +1,56 @@
+"""Which faults happen when. Pure: the same seed gives the same schedule."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+SERVICES = ("gateway", "store", "broadcaster", "authorizer")
+PAUSE_S = (4.0, 7.0)
+"""How long a process is stopped: longer than a lease, which is 3 s."""
+
+
+class Fault(NamedTuple):
+    """One thing that goes wrong."""
+
+    at_s: float  # since the beginning
+    kind: str
+    service: str | None  # whom it befalls
+    number: int  # which of them
+    lasts_s: float  # 0 for what happens at once
+
+
+ANYWHERE = tuple((kind, service) for kind in ("kill", "pause") for service in SERVICES)
+"""What may happen whatever the servers are."""
+BEHIND_PROXIES = tuple(
+    (kind, service) for kind in ("cut", "hold", "slow", "swallow") for service in SERVICES
+)
+AT: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "embedded": (*ANYWHERE, *BEHIND_PROXIES, ("kill_redis", None), ("kill_redis", None)),
+    "sentinel": (*ANYWHERE, *(3 * (("fail_over", None), ("change_places", None)))),
+    "cluster": (*ANYWHERE, *(3 * (("fail_over", None), ("move_slot", None)))),
+}
+"""The faults of each topology; what is there more than once is as much more likely."""
+
+
+def schedule(topology: str, seed: int, seconds: float, kinds: frozenset[str] | None = None) -> list[Fault]:
+    """One fault after another, with a few seconds between the end of one and the next; all have ended by then."""
+    choice = random.Random(seed)
+    choices = [one for one in AT[topology] if kinds is None or one[0] in kinds]
+    faults: list[Fault] = []
+    at_s = 5.0
+    bag: list[tuple[str, str | None]] = []
+    while choices:
+        if not bag:  # each of them once, in another order each time
+            bag = choice.sample(choices, len(choices))
+        kind, service = bag.pop()
+        lasts_s = 0.0
+        if kind in ("pause", "hold"):
+            lasts_s = choice.uniform(*PAUSE_S)
+        elif kind in ("cut", "slow"):
+            lasts_s = choice.uniform(0.0, 4.0)
+        if at_s + lasts_s + 5.0 > seconds:
+            break
+        faults.append(Fault(round(at_s, 2), kind, service, choice.randrange(2), round(lasts_s, 2)))
+        at_s += lasts_s + choice.uniform(1.0, 5.0)
+    return faults

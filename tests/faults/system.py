@@ -1,0 +1,241 @@
+"""The processes under test: a topology of Redis, two of each service, and what can be done to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from redis.crc import key_slot
+
+from tests import topologies
+from tests.helpers import free_port, wait_until
+from tidewire.backend import Backend, connect, connect_existing
+from tidewire.keys import Keys
+from tidewire.services.cli.embedded import Embedded
+
+from .proxy import Proxy
+from .schedule import SERVICES, Fault
+
+APP = "tests.faults.app:app"
+ROOT = Path(__file__).parents[2]
+PER_SERVICE = 2
+SLOTS_MOVED = 3
+
+
+class Process:
+    """One process, started again whenever it ends."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path, folder: Path = ROOT) -> None:
+        self._command = command
+        self._folder = folder
+        self._environment = environment
+        self._log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        with open(self._log, "a") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._keeper = self._keeper or asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(0.2)
+            if self.process and self.process.poll() is not None:
+                self.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process
+        self.process.send_signal(number)
+
+    async def end(self) -> None:
+        if self._keeper:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Alone:
+    """A single server with its append-only file, as `tidewire up` runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        data = folder / "redis"
+        data.mkdir()
+        self._embedded = Embedded(data)
+        self.port, self.url = self._embedded.port, self._embedded.url
+        self._process = Process(self._embedded.command(), dict(os.environ), folder / "redis.log")
+
+    async def start(self) -> None:
+        self._process.start()
+
+    async def do(self, fault: Fault) -> None:
+        """It is killed, and comes back with what is in its file."""
+        assert fault.kind == "kill_redis"
+        self._process.signal(signal.SIGKILL)
+
+    async def end(self) -> None:
+        await self._process.end()
+
+
+class Watched:
+    """A master and a replica, watched by sentinels."""
+
+    port = None
+
+    def __init__(self, folder: Path) -> None:
+        self._servers = topologies.Sentinels(folder)
+        self.url = self._servers.url
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._servers.start)
+
+    async def do(self, fault: Fault) -> None:
+        """The replica becomes the master, because that one died, or because somebody said so."""
+        if fault.kind == "change_places":
+            await asyncio.to_thread(self._servers.switch)
+        else:
+            killed = await asyncio.to_thread(self._servers.fail_over)
+            await asyncio.to_thread(self._servers.come_back, killed)
+
+    async def end(self) -> None:
+        self._servers.close()
+
+
+class Sharded:
+    """Three masters with a replica each."""
+
+    port = None
+
+    def __init__(self, folder: Path) -> None:
+        self._servers = topologies.Cluster(folder, 3, 1)
+        self.url = self._servers.url
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._servers.start)
+
+    async def do(self, fault: Fault) -> None:
+        """A replica takes over, or slots with keys in them go to another master."""
+        keys = Keys("dev", 8)
+        slots = [key_slot(keys.changes(partition)) for partition in range(8)]
+        choice = random.Random(f"{fault.at_s}{fault.number}")
+        if fault.kind == "move_slot":
+            for slot in choice.sample(slots, SLOTS_MOVED):
+                await asyncio.to_thread(self._servers.move, slot)
+        else:
+            killed = await asyncio.to_thread(self._servers.fail_over, choice.choice(slots))
+            await asyncio.to_thread(self._servers.come_back, killed)
+
+    async def end(self) -> None:
+        self._servers.close()
+
+
+TOPOLOGIES: dict[str, Any] = {"embedded": Alone, "sentinel": Watched, "cluster": Sharded}
+
+
+class System:
+    """All of it, running. `url` is what clients connect to: the gateways share its port."""
+
+    def __init__(self, folder: Path, topology: str, code: Path | None = None) -> None:
+        self.folder = folder
+        self.redis: Any = TOPOLOGIES[topology](folder)
+        self.ws_port = free_port()
+        self.url = f"ws://127.0.0.1:{self.ws_port}"
+        self._code = code or ROOT
+        self._http_port = free_port()
+        self._services: dict[str, list[Process]] = {}
+        self._proxies: dict[str, list[Proxy]] = {}
+        self._admin_ports: list[int] = []
+        self._proxied = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        await self.redis.start()
+        await wait_until(self._answers, "Redis answers")
+        for service in SERVICES:
+            self._services[service] = [await self._new(service, number) for number in range(PER_SERVICE)]
+        await wait_until(self._ready, f"all services are ready: {self.folder}", 60)
+
+    async def end(self) -> None:
+        for processes in self._services.values():
+            for process in processes:
+                await process.end()
+        await self._proxied.aclose()
+        await self.redis.end()
+
+    @contextlib.asynccontextmanager
+    async def backend(self) -> AsyncIterator[Backend]:
+        async with await connect_existing(self.redis.url, "dev", 8) as backend:
+            yield backend
+
+    async def do(self, fault: Fault) -> None:
+        """Until it is over."""
+        if fault.service is None:
+            await self.redis.do(fault)
+            return
+        process = self._services[fault.service][fault.number]
+        if fault.kind == "kill":
+            process.signal(signal.SIGKILL)
+        elif fault.kind == "pause":
+            process.signal(signal.SIGSTOP)
+            await asyncio.sleep(fault.lasts_s)
+            process.signal(signal.SIGCONT)
+        else:
+            proxy = self._proxies[fault.service][fault.number]
+            if fault.kind == "swallow":
+                await proxy.swallow()
+            else:
+                await getattr(proxy, fault.kind)(fault.lasts_s)
+
+    def proxies(self, service: str) -> list[Proxy]:
+        """Between the processes of a service and Redis; none where there are several servers."""
+        return self._proxies[service]
+
+    async def _new(self, service: str, number: int) -> Process:
+        url = self.redis.url
+        if self.redis.port is not None:
+            proxy = await self._proxied.enter_async_context(Proxy(self.redis.port))
+            self._proxies.setdefault(service, []).append(proxy)
+            url = url.replace(f":{self.redis.port}", f":{proxy.port}")
+        self._admin_ports.append(free_port())
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join((str(self._code), str(ROOT))),
+            "TIDEWIRE_REDIS": url,
+            "TIDEWIRE_WS_PORT": str(self.ws_port),
+            "TIDEWIRE_HTTP_PORT": str(self._http_port),
+            "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[-1]),
+            "TIDEWIRE_LOG_LEVEL": "warning",
+        }
+        command = [sys.executable, "-m", "tidewire.services.cli.main", service, APP]
+        process = Process(command, environment, self.folder / f"{service}-{number}.log", self._code)
+        process.start()
+        return process
+
+    async def _answers(self) -> bool:
+        with contextlib.suppress(Exception):
+            async with await connect(self.redis.url, Keys("dev", 8)):
+                return True
+        return False
+
+    async def _ready(self) -> bool:
+        return all([await asyncio.to_thread(_is_ready, port) for port in self._admin_ports])
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
