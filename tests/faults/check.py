@@ -278,7 +278,7 @@ def _check_segment(
     for partition in sent.keys() | partitions.keys():
         frames = partitions.get(partition, [])
         _check_partition(expected, sent.get(partition, {}), f"{who}, partition {partition}", segment, frames, report)
-    _check_messages(sent, who, segment, messages, report)
+    _check_messages(sent, who, segment, messages, report, may_fall_back=may_fall_back)
 
 
 def _is_message(frames: Counter[Frame]) -> bool:
@@ -286,7 +286,13 @@ def _is_message(frames: Counter[Frame]) -> bool:
 
 
 def _check_messages(
-    sent: dict[int, dict[Place, Counter[Frame]]], who: str, segment: Segment, messages: list[Got], report: Report
+    sent: dict[int, dict[Place, Counter[Frame]]],
+    who: str,
+    segment: Segment,
+    messages: list[Got],
+    report: Report,
+    *,
+    may_fall_back: bool,
 ) -> None:
     """Frames of messages have no position: they come in the order in which they were sent."""
     due = [
@@ -302,7 +308,9 @@ def _check_messages(
         if frame in seen:
             report.add("double", who, f"message {one.body}")
         elif number is None:
-            report.add("phantom" if segment.is_last else "lost", who, f"message {one.body} is no change of the store's")
+            report.phantoms += 1
+            if segment.is_last or not may_fall_back:
+                report.add("phantom", who, f"message {one.body} is no change of the store's")
         else:
             if last is not None and number < last:
                 report.add("disorder", who, f"message {one.body}")
