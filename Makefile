@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 2
+TOPOLOGY ?= embedded
+SEED ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,7 +16,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test test-long check format wheel-check clean
+.PHONY: help install up test test-long faults check format wheel-check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +43,9 @@ check: $(INSTALLED) ## lint, format, types, import contracts
 format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by itself
 	$(BIN)/ruff check --fix-only . $(SCRIPTS)
 	$(BIN)/ruff format . $(SCRIPTS)
+
+faults: $(INSTALLED) ## everything under faults, checked: make faults MINUTES=10 TOPOLOGY=cluster SEED=7
+	@$(BIN)/python -m tests.faults.run --minutes $(MINUTES) --topology $(TOPOLOGY) $(if $(SEED),--seed $(SEED))
 
 wheel-check: $(INSTALLED) ## build the wheel and use it as a stranger would, in an empty environment
 	@$(BIN)/python .ci/wheel-check

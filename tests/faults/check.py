@@ -31,7 +31,7 @@ Feed = tuple[str, str]
 
 
 class Violation(NamedTuple):
-    kind: str  # loss, double, disorder, leak, phantom, reset, live
+    kind: str  # loss, double, disorder, leak, phantom, reset, live (of a view), stuck
     who: str
     what: str
 
@@ -139,7 +139,7 @@ def expect(history: Iterable[Written]) -> Expected:
 
 
 def _both(change: Change, audience: Any) -> tuple[set[Feed], set[Feed]]:
-    return tuple(set() if image is None else audience(image) for image in (change.old, change.new))  # type: ignore[return-value]
+    return tuple(set() if image is None else audience(image) for image in (change.old, change.new))
 
 
 def _tell(expected: Expected, one: Written, before: set[Feed], after: set[Feed] | None) -> None:
@@ -468,9 +468,7 @@ def check_connections(readers: Sequence[ReaderLog], report: Report) -> None:
                 report.add("disorder", reader.name, f"{one.cursor} of {feed[1]} is another frame elsewhere")
 
 
-def check_steps(
-    history: Sequence[Written], who: str, steps: Sequence[tuple[Any, str]], report: Report
-) -> None:
+def check_steps(history: Sequence[Written], who: str, steps: Sequence[tuple[Any, str]], report: Report) -> None:
     """No item of a live view goes back, but after it was empty."""
     places = {one.change.request: one.place for one in history if one.change.request}
     last: dict[Any, Place] = {}

@@ -27,6 +27,7 @@ PAIR = ("pair-a", "pair-b")
 """Written together: a live view shows both as of the same transaction."""
 SECRET = "what only service keys may see"
 PATIENCE_S = 40.0
+AWAY_S = 11.0
 
 
 def digest(image: Any) -> int | None:
@@ -90,6 +91,10 @@ class Pace(NamedTuple):
     reads_s: tuple[float, float] = (4.0, 20.0)
     """How long a reader stays connected."""
     users: int = 12
+    notes: int = 30
+    """Of how many ids notes are."""
+    flees: bool = False
+    """Whether all are in all rooms, and leave them, for a while, a second after a fault has begun."""
 
 
 ALL = Pace(
@@ -224,6 +229,7 @@ class Load:
     def __init__(self, url: str, seed: int, pace: Pace) -> None:
         self.readers: list[Reader] = []
         self.viewers: list[Viewer] = []
+        self._looking: list[Reader | Viewer] = []
         self.acknowledged: list[Acknowledged] = []
         self.refused = 0
         self.unknown = 0
@@ -232,7 +238,10 @@ class Load:
         self._seed = seed
         self._pace = pace
         self._numbers = itertools.count(1)
+        note = _put("notes", id=lambda choice, _: _id(choice, pace.notes), room=lambda choice, _: choice.choice(ROOMS))
+        self._writes = _WRITES | {"note": note}
         self._stopping = asyncio.Event()
+        self._fleeing = asyncio.Event()
         self._writing: list[asyncio.Task[None]] = []
         self._reading: list[asyncio.Task[None]] = []
 
@@ -253,24 +262,29 @@ class Load:
                 self.readers.append(
                     Reader(self._url, user, topics, self._pace, f"{self._seed} reader {user.name} {place}")
                 )
-        for user in users[:2] if self._pace is ALL else []:
+        for user in users[:2]:
             seed = f"{self._seed} viewer {user.name}"
             self.viewers.append(Viewer(self._url, user, "messages", {"room": LOBBY}, seed))
             self.viewers.append(Viewer(self._url, user, "notices", {"tenant": user.tenant}, seed))
-        for one in (*self.readers, *self.viewers):
+        self._looking = [*self.readers, *self.viewers]
+        for one in self._looking:
             self._reading.append(asyncio.create_task(one.run()))
-        for one in (*self.readers, *self.viewers):
+        for one in self._looking:
             await asyncio.wait_for(one.connected.wait(), 60)
         for user in users:
             self._writing.append(asyncio.create_task(self._write(user)))
-            self._writing.append(asyncio.create_task(self._come_and_go(user)))
+            self._writing.append(asyncio.create_task(self._flee(user) if self._pace.flees else self._come_and_go(user)))
         self._writing.append(asyncio.create_task(self._serve(service)))
+
+    def fault(self) -> None:
+        """One has begun."""
+        asyncio.get_running_loop().call_later(1.0, self._fleeing.set)
 
     async def stop_writing(self) -> None:
         """Until nobody waits for an answer any more. Readers stay connected from now on."""
         self._stopping.set()
         await asyncio.gather(*self._writing)
-        for one in (*self.readers, *self.viewers):
+        for one in self._looking:
             one.stay()
 
     async def end(self) -> None:
@@ -306,7 +320,7 @@ class Load:
         async with Client(self._url, user.key, timeout_s=PATIENCE_S) as client:
             while not self._stopping.is_set():
                 (kind,) = choice.choices(kinds, weights)
-                await self._done(kind, lambda w: _WRITES[kind](client, choice, user, w))  # noqa: B023 - awaited here
+                await self._done(kind, lambda w: self._writes[kind](client, choice, user, w))  # noqa: B023 - awaited here
                 await asyncio.sleep(choice.expovariate(sum(weights)))
 
     async def _come_and_go(self, user: User) -> None:
@@ -325,6 +339,23 @@ class Load:
                     inside.add(room)
                     item = {"room": room, "user": user.name}
                     await self._done("join", lambda w: client.put("members", item | {"w": w}, request=w))  # noqa: B023
+
+    async def _flee(self, user: User) -> None:
+        async with Client(self._url, user.key, timeout_s=PATIENCE_S) as client:
+            while not self._stopping.is_set():
+                for room in ROOMS:
+                    item = {"room": room, "user": user.name}
+                    await self._done("join", lambda w: client.put("members", item | {"w": w}, request=w))  # noqa: B023
+                self._fleeing.clear()
+                ends = [asyncio.create_task(event.wait()) for event in (self._fleeing, self._stopping)]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for end in ends:
+                    end.cancel()
+                for room in ROOMS:
+                    key = {"room": room, "user": user.name}
+                    await self._done("leave", lambda w: client.delete("members", key, request=w))  # noqa: B023
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), AWAY_S)
 
     async def _serve(self, key: str) -> None:
         """What only service keys may: messages to users, and attributes that are hidden."""
@@ -391,6 +422,5 @@ _WRITES: dict[str, Callable[..., Any]] = {
         "things", id=lambda choice, _: _id(choice, 20), owner=lambda choice, _: f"u{choice.randrange(12):02}"
     ),
     "unit": _put("units", id=lambda choice, _: _id(choice, 15), cell=lambda choice, _: choice.choice(CELLS)),
-    "note": _put("notes", id=lambda choice, _: _id(choice, 30), room=lambda choice, _: choice.choice(ROOMS)),
     "notice": _put("notices", tenant=lambda _, user: user.tenant, id=lambda choice, _: _id(choice, 10)),
 }

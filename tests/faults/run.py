@@ -1,6 +1,6 @@
 """One run: the system, its users, the faults of a seed, and what the checker says.
 
-    python -m tests.faults.run --minutes 10 --seed 7 --topology cluster
+python -m tests.faults.run --minutes 10 --seed 7 --topology cluster
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from tests.helpers import wait_until
 from tidewire.backend import Backend
 from tidewire.client import Client
+from tidewire.errors import TidewireError
 from tidewire.records import Change, stream_id, unpack
 
 from .check import (
@@ -39,6 +40,8 @@ from .system import System
 
 SETTLE_S = 16.0
 """After the last write: also what nobody announced has been looked for by then."""
+ANSWERED_S = 60.0
+"""By then whoever writes has had an answer, if only that there is none."""
 SHOWN = 10
 
 
@@ -88,21 +91,26 @@ async def run(
     pace: Pace = ALL,
     faults: list[Fault] | None = None,
     code: Path | None = None,
+    partitions: int = 8,
+    settle_s: float = SETTLE_S,
     progress: bool = False,
 ) -> Outcome:
-    """Everything, from the first process to the checker's word."""
+    """Everything, from the first process to the checker's word. `code` is a folder with another Tidewire in it."""
     planned = schedule(topology, seed, seconds) if faults is None else faults
     outcome = Outcome(seed, topology, seconds)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        system = System(Path(folder), topology, code)
+        system = System(Path(folder), topology, code, partitions)
         load = Load(system.url, seed, pace)
         try:
             await system.start()
             async with system.backend() as backend:
                 await load.start(backend)
             windows = await _inject(system, load, planned, outcome, seconds, progress=progress)
-            await asyncio.wait_for(load.stop_writing(), 120)
-            await asyncio.sleep(SETTLE_S)
+            try:
+                await asyncio.wait_for(load.stop_writing(), ANSWERED_S)
+            except TimeoutError:
+                outcome.report.add("stuck", "writers", f"no answer within {ANSWERED_S:.0f} s after the last fault")
+            await asyncio.sleep(settle_s)
             async with system.backend() as backend:
                 history = await read_history(backend)
             await _views(system, load, outcome)
@@ -154,6 +162,7 @@ async def _inject(
         await _wait(begun, fault.at_s, load, outcome, seconds, progress=progress)
         kind = f"{fault.kind} {fault.service}" if fault.service else fault.kind
         since = time.time() * 1000
+        load.fault()
         await system.do(fault)
         outcome.faults[kind] += 1
         windows.append((since, time.time() * 1000, kind))
@@ -194,7 +203,7 @@ async def read_history(backend: Backend) -> list[Written]:
 async def _views(system: System, load: Load, outcome: Outcome) -> None:
     """Live views beside what the store gives who asks."""
     for viewer in load.viewers:
-        async with Client(system.url, viewer.user.key, timeout_s=60) as client:
+        async with Client(system.url, viewer.user.key, timeout_s=20) as client:
             (value,) = viewer.key.values()
 
             async def stored(client: Client = client, viewer: Viewer = viewer, value: str = value) -> dict[str, Any]:
@@ -203,6 +212,8 @@ async def _views(system: System, load: Load, outcome: Outcome) -> None:
 
             try:
                 await wait_until(lambda viewer=viewer, stored=stored: viewer.equals(stored), "it is", 15)  # type: ignore[misc]
+            except TidewireError as error:
+                outcome.report.add("live", _named(viewer), f"the store cannot be asked: {error}")
             except AssertionError:
                 store = await stored()
                 differing = sorted(

@@ -22,9 +22,14 @@ class Fault(NamedTuple):
 
 ANYWHERE = tuple((kind, service) for kind in ("kill", "pause") for service in SERVICES)
 """What may happen whatever the servers are."""
-BEHIND_PROXIES = tuple(
-    (kind, service) for kind in ("cut", "hold", "slow", "swallow") for service in SERVICES
+BEHIND_PROXIES = (
+    *((kind, service) for kind in ("cut", "hold", "slow", "swallow") for service in SERVICES),
+    *(("hold_commit", service) for service in ("store", "broadcaster")),
+    *((kind, service) for kind in ("swallow_read", "swallow_commit") for service in ("store", "broadcaster")),
+    ("hold_link", "broadcaster"),
+    ("swallow_link", "broadcaster"),
 )
+"""What may happen to the way between a service and a single server; some at a command that it is about."""
 AT: dict[str, tuple[tuple[str, str | None], ...]] = {
     "embedded": (*ANYWHERE, *BEHIND_PROXIES, ("kill_redis", None), ("kill_redis", None)),
     "sentinel": (*ANYWHERE, *(3 * (("fail_over", None), ("change_places", None)))),
@@ -45,7 +50,7 @@ def schedule(topology: str, seed: int, seconds: float, kinds: frozenset[str] | N
             bag = choice.sample(choices, len(choices))
         kind, service = bag.pop()
         lasts_s = 0.0
-        if kind in ("pause", "hold"):
+        if kind == "pause" or kind.startswith("hold"):
             lasts_s = choice.uniform(*PAUSE_S)
         elif kind in ("cut", "slow"):
             lasts_s = choice.uniform(0.0, 4.0)

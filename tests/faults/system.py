@@ -19,7 +19,7 @@ from redis.crc import key_slot
 
 from tests import topologies
 from tests.helpers import free_port, wait_until
-from tidewire.backend import Backend, connect, connect_existing
+from tidewire.backend import Backend, connect_existing
 from tidewire.keys import Keys
 from tidewire.services.cli.embedded import Embedded
 
@@ -30,6 +30,8 @@ APP = "tests.faults.app:app"
 ROOT = Path(__file__).parents[2]
 PER_SERVICE = 2
 SLOTS_MOVED = 3
+COMMANDS = {"": b"FCALL", "read": b"$5\r\nbatch", "commit": b"$6\r\ncommit", "link": b"$11\r\nlink_append"}
+"""What a fault's kind may name, as it is on the wire."""
 
 
 class Process:
@@ -149,8 +151,9 @@ TOPOLOGIES: dict[str, Any] = {"embedded": Alone, "sentinel": Watched, "cluster":
 class System:
     """All of it, running. `url` is what clients connect to: the gateways share its port."""
 
-    def __init__(self, folder: Path, topology: str, code: Path | None = None) -> None:
+    def __init__(self, folder: Path, topology: str, code: Path | None = None, partitions: int = 8) -> None:
         self.folder = folder
+        self._partitions = partitions
         self.redis: Any = TOPOLOGIES[topology](folder)
         self.ws_port = free_port()
         self.url = f"ws://127.0.0.1:{self.ws_port}"
@@ -177,7 +180,7 @@ class System:
 
     @contextlib.asynccontextmanager
     async def backend(self) -> AsyncIterator[Backend]:
-        async with await connect_existing(self.redis.url, "dev", 8) as backend:
+        async with await connect_existing(self.redis.url, "dev", self._partitions) as backend:
             yield backend
 
     async def do(self, fault: Fault) -> None:
@@ -194,10 +197,13 @@ class System:
             process.signal(signal.SIGCONT)
         else:
             proxy = self._proxies[fault.service][fault.number]
-            if fault.kind == "swallow":
-                await proxy.swallow()
+            kind, _, at = fault.kind.partition("_")
+            if kind == "swallow":
+                await proxy.swallow(COMMANDS[at])
+            elif at:
+                await proxy.hold(fault.lasts_s, COMMANDS[at])
             else:
-                await getattr(proxy, fault.kind)(fault.lasts_s)
+                await getattr(proxy, kind)(fault.lasts_s)
 
     def proxies(self, service: str) -> list[Proxy]:
         """Between the processes of a service and Redis; none where there are several servers."""
@@ -216,6 +222,7 @@ class System:
             "TIDEWIRE_WS_PORT": str(self.ws_port),
             "TIDEWIRE_HTTP_PORT": str(self._http_port),
             "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[-1]),
+            "TIDEWIRE_PARTITIONS": str(self._partitions),
             "TIDEWIRE_LOG_LEVEL": "warning",
         }
         command = [sys.executable, "-m", "tidewire.services.cli.main", service, APP]
@@ -225,8 +232,8 @@ class System:
 
     async def _answers(self) -> bool:
         with contextlib.suppress(Exception):
-            async with await connect(self.redis.url, Keys("dev", 8)):
-                return True
+            async with self.backend() as backend:  # nothing is loaded there: that is for the code under test
+                return bool(await backend.now_ms())
         return False
 
     async def _ready(self) -> bool:
