@@ -28,7 +28,7 @@ from typing import Any
 from tidewire import App, user
 from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.functions import Append
+from tidewire.functions import Append, FeedBounds
 from tidewire.keys import Keys
 from tidewire.records import Change, FeedBody, Position, pack
 from tidewire.services.cli.embedded import Embedded, free_port
@@ -85,10 +85,10 @@ class Appends:
         keys = Keys(f"append{recipients}", 1)
         self._home = keys.home(0)
         self._feeds = tuple(keys.user_feed(f"user{n}") for n in range(recipients))
-        self._bare = [entries + b":floor" for _, entries in self._feeds]
+        self._bare = [entries + b":floor" for entries in self._feeds]
         self._body = body()
         self._ids = itertools.count(1)
-        self._most = Settings().resume_entries
+        self._most = FeedBounds(Settings().resume_entries, Settings().resume_bytes)
         self._fcall = backend.functions._redis.fcall
 
     async def open(self) -> None:
@@ -102,7 +102,7 @@ class Appends:
     async def floor(self) -> None:
         position = f"0-0-1795409459002-{next(self._ids)}"
         head = f"1795409459002 1000000 0123456789 {position}\n"
-        args = (self._most, "0123456789", position, self._body, head)
+        args = (self._most.entries, "0123456789", position, self._body, head)
         await self._fcall("floor", len(self._bare), *self._bare, *args)
 
 
@@ -155,7 +155,7 @@ async def write_changes(backend: Backend) -> None:
     now = int(time.time() * 1000)
     for number in range(USERS):
         feed = keys.user_feed(f"user{number}")
-        await backend.functions.feed_open(keys.home_of(feed[0]), feed, 3_600_000)
+        await backend.functions.feed_open(keys.home_of(feed), feed, 3_600_000)
     for partition in range(PARTITIONS):
         await backend.ensure_group(keys.changes(partition), "broadcaster")
     for first in range(0, CHANGES, 1000):
@@ -172,19 +172,22 @@ async def memory(backend: Backend) -> bool:
     """What feeds cost, by the server's own count."""
     redis = backend.commands
     node_bytes = (await redis.config_get("stream-node-max-bytes"))["stream-node-max-bytes"]
-    print(f"memory of a feed, with stream-node-max-bytes {node_bytes}: (state, entries) in bytes")
-    state_bytes = 0
+    print(f"memory of a feed, with stream-node-max-bytes {node_bytes}: its entries, in bytes")
     for entries in (1, 10, 100, 1000):
         keys = Keys(f"memory{entries}", 1)
         feed = keys.user_feed("a-user-of-20-letters")
         await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
         for number in range(entries):
             append = Append(Position(0, 0, 1_795_409_459_002, number), 1, body(), (feed,))
-            await backend.functions.link_append(keys.home(0), "b:0", 1, 1000, [append])
-        state, stream = [int(await redis.memory_usage(key, samples=0) or 0) for key in feed]
-        state_bytes = max(state_bytes, state)
-        print(f"{entries:6} entries of {len(body())} bytes: {state:4} + {stream:8,}, {stream / entries:,.0f} an entry")
-    return state_bytes <= GOAL_BYTES
+            await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [append])
+        stream = int(await redis.memory_usage(feed, samples=0) or 0)
+        print(f"{entries:6} entries of {len(body())} bytes: {stream:8,}, {stream / entries:,.0f} an entry")
+    keys = Keys("memory", 1)
+    for number in range(USERS * 10):
+        await backend.functions.feed_open(keys.home(0), keys.user_feed(f"a-user-of-20-let{number:04}"), 3_600_000)
+    state = int(await redis.memory_usage(keys.home(0).feeds, samples=0) or 0) / (USERS * 10)
+    print(f"the state of a feed, one of {USERS * 10:,} of its partition: {state:.0f} bytes")
+    return state <= GOAL_BYTES
 
 
 async def compare(backend: Backend, child: Child, rounds: int, seconds: float) -> None:

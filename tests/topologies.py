@@ -192,8 +192,10 @@ class Sentinels:
         _until("the other follows", lambda: _follows(before.redis))
 
     def come_back(self, server: Server) -> None:
-        """Start it again, and wait until it follows who has taken its place."""
+        """Start it again, as a replica of who has taken its place, and wait until it is one."""
         server.start()
+        _until("it answers", server.redis.ping)
+        server.redis.replicaof("127.0.0.1", self.master().port)  # the sentinels would see to it, in a while
         _until("it follows", lambda: _follows(server.redis))
 
     def close(self) -> None:

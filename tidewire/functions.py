@@ -87,7 +87,14 @@ class Append(NamedTuple):
     position: Position
     first: int  # number of its first effect within the change, from 1 on
     body: bytes
-    feeds: tuple[tuple[bytes, bytes], ...]
+    feeds: tuple[bytes, ...]
+
+
+class FeedBounds(NamedTuple):
+    """What a feed keeps at most, about."""
+
+    entries: int
+    bytes: int
 
 
 class Effect(NamedTuple):
@@ -206,16 +213,16 @@ class Functions:
         """Announce a new owner of the source at a destination, before its first read; and where the source fell to."""
         await self._call("link_stamp", to, source, epoch, *fell)
 
-    async def link_append(self, to: Home, source: str, epoch: int, most_entries: int, appends: Iterable[Append]) -> int:
+    async def link_append(self, to: Home, source: str, epoch: int, most: FeedBounds, appends: Iterable[Append]) -> int:
         """Append to the open ones of the feeds what they have not had yet; how many entries that was."""
-        keys, index = list(to), dict[tuple[bytes, bytes], int]()
-        args: list[Arg] = [source, epoch, most_entries]
+        keys, index = list(to), dict[bytes, int]()
+        args: list[Arg] = [source, epoch, *most]
         for append in appends:
             args += [*append.position, append.first, append.body, len(append.feeds)]
             for feed in append.feeds:
                 if feed not in index:
                     index[feed] = len(index) + 1
-                    keys += feed
+                    keys.append(feed)
                 args.append(index[feed])
         return int(await self._call("link_append", keys, *args))
 
@@ -236,17 +243,19 @@ class Functions:
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def feed_open(self, home: Home, feed: tuple[bytes, bytes], window_ms: int) -> FeedState:
+    async def feed_open(self, home: Home, feed: bytes, window_ms: int) -> FeedState:
         """Open the feed, or keep it open, for that long."""
-        epoch, seq, tag = await self._call("feed_open", (*home[:2], *feed), window_ms)
+        epoch, seq, tag = await self._call("feed_open", (*home, feed), window_ms)
         return FeedState(epoch.decode(), int(seq), tag.decode())
 
-    async def feed_read(
-        self, home: Home, feed: tuple[bytes, bytes], after: int, count: int
-    ) -> tuple[FeedState, list[FeedEntry]]:
+    async def feed_read(self, home: Home, feed: bytes, after: int, count: int) -> tuple[FeedState, list[FeedEntry]]:
         """The feed's state and, of the same moment, its entries after a seq. A closed feed has the epoch ''."""
-        epoch, seq, tag, raw = await self._call("feed_read", (*home[:2], *feed), after, count)
+        epoch, seq, tag, raw = await self._call("feed_read", (*home, feed), after, count)
         return FeedState(epoch.decode(), int(seq), tag.decode()), [_entry(id_, fields) for id_, fields in raw]
+
+    async def feeds_sweep(self, home: Home, place: bytes = b"0") -> bytes:
+        """Forget feeds that have closed, from a place on; where to go on, b"0" at the end."""
+        return bytes(await self._call("feeds_sweep", home, place))
 
     # ── the store's reads ───────────────────────────────────────────────────────────────────────────────────────────
 

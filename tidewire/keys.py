@@ -81,6 +81,7 @@ class Home(NamedTuple):
     partition: bytes
     changes: bytes
     links: bytes
+    feeds: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ class Keys:
         return b"%s:{p%d}:%s" % (self.stage.encode(), partition, kind)
 
     def home(self, partition: int) -> Home:
-        return Home(self.partition(partition), self.changes(partition), self.links(partition))
+        return Home(
+            self.partition(partition), self.changes(partition), self.links(partition), self._of(partition, b"feeds")
+        )
 
     def home_of(self, key: bytes) -> Home:
         """Of the partition that a key of a partition is of."""
@@ -175,18 +178,16 @@ class Keys:
         """Hash: the members of a group as the broadcaster has seen them pass."""
         return self._of(self.partition_of(group), b"members:%s:%s" % (membership.encode(), name_of(group)))
 
-    # ── feeds: (state, entries); the stream's key is its channel's name too ─────────────────────────────────────────
+    # ── feeds: the stream's key is its channel's name too, and its field in `Home.feeds` ────────────────────────────
 
-    def user_feed(self, user: str) -> tuple[bytes, bytes]:
+    def user_feed(self, user: str) -> bytes:
         return self._feed(user, b"user")
 
-    def topic_feed(self, topic: str) -> tuple[bytes, bytes]:
+    def topic_feed(self, topic: str) -> bytes:
         return self._feed(topic, b"topic")
 
-    def _feed(self, name: str, kind: bytes) -> tuple[bytes, bytes]:
-        partition = self.partition_of(name)
-        key = b"%s:%s" % (kind, name.encode())
-        return self._of(partition, b"feedstate:" + key), self._of(partition, b"feed:" + key)
+    def _feed(self, name: str, kind: bytes) -> bytes:
+        return self._of(self.partition_of(name), b"feed:%s:%s" % (kind, name.encode()))
 
     # ── of the stage ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,6 +11,16 @@ import msgspec
 
 from tidewire.errors import ConfigurationError
 
+_LEAST = {
+    "replicas": 1,
+    "resume_window_s": 1,
+    "resume_entries": 1,
+    "resume_bytes": 1,
+    "changes_retention_s": 0,
+    "changes_max": 0,
+    "commands_max": 1,
+}
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What every service is given."""
@@ -41,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     request_window_s: float = 600.0
     resume_window_s: float = 300.0
     resume_entries: int = 1000
+    resume_bytes: int = 4194304
     auth_cache_s: float = 5.0
     first_frame_auth_s: float = 5.0
     limit_frame_bytes: int = 1048576
@@ -61,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"--durability {self.durability!r}: memory, fsync or replicated")
         if not 0 < self.durable_timeout_s <= 4:  # shorter than the socket's time-out
             raise ConfigurationError(f"TIDEWIRE_DURABLE_TIMEOUT_S={self.durable_timeout_s}: above 0, at most 4")
-        for name, least in (("replicas", 1), ("changes_retention_s", 0), ("changes_max", 0), ("commands_max", 1)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigurationError(f"TIDEWIRE_{name.upper()}={getattr(self, name)}: at least {least}")
         if not 128 <= self.batch <= 2000:  # a batch holds a whole transaction

@@ -119,7 +119,7 @@ class Feed(NamedTuple):
     name: str
     is_topic: bool = False
 
-    def keys(self, keys: Keys) -> tuple[bytes, bytes]:
+    def key(self, keys: Keys) -> bytes:
         return keys.topic_feed(self.name) if self.is_topic else keys.user_feed(self.name)
 
 
@@ -325,13 +325,13 @@ class _Batch:
         to_come = self.to_come()
         for delivery in self.deliveries:
             # By body, then by destination: a body is encoded once, however many feeds it goes to.
-            bodies: dict[tuple[str, bool, Condition], dict[int, list[tuple[bytes, bytes]]]] = {}
+            bodies: dict[tuple[str, bool, Condition], dict[int, list[bytes]]] = {}
             for feed, told in delivery.heard.items():
-                pair = feed.keys(self.keys)
+                key = feed.key(self.keys)
                 for event, asks in told:
                     for more, some in to_come.split(feed, event, asks):
                         destinations = bodies.setdefault((event, more, some), {})
-                        destinations.setdefault(self.keys.partition_of(feed.name), []).append(pair)
+                        destinations.setdefault(self.keys.partition_of(feed.name), []).append(key)
             for (event, more, asks), destinations in sorted(bodies.items(), key=_written):
                 body = pack(self.encoded(delivery, event, asks, more=more))
                 for destination, targets in destinations.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import structlog
 from msgspec import Struct
 from prometheus_client import Counter, Histogram
+from redis.exceptions import RedisError
 
 from tidewire.app import BY_MEMBER, App, ItemKey, Membership, index_field
 from tidewire.backend import Backend
-from tidewire.functions import Append, Batch, Operation, Owned
+from tidewire.functions import Append, Batch, FeedBounds, Operation, Owned
 from tidewire.keys import Home, Scalar, value_of
 from tidewire.lifecycle import Service
 from tidewire.partition.loop import Outcome
@@ -31,6 +33,7 @@ GROUPS_KEPT = 10_000
 
 MEMBERS_AT_A_TIME = 1000
 INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
+SWEEP_S = 60.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
 FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed: nobody was told.")
@@ -205,14 +208,29 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
         return BroadcasterTenure(app, backend, partition, owned)
 
+    bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
+
     async def link(to: Home, source: str, epoch: int, appends: Sequence[Append] | Reset) -> None:
         if isinstance(appends, Reset):
             await backend.functions.link_reset(to, source, epoch, appends.position)
             return
-        await backend.functions.link_append(to, source, epoch, service.settings.resume_entries, appends)
+        await backend.functions.link_append(to, source, epoch, bounds, appends)
 
-    return service.work(
+    worker = service.work(
         Worker(
             GROUP, backend, service.registry, service.settings, stream=backend.keys.changes, tenure=tenure, link=link
         )
     )
+
+    async def sweep() -> None:
+        """Forget feeds that have closed, where this worker is at home. Who does it, and how often, is all the same."""
+        while True:
+            await asyncio.sleep(min(SWEEP_S, service.settings.resume_window_s))
+            for partition in worker.partitions:
+                with contextlib.suppress(RedisError, OSError):
+                    place = b"0"
+                    while (place := await backend.functions.feeds_sweep(backend.keys.home(partition), place)) != b"0":
+                        pass
+
+    service.run(sweep)
+    return worker

@@ -205,8 +205,8 @@ class Connection:
         for one in (own, *followed):
             await self._go_on(one)
 
-    async def _place(self, feed_keys: tuple[bytes, bytes], topic: str | None, cursor: str | None) -> Welcome:
-        feed = await self.core.feeds.follow(feed_keys, topic)
+    async def _place(self, feed_key: bytes, topic: str | None, cursor: str | None) -> Welcome:
+        feed = await self.core.feeds.follow(feed_key, topic)
         assert feed.head
         place = Place(self, feed, feed.head)
         self._places[topic] = place

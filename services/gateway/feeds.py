@@ -72,9 +72,9 @@ class Follower(Protocol):
 class Feed:
     """One feed as followed here. `topic` is None for a user's own."""
 
-    def __init__(self, home: Home, keys: tuple[bytes, bytes], topic: str | None) -> None:
+    def __init__(self, home: Home, key: bytes, topic: str | None) -> None:
         self.home = home
-        self.keys = keys
+        self.key = key
         self.topic = topic
         self.head: Cursor | None = None
         self.followers: set[Follower] = set()
@@ -109,11 +109,11 @@ class Feeds:
         self._subscriber = backend.subscriber(self._heard)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def follow(self, keys: tuple[bytes, bytes], topic: str | None) -> Feed:
+    async def follow(self, key: bytes, topic: str | None) -> Feed:
         """The feed, open, subscribed to, with its head known. Each call needs a `leave`."""
-        feed = self._feeds.get(keys[1])
+        feed = self._feeds.get(key)
         if feed is None:
-            feed = self._feeds[keys[1]] = Feed(self._backend.keys.home_of(keys[1]), keys, topic)
+            feed = self._feeds[key] = Feed(self._backend.keys.home_of(key), key, topic)
             feed.ready = asyncio.create_task(self._start(feed), name="feed")
         feed.users += 1
         assert feed.ready
@@ -127,22 +127,22 @@ class Feeds:
     async def leave(self, feed: Feed) -> None:
         """The feed stays open for the resume window, then closes by itself."""
         feed.users -= 1
-        if feed.users or self._feeds.get(feed.keys[1]) is not feed:
+        if feed.users or self._feeds.get(feed.key) is not feed:
             return
-        del self._feeds[feed.keys[1]]
+        del self._feeds[feed.key]
         if feed.ready:
             feed.ready.cancel()
         with contextlib.suppress(RedisError, OSError):
-            await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
-        if feed.keys[1] not in self._feeds:  # nobody came meanwhile
+            await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
+        if feed.key not in self._feeds:  # nobody came meanwhile
             with contextlib.suppress(RedisError, OSError):
-                await self._subscriber.unsubscribe(feed.keys[1])
+                await self._subscriber.unsubscribe(feed.key)
 
     async def read(self, feed: Feed, cursor: Cursor, count: int = READ) -> tuple[list[FeedEntry], Reset | None]:
         """What follows on the cursor, as far as it can be proven to be all; else the reset."""
-        state, entries = await self._backend.functions.feed_read(feed.home, feed.keys, cursor.seq, count)
+        state, entries = await self._backend.functions.feed_read(feed.home, feed.key, cursor.seq, count)
         if not state.epoch:  # it closed while nobody looked
-            state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
+            state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
             entries = []
         reset = resume(cursor, state, entries)
         return ([] if reset else entries), reset
@@ -171,11 +171,11 @@ class Feeds:
 
     async def _start(self, feed: Feed) -> None:
         while True:
-            await self._subscriber.subscribe(feed.keys[1])
+            await self._subscriber.subscribe(feed.key)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(feed.subscribed.wait(), 2)
                 break
-        state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
+        state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
         feed.head = head_of(state)
         if feed.stale:
             await self.mend(feed)
@@ -231,7 +231,7 @@ class Feeds:
                 if head is None:
                     continue
                 try:
-                    state = await self._backend.functions.feed_open(feed.home, feed.keys, self._window_ms)
+                    state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
                 except (RedisError, OSError) as error:
                     log.warning("feeds_not_looked_at", error=str(error))
                     break

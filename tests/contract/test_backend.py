@@ -72,7 +72,7 @@ async def listener(backend: Backend) -> AsyncIterator[Listener]:
 
 def channels(backend: Backend) -> list[bytes]:
     """Of users of all partitions, and so at all nodes of a cluster."""
-    return [backend.keys.user_feed(f"user{number}")[1] for number in range(40)]
+    return [backend.keys.user_feed(f"user{number}") for number in range(40)]
 
 
 async def test_channels_are_heard_in_order_until_they_are_left(listener: Listener) -> None:

@@ -59,8 +59,8 @@ class World:
         self.app = make_app()
         self.groups: dict[Group, dict[str, Item]] = {}
         self.feeds: dict[bytes, list[tuple[FeedBody, Frame]]] = defaultdict(list)
-        self.names = {KEYS.user_feed(name)[1]: name for name in USERS}
-        self.names |= {KEYS.topic_feed(name)[1]: f"topic {name}" for name in TABLES}
+        self.names = {KEYS.user_feed(name): name for name in USERS}
+        self.names |= {KEYS.topic_feed(name): f"topic {name}" for name in TABLES}
         self.numbers: dict[Home, list[tuple[int, int, int]]] = defaultdict(list)
         self.failed = 0
         self._seq = 0
@@ -99,17 +99,17 @@ class World:
 
     def append(self, to: Home, append: Append) -> None:
         body = FeedBody(*unpack(append.body))
-        for number, (state, entries) in enumerate(append.feeds, append.first):
+        for number, entries in enumerate(append.feeds, append.first):
             name = self.names[entries]
             assert KEYS.home_of(entries) == to, "a feed's own partition"
-            assert state in (KEYS.user_feed(name)[0], KEYS.topic_feed(name.removeprefix("topic "))[0])
+            assert entries in (KEYS.user_feed(name), KEYS.topic_feed(name.removeprefix("topic ")))
             self.numbers[to].append((append.position.ms, append.position.seq, number))
             self.feeds[entries].append((body, json.loads(body.rest)))
 
     def heard(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
         """What a connection with these claims gets."""
         key = KEYS.topic_feed(name.removeprefix("topic ")) if name.startswith("topic ") else KEYS.user_feed(name)
-        return [frame for body, frame in self.feeds[key[1]] if body.type == kind and holds(body.asks, claims or {})]
+        return [frame for body, frame in self.feeds[key] if body.type == kind and holds(body.asks, claims or {})]
 
     def events(self) -> dict[str, list[str]]:
         """Who heard what: name to events, for all who heard anything."""
@@ -400,8 +400,8 @@ class TestClaims:
         for name, audience in {"notes": rooms.of("room") & claim("tenant"), "open": claim("tenant"), **readers}.items():
             world.app.table(name, key=("room", "id"), readers=audience)
         world.app.check()
-        world.names |= {KEYS.topic_feed(f'claim:tenant:"{t}"')[1]: f'topic claim:tenant:"{t}"' for t in ("t1", "t2")}
-        world.names |= {KEYS.topic_feed(name)[1]: f"topic {name}" for name in ("open", "cell:1", "cell:2")}
+        world.names |= {KEYS.topic_feed(f'claim:tenant:"{t}"'): f'topic claim:tenant:"{t}"' for t in ("t1", "t2")}
+        world.names |= {KEYS.topic_feed(name): f"topic {name}" for name in ("open", "cell:1", "cell:2")}
         world.tell(world.change("members", None, {"room": "r", "user": "alice"}))
         return world
 

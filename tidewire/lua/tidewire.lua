@@ -175,58 +175,103 @@ redis.register_function('link_stamp', function(keys, args)
   return 'OK'
 end)
 
--- A feed begins anew when its partition's feeds do: {epoch, seq, tag} of one that is open, else nil.
-local function feed_state(feeds, state, feed)
-  local held = redis.call('HMGET', state, 'epoch', 'seq', 'tag', 'feeds')
-  if not held[1] then return nil end
-  if (held[4] or '0') ~= feeds then
-    local epoch = text(math.max(tonumber(held[1]) + 1, now_ms()))
-    local tag = string.sub(redis.sha1hex(epoch .. state), 1, 10)
-    redis.call('DEL', feed)
-    redis.call('HSET', state, 'epoch', epoch, 'seq', '0', 'tag', tag, 'feeds', feeds)
-    held = {epoch, '0', tag}
-  end
-  return held
+-- The states of a partition's open feeds are in one hash, by the key of their entries, as "<epoch> <seq> <tag> <feeds>
+-- <until, in ms> <bytes>": a call reads all it needs at once, and writes them at once. `feeds` is how often the partition's
+-- feeds had begun anew; `bytes` is what was appended since its size was looked at. A closed feed has none.
+local GRACE = 60000 -- ms that entries outlive their state
+
+local function feed_parse(held, now)
+  if not held then return false end
+  local epoch, seq, tag, feeds, til, bytes = string.match(held, '^(%d+) (%d+) (%x+) (%d+) (%d+) (%d+)$')
+  if tonumber(til) <= now then return false end
+  return {epoch, tonumber(seq), tag, feeds, tonumber(til), tonumber(bytes)}
 end
 
--- One more entry of an open feed: seq, entry, chained tag and announcement in one step. A closed feed has no state.
-local function feed_append(feeds, state, feed, most, position, body)
-  local held = feed_state(feeds, state, feed)
-  if not held then return 0 end
-  local seq = text(tonumber(held[2]) + 1)
-  local tag = string.sub(redis.sha1hex(held[3] .. position), 1, 10)
-  redis.call('XADD', feed, 'MAXLEN', '~', most, seq .. '-0', 't', tag, 'p', position, 'b', body)
-  redis.call('HSET', state, 'seq', seq, 'tag', tag)
-  if redis.call('XLEN', feed) == 1 then redis.call('PEXPIRE', feed, redis.call('PTTL', state)) end
-  redis.call('SPUBLISH', feed, held[1] .. ' ' .. seq .. ' ' .. tag .. ' ' .. position .. '\n' .. body)
-  return 1
+local function feed_text(s)
+  return string.format('%s %.0f %s %s %.0f %.0f', s[1], s[2], s[3], s[4], s[5], s[6])
 end
 
--- keys: partition, changes, links, then state and entries of each feed. args: source, epoch, most entries of a feed,
--- then for each change: its partition, generation, ms, seq; the number of its first effect; body; number of feeds, index
--- of each feed. Returns how many entries were appended. What is at or below the position already taken from this source
--- is skipped.
+local function feed_born(feed, epoch, feeds, til)
+  redis.call('DEL', feed)
+  return {epoch, 0, string.sub(redis.sha1hex(epoch .. feed), 1, 10), feeds, til, 0}
+end
+
+-- A feed begins anew when its partition's feeds do, and when it cannot go on.
+local function feed_reborn(feed, s, feeds, now)
+  return feed_born(feed, text(math.max(tonumber(s[1]) + 1, now)), feeds, s[5])
+end
+
+local function feed_trim(feed, s, most)
+  s[6] = 0
+  local size = redis.pcall('MEMORY', 'USAGE', feed, 'SAMPLES', '0')
+  if type(size) ~= 'number' or size <= most then return end -- fakeredis has no sizes
+  redis.call('XTRIM', feed, 'MAXLEN', math.floor(redis.call('XLEN', feed) * most / size * 0.75))
+end
+
+-- keys: partition, changes, links, feeds, then the entries of each feed. args: source, epoch, most entries and most bytes
+-- of a feed, then for each change: its partition, generation, ms, seq; the number of its first effect; body; number of
+-- feeds, index of each feed. Returns how many entries were appended. What is at or below the position already taken from
+-- this source is skipped. Seq, entry, chained tag and announcement are one step.
 redis.register_function('link_append', function(keys, args)
   generation(keys)
-  local source, epoch, most = args[1], tonumber(args[2]), args[3]
+  local call, publish, sha1hex, sub = redis.call, 'SPUBLISH', redis.sha1hex, string.sub
+  local source, epoch, most, most_bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
   local known, taken = link_state(keys[3], source)
   if epoch < known then return redis.error_reply(FENCED) end
-  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
-  local appended, at = 0, 4
+  local feeds, now = call('HGET', keys[1], 'feeds') or '0', now_ms()
+  local held, states, changed = {}, {}, {}
+  for i = 5, #keys, 1000 do
+    local some = call('HMGET', keys[4], unpack(keys, i, math.min(i + 999, #keys)))
+    for j = 1, #some do held[i - 5 + j] = some[j] end
+  end
+  local appended, at = 0, 5
   while at <= #args do
-    local position = table.concat({args[at], args[at + 1], args[at + 2], args[at + 3]}, '-')
+    local position = args[at] .. '-' .. args[at + 1] .. '-' .. args[at + 2] .. '-' .. args[at + 3]
     local first, body, count = tonumber(args[at + 4]), args[at + 5], tonumber(args[at + 6])
-    for i = 1, count do
-      local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + i - 1}
-      if later(effect, taken) then
-        local feed = 2 + 2 * tonumber(args[at + 6 + i])
-        appended = appended + feed_append(feeds, keys[feed], keys[feed + 1], most, position, body)
-        taken = effect
+    local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + count - 1}
+    local skip = 0 -- of its effects, how many were taken
+    if not later(effect, taken) then
+      skip = count
+    elseif effect[1] == taken[1] and effect[2] == taken[2] and effect[3] == taken[3] then
+      skip = math.max(taken[4] - first + 1, 0)
+    end
+    for i = 1 + skip, count do
+      local index = tonumber(args[at + 6 + i])
+      local feed, s = keys[4 + index], states[index]
+      if s == nil then
+        s = feed_parse(held[index], now)
+        if s and s[4] ~= feeds then s = feed_reborn(feed, s, feeds, now) end
+        states[index] = s
+        if s then changed[#changed + 1] = index end
+      end
+      if s then
+        local seq = text(s[2] + 1)
+        local tag = sub(sha1hex(s[3] .. position), 1, 10)
+        local added = redis.pcall('XADD', feed, 'MAXLEN', '~', most, seq .. '-0', 't', tag, 'p', position, 'b', body)
+        if type(added) == 'table' and added.err then -- there is more of it than its state knows
+          s = feed_reborn(feed, s, feeds, now)
+          states[index], seq, tag = s, '1', sub(sha1hex(s[3] .. position), 1, 10)
+          call('XADD', feed, '1-0', 't', tag, 'p', position, 'b', body)
+        end
+        s[2], s[3], s[6] = s[2] + 1, tag, s[6] + #body
+        if s[2] == 1 then call('PEXPIRE', feed, text(s[5] - now + GRACE)) end
+        if s[6] > most_bytes / 4 then feed_trim(feed, s, most_bytes) end
+        call(publish, feed, s[1] .. ' ' .. seq .. ' ' .. tag .. ' ' .. position .. '\n' .. body)
+        appended = appended + 1
       end
     end
+    if skip < count then taken = effect end
     at = at + 7 + count
   end
-  redis.call('HSET', keys[3], source, link_text(epoch, taken))
+  for i = 1, #changed, 500 do
+    local pairs = {}
+    for j = i, math.min(i + 499, #changed) do
+      pairs[#pairs + 1] = keys[4 + changed[j]]
+      pairs[#pairs + 1] = feed_text(states[changed[j]])
+    end
+    call('HSET', keys[4], unpack(pairs))
+  end
+  call('HSET', keys[3], source, link_text(epoch, taken))
   return appended
 end)
 
@@ -267,34 +312,53 @@ end)
 
 -- ── feeds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- keys: partition, changes, state, entries. args: how long it stays open without being asked for again, in ms. Returns
--- {epoch, seq, tag}.
+local function feed_held(keys, now)
+  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
+  local s = feed_parse(redis.call('HGET', keys[4], keys[5]), now)
+  if s and s[4] ~= feeds then
+    s = feed_reborn(keys[5], s, feeds, now)
+    redis.call('HSET', keys[4], keys[5], feed_text(s))
+  end
+  return s, feeds
+end
+
+-- keys: partition, changes, links, feeds, entries. args: how long it stays open without being asked for again, in ms.
+-- Returns {epoch, seq, tag}.
 redis.register_function('feed_open', function(keys, args)
   generation(keys)
-  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
-  local held = feed_state(feeds, keys[3], keys[4])
-  if not held then
-    local epoch = text(now_ms())
-    held = {epoch, '0', string.sub(redis.sha1hex(epoch .. keys[3]), 1, 10)}
-    redis.call('DEL', keys[4])
-    redis.call('HSET', keys[3], 'epoch', epoch, 'seq', '0', 'tag', held[3], 'feeds', feeds)
-  end
-  redis.call('PEXPIRE', keys[3], args[1])
-  redis.call('PEXPIRE', keys[4], args[1])
-  return {held[1], held[2], held[3]}
+  local now = now_ms()
+  local s, feeds = feed_held(keys, now)
+  local til = now + tonumber(args[1])
+  s = s or feed_born(keys[5], text(now), feeds, til)
+  s[5] = til
+  redis.call('HSET', keys[4], keys[5], feed_text(s))
+  redis.call('PEXPIRE', keys[5], text(tonumber(args[1]) + GRACE))
+  return {s[1], text(s[2]), s[3]}
 end)
 
--- keys: partition, changes, state, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch ''
--- for a closed feed.
+-- keys: partition, changes, links, feeds, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch
+-- '' for a closed feed.
 redis.register_function('feed_read', function(keys, args)
   generation(keys)
-  local held = feed_state(redis.call('HGET', keys[1], 'feeds') or '0', keys[3], keys[4])
-  if not held then return {'', '0', '', {}} end
+  local s = feed_held(keys, now_ms())
+  if not s then return {'', '0', '', {}} end
   local entries = {}
-  if tonumber(args[1]) < tonumber(held[2]) then
-    entries = redis.call('XRANGE', keys[4], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
+  if tonumber(args[1]) < s[2] then
+    entries = redis.call('XRANGE', keys[5], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
   end
-  return {held[1], held[2], held[3], entries}
+  return {s[1], text(s[2]), s[3], entries}
+end)
+
+-- keys: partition, changes, links, feeds. args: where to go on, '0' for the beginning. Forgets the feeds that have closed,
+-- some at a time; returns where to go on, '0' at the end.
+redis.register_function('feeds_sweep', function(keys, args)
+  local now, closed = now_ms(), {}
+  local found = redis.call('HSCAN', keys[4], args[1], 'COUNT', '500')
+  for i = 1, #found[2], 2 do
+    if not feed_parse(found[2][i + 1], now) then closed[#closed + 1] = found[2][i] end
+  end
+  for i = 1, #closed, 500 do redis.call('HDEL', keys[4], unpack(closed, i, math.min(i + 499, #closed))) end
+  return found[1]
 end)
 
 -- ── the store's reads ─────────────────────────────────────────────────────────────────────────────────────────────
