@@ -107,7 +107,7 @@ async def test_reads_and_writes_are_as_in_the_contract(alice: Wire) -> None:
     for n in (10, -1):
         await alice.do("put", table="lines", item={"page": "p", "n": n})
     page = await alice.do("query", table="lines", key="p", limit=2)
-    assert page.keys() == {"items", "next", "position"}
+    assert page.keys() == {"items", "next", "position", "key"}
     assert [entry["item"]["n"] for entry in page["items"]] == [-1, 2]
     page = await alice.do("query", table="lines", key="p", limit=2, after=page["next"])
     assert ([entry["item"]["n"] for entry in page["items"]], page["next"]) == ([10], None)

@@ -178,7 +178,7 @@ end)
 -- The states of a partition's open feeds are in one hash, by the key of their entries, as "<epoch> <seq> <tag> <feeds>
 -- <until, in ms> <bytes>": a call reads all it needs at once, and writes them at once. `feeds` is how often the partition's
 -- feeds had begun anew; `bytes` is what was appended since its size was looked at. A closed feed has none.
-local GRACE = 60000 -- ms that entries outlive their state
+local GRACE = 1000 -- ms that entries outlive their state
 
 local function feed_parse(held, now)
   if not held then return false end
@@ -254,7 +254,7 @@ redis.register_function('link_append', function(keys, args)
           call('XADD', feed, '1-0', 't', tag, 'p', position, 'b', body)
         end
         s[2], s[3], s[6] = s[2] + 1, tag, s[6] + #body
-        if s[2] == 1 then call('PEXPIRE', feed, text(s[5] - now + GRACE)) end
+        if s[2] == 1 then call('PEXPIREAT', feed, text(s[5] + GRACE)) end
         if s[6] > most_bytes / 4 then feed_trim(feed, s, most_bytes) end
         call(publish, feed, s[1] .. ' ' .. seq .. ' ' .. tag .. ' ' .. position .. '\n' .. body)
         appended = appended + 1
@@ -332,7 +332,7 @@ redis.register_function('feed_open', function(keys, args)
   s = s or feed_born(keys[5], text(now), feeds, til)
   s[5] = til
   redis.call('HSET', keys[4], keys[5], feed_text(s))
-  redis.call('PEXPIRE', keys[5], text(tonumber(args[1]) + GRACE))
+  redis.call('PEXPIREAT', keys[5], text(til + GRACE))
   return {s[1], text(s[2]), s[3]}
 end)
 
