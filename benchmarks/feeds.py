@@ -49,8 +49,8 @@ USERS = 1000
 FLOOR = """#!lua name=tidewire_floor
 redis.register_function('floor', function(keys, args)
   for i = 1, #keys do
-    redis.call('XADD', keys[i], 'MAXLEN', '~', args[1], '*', 't', args[2], 'p', args[3], 'b', args[4])
-    redis.call('SPUBLISH', keys[i], args[5] .. args[4])
+    redis.call('XADD', keys[i], 'MAXLEN', '~', args[1], args[2], 'e', args[3])
+    redis.call('SPUBLISH', keys[i], args[4] .. args[3])
   end
   return #keys
 end)
@@ -100,9 +100,8 @@ class Appends:
         await self._functions.link_append(self._home, "b:0", 1, self._most, [append])
 
     async def floor(self) -> None:
-        position = f"0-0-1795409459002-{next(self._ids)}"
-        head = f"1795409459002 1000000 0123456789 {position}\n"
-        args = (self._most.entries, "0123456789", position, self._body, head)
+        entry = f"0123456789 0-0-1795409459002-{next(self._ids)}\n".encode() + self._body
+        args = (self._most.entries, "1795409459002-*", entry, "1795409459002-1000000 ")
         await self._fcall("floor", len(self._bare), *self._bare, *args)
 
 

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidewire.functions import FeedEntry, FeedState
+from tidewire.functions import FeedEntry, FeedState, entry_of
 
 
 class Cursor(NamedTuple):
@@ -34,7 +34,7 @@ class Cursor(NamedTuple):
 
 
 def chained(tag: str, position: str) -> str:
-    """The tag of the entry that follows the one with `tag`. The same as in lua/tidewire.lua, feed_append."""
+    """The tag of the entry that follows the one with `tag`. The same as in lua/tidewire.lua, link_append."""
     return hashlib.sha1((tag + position).encode(), usedforsecurity=False).hexdigest()[:10]
 
 
@@ -46,9 +46,9 @@ class Announcement(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> Announcement:
-        head, _, body = data.partition(b"\n")
-        epoch, seq, tag, position = head.decode().split(" ")
-        return cls(epoch, FeedEntry(int(seq), tag, position, body))
+        """Of `<epoch>-<seq - 1> <tag> <position>\\n<body>`."""
+        id_, _, entry = data.partition(b" ")
+        return cls(id_.partition(b"-")[0].decode(), entry_of(id_, entry))
 
 
 @dataclass(frozen=True)

@@ -215,15 +215,13 @@ class Functions:
 
     async def link_append(self, to: Home, source: str, epoch: int, most: FeedBounds, appends: Iterable[Append]) -> int:
         """Append to the open ones of the feeds what they have not had yet; how many entries that was."""
-        keys, index = list(to), dict[bytes, int]()
+        keys, index = list(to), dict[tuple[bytes, ...], int]()
         args: list[Arg] = [source, epoch, *most]
         for append in appends:
-            args += [*append.position, append.first, append.body, len(append.feeds)]
-            for feed in append.feeds:
-                if feed not in index:
-                    index[feed] = len(index) + 1
-                    keys.append(feed)
-                args.append(index[feed])
+            start = index.setdefault(append.feeds, len(keys) - len(to) + 1)
+            if start > len(keys) - len(to):
+                keys += append.feeds
+            args += (*append.position, append.first, append.body, start, len(append.feeds))
         return int(await self._call("link_append", keys, *args))
 
     async def link_reset(self, to: Home, source: str, epoch: int, position: Position) -> None:
@@ -302,6 +300,12 @@ def _fields(raw: Any) -> dict[bytes, bytes]:
     return dict(zip(raw[::2], raw[1::2], strict=True)) if raw else {}
 
 
-def _entry(id_: bytes, raw: list[bytes]) -> FeedEntry:
-    fields = _fields(raw)
-    return FeedEntry(stream_id(id_)[0], fields[b"t"].decode(), fields[b"p"].decode(), fields[b"b"])
+def _entry(id_: bytes, fields: list[bytes]) -> FeedEntry:
+    return entry_of(id_, fields[1])
+
+
+def entry_of(id_: bytes, text: bytes) -> FeedEntry:
+    """An entry of a feed by its id, `<epoch>-<seq - 1>`, and what it holds, `<tag> <position>\\n<body>`."""
+    head, _, body = text.partition(b"\n")
+    tag, _, position = head.decode().partition(" ")
+    return FeedEntry(stream_id(id_)[1] + 1, tag, position, body)

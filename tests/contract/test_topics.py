@@ -56,14 +56,15 @@ async def test_it_goes_on_from_its_own_cursor_after_a_reconnect_and_is_live_afte
         assert alice.welcome["topics"]["cell:1"] == cursor
         await tile(writer, "t3", 1)
         frames = await told(alice, 4, topic="cell:1")
-        assert [frame["key"]["id"] for frame in frames] == ["t0", "t1", "t2", "t3"]
+        names = [frame["key"]["id"] for frame in frames]
+        assert sorted(names) == ["t0", "t1", "t2", "t3"], "they are of several partitions"
         # Rewound while it is followed: the same again, in order, then what is new.
         again = await alice.do("follow", topic="cell:1", cursor=frames[1]["cursor"])
         assert again["cursor"] == frames[1]["cursor"]
         await tile(writer, "t4", 1)
         repeated = await told(alice, 3, topic="cell:1")
-        assert [frame["key"]["id"] for frame in repeated] == ["t2", "t3", "t4"]
-        assert repeated[0] == frames[2]
+        assert [frame["key"]["id"] for frame in repeated] == [*names[2:], "t4"]
+        assert repeated[:2] == frames[2:]
 
 
 async def test_one_that_is_followed_already_stays_as_it_is(stage: Stage, stack: AsyncExitStack) -> None:
@@ -190,7 +191,7 @@ async def test_peers_see_each_other_once_they_share_a_group(stage: Stage, stack:
     assert (await alice.refused("get", table="faces", key="bob"))["code"] == "not_found"
     for name in ("alice", "bob"):
         await alice.do("put", table="members", item={"room": "r", "user": name})
-    for reader in (alice, bob):
+    for reader in (alice, alice, bob):  # alice when she comes, and when bob does
         await reader.next(type="reset", table="faces")
     assert (await alice.do("get", table="faces", key="bob"))["item"]["smiles"], "who is told to query finds it"
     await bob.do("put", table="faces", item={"user": "bob", "smiles": False})

@@ -29,7 +29,7 @@ BROKEN = {
         "if false then",
         WRONG,
     ),
-    "dedupe": ("for i = 1 + skip, count do", "for i = 1, count do", WRONG),
+    "dedupe": ("for i = 4 + start + skip,", "for i = 4 + start,", WRONG),
     "stamp": (
         "redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))\n  return 'OK'",
         "return 'OK'",

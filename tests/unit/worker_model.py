@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.feeds import chained
-from tidewire.functions import Append, Batch, FeedBounds, Functions, Operation, Owned
+from tidewire.functions import Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
 from tidewire.keys import Home, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Position, pack, unpack
@@ -292,16 +292,14 @@ class Model:
     def feed(self, user: str, state: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Got]:
         tag, found = self.tags[user], []
         for seq, (id_, fields) in enumerate(entries, 1):
-            assert id_ == b"%d-0" % seq, f"the feed of {user} has a hole before {id_!r}"
-            position = fields[b"p"].decode()
-            tag = chained(tag, position)
-            assert fields[b"t"].decode() == tag, f"the tags of {user} do not chain at {seq}"
-            got = Got(*unpack(fields[b"b"]))
-            assert position == self.positions[got.number], f"{user} got {got.number} as {position}"
+            entry = entry_of(id_, fields[b"e"])
+            assert entry.seq == seq, f"the feed of {user} has a hole before {id_!r}"
+            tag = chained(tag, entry.position)
+            assert entry.tag == tag, f"the tags of {user} do not chain at {seq}"
+            got = Got(*unpack(entry.body))
+            assert entry.position == self.positions[got.number], f"{user} got {got.number} as {entry.position}"
             found.append(got)
-        assert state.split()[1:3] == [b"%d" % len(entries), tag.encode()], (
-            f"the state of {user}'s feed is not that of its last entry"
-        )
+        assert state.endswith(tag.encode()), f"the state of {user}'s feed is not that of its last entry"
         return found
 
     def check(self) -> None:

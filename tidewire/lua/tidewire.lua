@@ -11,6 +11,12 @@ local function text(n) return string.format('%.0f', n) end
 
 local FENCED = 'FENCED another worker owns this partition'
 
+-- All feeds of a partition begin anew: those of an epoch up to this one.
+local function feeds_begin(partition)
+  local begun = tonumber(redis.call('HGET', partition, 'feeds') or '0')
+  redis.call('HSET', partition, 'feeds', text(math.max(begun + 1, now_ms())))
+end
+
 -- ── generations ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Of a server that was promoted or restarted, the newest writes may be gone. Its replication id is then another one: the
@@ -36,7 +42,7 @@ local function generation(keys)
   -- Of several masters one can go back alone: its feeds may then lack what nobody sends again.
   local cluster = redis.pcall('INFO', 'cluster')
   if type(cluster) == 'string' and string.find(cluster, 'cluster_enabled:1', 1, true) then
-    redis.call('HINCRBY', keys[1], 'feeds', '1')
+    feeds_begin(keys[1])
   end
   return minted
 end
@@ -167,112 +173,12 @@ redis.register_function('link_stamp', function(keys, args)
   for i = 3, #args, 3 do
     local new, ms, seq = tonumber(args[i]), tonumber(args[i + 1]), tonumber(args[i + 2])
     if taken[1] < new and (taken[2] > ms or (taken[2] == ms and taken[3] > seq)) then
-      redis.call('HINCRBY', keys[1], 'feeds', '1')
+      feeds_begin(keys[1])
       taken = {new, 0, 0, 0}
     end
   end
   redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))
   return 'OK'
-end)
-
--- The states of a partition's open feeds are in one hash, by the key of their entries, as "<epoch> <seq> <tag> <feeds>
--- <until, in ms> <bytes>": a call reads all it needs at once, and writes them at once. `feeds` is how often the partition's
--- feeds had begun anew; `bytes` is what was appended since its size was looked at. A closed feed has none.
-local GRACE = 1000 -- ms that entries outlive their state
-
-local function feed_parse(held, now)
-  if not held then return false end
-  local epoch, seq, tag, feeds, til, bytes = string.match(held, '^(%d+) (%d+) (%x+) (%d+) (%d+) (%d+)$')
-  if tonumber(til) <= now then return false end
-  return {epoch, tonumber(seq), tag, feeds, tonumber(til), tonumber(bytes)}
-end
-
-local function feed_text(s)
-  return string.format('%s %.0f %s %s %.0f %.0f', s[1], s[2], s[3], s[4], s[5], s[6])
-end
-
-local function feed_born(feed, epoch, feeds, til)
-  redis.call('DEL', feed)
-  return {epoch, 0, string.sub(redis.sha1hex(epoch .. feed), 1, 10), feeds, til, 0}
-end
-
--- A feed begins anew when its partition's feeds do, and when it cannot go on.
-local function feed_reborn(feed, s, feeds, now)
-  return feed_born(feed, text(math.max(tonumber(s[1]) + 1, now)), feeds, s[5])
-end
-
-local function feed_trim(feed, s, most)
-  s[6] = 0
-  local size = redis.pcall('MEMORY', 'USAGE', feed, 'SAMPLES', '0')
-  if type(size) ~= 'number' or size <= most then return end -- fakeredis has no sizes
-  redis.call('XTRIM', feed, 'MAXLEN', math.floor(redis.call('XLEN', feed) * most / size * 0.75))
-end
-
--- keys: partition, changes, links, feeds, then the entries of each feed. args: source, epoch, most entries and most bytes
--- of a feed, then for each change: its partition, generation, ms, seq; the number of its first effect; body; number of
--- feeds, index of each feed. Returns how many entries were appended. What is at or below the position already taken from
--- this source is skipped. Seq, entry, chained tag and announcement are one step.
-redis.register_function('link_append', function(keys, args)
-  generation(keys)
-  local call, publish, sha1hex, sub = redis.call, 'SPUBLISH', redis.sha1hex, string.sub
-  local source, epoch, most, most_bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
-  local known, taken = link_state(keys[3], source)
-  if epoch < known then return redis.error_reply(FENCED) end
-  local feeds, now = call('HGET', keys[1], 'feeds') or '0', now_ms()
-  local held, states, changed = {}, {}, {}
-  for i = 5, #keys, 1000 do
-    local some = call('HMGET', keys[4], unpack(keys, i, math.min(i + 999, #keys)))
-    for j = 1, #some do held[i - 5 + j] = some[j] end
-  end
-  local appended, at = 0, 5
-  while at <= #args do
-    local position = args[at] .. '-' .. args[at + 1] .. '-' .. args[at + 2] .. '-' .. args[at + 3]
-    local first, body, count = tonumber(args[at + 4]), args[at + 5], tonumber(args[at + 6])
-    local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + count - 1}
-    local skip = 0 -- of its effects, how many were taken
-    if not later(effect, taken) then
-      skip = count
-    elseif effect[1] == taken[1] and effect[2] == taken[2] and effect[3] == taken[3] then
-      skip = math.max(taken[4] - first + 1, 0)
-    end
-    for i = 1 + skip, count do
-      local index = tonumber(args[at + 6 + i])
-      local feed, s = keys[4 + index], states[index]
-      if s == nil then
-        s = feed_parse(held[index], now)
-        if s and s[4] ~= feeds then s = feed_reborn(feed, s, feeds, now) end
-        states[index] = s
-        if s then changed[#changed + 1] = index end
-      end
-      if s then
-        local seq = text(s[2] + 1)
-        local tag = sub(sha1hex(s[3] .. position), 1, 10)
-        local added = redis.pcall('XADD', feed, 'MAXLEN', '~', most, seq .. '-0', 't', tag, 'p', position, 'b', body)
-        if type(added) == 'table' and added.err then -- there is more of it than its state knows
-          s = feed_reborn(feed, s, feeds, now)
-          states[index], seq, tag = s, '1', sub(sha1hex(s[3] .. position), 1, 10)
-          call('XADD', feed, '1-0', 't', tag, 'p', position, 'b', body)
-        end
-        s[2], s[3], s[6] = s[2] + 1, tag, s[6] + #body
-        if s[2] == 1 then call('PEXPIREAT', feed, text(s[5] + GRACE)) end
-        if s[6] > most_bytes / 4 then feed_trim(feed, s, most_bytes) end
-        call(publish, feed, s[1] .. ' ' .. seq .. ' ' .. tag .. ' ' .. position .. '\n' .. body)
-        appended = appended + 1
-      end
-    end
-    if skip < count then taken = effect end
-    at = at + 7 + count
-  end
-  for i = 1, #changed, 500 do
-    local pairs = {}
-    for j = i, math.min(i + 499, #changed) do
-      pairs[#pairs + 1] = keys[4 + changed[j]]
-      pairs[#pairs + 1] = feed_text(states[changed[j]])
-    end
-    call('HSET', keys[4], unpack(pairs))
-  end
-  call('HSET', keys[3], source, link_text(epoch, taken))
-  return appended
 end)
 
 -- keys: partition, changes, links. args: source, epoch, generation, ms, seq of the first change after those that were
@@ -283,7 +189,7 @@ redis.register_function('link_reset', function(keys, args)
   if tonumber(args[2]) < known then return redis.error_reply(FENCED) end
   local effect = {tonumber(args[3]), tonumber(args[4]), tonumber(args[5]), 0}
   if later(effect, taken) then
-    redis.call('HINCRBY', keys[1], 'feeds', '1')
+    feeds_begin(keys[1])
     redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), effect))
   end
   return 'OK'
@@ -312,14 +218,104 @@ end)
 
 -- ── feeds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-local function feed_held(keys, now)
-  local feeds = redis.call('HGET', keys[1], 'feeds') or '0'
-  local s = feed_parse(redis.call('HGET', keys[4], keys[5]), now)
-  if s and s[4] ~= feeds then
-    s = feed_reborn(keys[5], s, feeds, now)
-    redis.call('HSET', keys[4], keys[5], feed_text(s))
+-- The states of a partition's open feeds are in one hash, by the key of their entries, so that a call reads all it needs
+-- at once, and writes them at once: "<epoch><until><tag>", of 13 digits (ms), 13 digits (ms) and 10 letters, the tag of
+-- the last entry. A closed feed has none. An entry's id is "<epoch>-<seq - 1>", which the stream counts by itself, and
+-- it has one field, "<tag> <position>\n<body>": what is announced, after the id.
+local GRACE = 1000 -- ms that entries outlive their state
+
+local function feed_born(feed, begun, now, til)
+  redis.call('DEL', feed)
+  local epoch = text(math.max(tonumber(begun) + 1, tonumber(now)))
+  return epoch .. til .. string.sub(redis.sha1hex(epoch .. feed), 1, 10)
+end
+
+-- Of a feed: its state, begun anew if it must; nil when it is closed.
+local function feed_as_it_is(feed, state, begun, now)
+  local til = state and string.sub(state, 14, 26)
+  if not til or til <= now then return nil end
+  if string.sub(state, 1, 13) > begun then return state end
+  return feed_born(feed, begun, now, til)
+end
+
+local function feed_trim(feed, most)
+  local size = redis.pcall('MEMORY', 'USAGE', feed)
+  if type(size) ~= 'number' or size <= most then return end -- fakeredis has no sizes
+  local fit = math.floor(redis.call('XLEN', feed) * most / size * 0.75)
+  redis.call('XTRIM', feed, 'MAXLEN', text(math.max(fit, 1))) -- the last one tells the seq
+end
+
+-- keys: partition, changes, links, feeds, then the entries of each feed. args: source, epoch, most entries and most bytes
+-- of a feed, then for each change: its partition, generation, ms, seq; the number of its first effect; body; of its feeds,
+-- the index of the first among those keys, and how many they are. Returns how many entries were appended. What is at or
+-- below the position already taken from this source is skipped. Entry, seq, chained tag and announcement are one step.
+redis.register_function('link_append', function(keys, args)
+  generation(keys)
+  local call, sha1hex, sub = redis.call, redis.sha1hex, string.sub
+  local source, epoch, most, most_bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
+  local known, taken = link_state(keys[3], source)
+  if epoch < known then return redis.error_reply(FENCED) end
+  local begun, now = call('HGET', keys[1], 'feeds') or '0', text(now_ms())
+  local states, written = {}, {}
+  for i = 5, #keys, 1000 do
+    local last = math.min(i + 999, #keys)
+    local held = call('HMGET', keys[4], unpack(keys, i, last))
+    for j = i, last do states[keys[j]] = held[j - i + 1] or nil end
   end
-  return s, feeds
+  local appended = 0
+  for at = 5, #args, 8 do
+    local position = args[at] .. '-' .. args[at + 1] .. '-' .. args[at + 2] .. '-' .. args[at + 3]
+    local first, body, start, count = tonumber(args[at + 4]), args[at + 5], tonumber(args[at + 6]), tonumber(args[at + 7])
+    local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + count - 1}
+    local skip = 0 -- of its effects, how many were taken
+    if not later(effect, taken) then
+      skip = count
+    elseif effect[1] == taken[1] and effect[2] == taken[2] and effect[3] == taken[3] then
+      skip = math.max(taken[4] - first + 1, 0)
+    end
+    local rest, is_large = ' ' .. position .. '\n' .. body, #body * 256 > most_bytes
+    for i = 4 + start + skip, 3 + start + count do
+      local feed = keys[i]
+      local state = feed_as_it_is(feed, states[feed], begun, now)
+      if state then
+        local tag = sub(sha1hex(sub(state, 27) .. position), 1, 10)
+        local entry = tag .. rest
+        local id = call('XADD', feed, 'MAXLEN', '~', most, sub(state, 1, 13) .. '-*', 'e', entry)
+        call('SPUBLISH', feed, id .. ' ' .. entry)
+        local ends = sub(id, -2)
+        if ends == '-0' then call('PEXPIREAT', feed, text(tonumber(sub(state, 14, 26)) + GRACE)) end
+        if ends == '00' or is_large then feed_trim(feed, most_bytes) end
+        states[feed], written[feed] = sub(state, 1, 26) .. tag, true
+        appended = appended + 1
+      end
+    end
+    if skip < count then taken = effect end
+  end
+  local some = {}
+  for feed in pairs(written) do
+    some[#some + 1] = feed
+    some[#some + 1] = states[feed]
+    if #some == 1000 then
+      call('HSET', keys[4], unpack(some))
+      some = {}
+    end
+  end
+  if #some > 0 then call('HSET', keys[4], unpack(some)) end
+  call('HSET', keys[3], source, link_text(epoch, taken))
+  return appended
+end)
+
+local function feed_held(keys, now)
+  local begun, held = redis.call('HGET', keys[1], 'feeds') or '0', redis.call('HGET', keys[4], keys[5])
+  local state = feed_as_it_is(keys[5], held, begun, now)
+  if state and state ~= held then redis.call('HSET', keys[4], keys[5], state) end
+  return state, begun
+end
+
+local function feed_reply(feed, state, entries)
+  local last = redis.call('XREVRANGE', feed, '+', '-', 'COUNT', '1')
+  local seq = last[1] and tonumber(string.sub(last[1][1], 15)) + 1 or 0
+  return {string.sub(state, 1, 13), text(seq), string.sub(state, 27), entries}
 end
 
 -- keys: partition, changes, links, feeds, entries. args: how long it stays open without being asked for again, in ms.
@@ -327,35 +323,35 @@ end
 redis.register_function('feed_open', function(keys, args)
   generation(keys)
   local now = now_ms()
-  local s, feeds = feed_held(keys, now)
-  local til = now + tonumber(args[1])
-  s = s or feed_born(keys[5], text(now), feeds, til)
-  s[5] = til
-  redis.call('HSET', keys[4], keys[5], feed_text(s))
-  redis.call('PEXPIREAT', keys[5], text(til + GRACE))
-  return {s[1], text(s[2]), s[3]}
+  local state, begun = feed_held(keys, text(now))
+  local til = text(now + tonumber(args[1]))
+  if state then
+    state = string.sub(state, 1, 13) .. til .. string.sub(state, 27)
+  else
+    state = feed_born(keys[5], begun, now, til)
+  end
+  redis.call('HSET', keys[4], keys[5], state)
+  redis.call('PEXPIREAT', keys[5], text(tonumber(til) + GRACE))
+  return feed_reply(keys[5], state)
 end)
 
 -- keys: partition, changes, links, feeds, entries. args: seq, count. Returns {epoch, seq, tag, entries after seq}; an epoch
 -- '' for a closed feed.
 redis.register_function('feed_read', function(keys, args)
   generation(keys)
-  local s = feed_held(keys, now_ms())
-  if not s then return {'', '0', '', {}} end
-  local entries = {}
-  if tonumber(args[1]) < s[2] then
-    entries = redis.call('XRANGE', keys[5], text(tonumber(args[1]) + 1) .. '-0', '+', 'COUNT', args[2])
-  end
-  return {s[1], text(s[2]), s[3], entries}
+  local state = feed_held(keys, text(now_ms()))
+  if not state then return {'', '0', '', {}} end
+  local from = string.sub(state, 1, 13) .. '-' .. args[1]
+  return feed_reply(keys[5], state, redis.call('XRANGE', keys[5], from, '+', 'COUNT', args[2]))
 end)
 
 -- keys: partition, changes, links, feeds. args: where to go on, '0' for the beginning. Forgets the feeds that have closed,
 -- some at a time; returns where to go on, '0' at the end.
 redis.register_function('feeds_sweep', function(keys, args)
-  local now, closed = now_ms(), {}
+  local now, closed = text(now_ms()), {}
   local found = redis.call('HSCAN', keys[4], args[1], 'COUNT', '500')
   for i = 1, #found[2], 2 do
-    if not feed_parse(found[2][i + 1], now) then closed[#closed + 1] = found[2][i] end
+    if string.sub(found[2][i + 1], 14, 26) <= now then closed[#closed + 1] = found[2][i] end
   end
   for i = 1, #closed, 500 do redis.call('HDEL', keys[4], unpack(closed, i, math.min(i + 499, #closed))) end
   return found[1]
