@@ -46,6 +46,9 @@ GOAL_RATIO, GOAL_CHANGES_S, GOAL_BYTES = 0.8, 20_000, 300
 PARTITIONS = 8
 CHANGES = 40_000
 USERS = 1000
+NODE_BYTES, NODES = "stream-node-max-bytes", (4096, 2048, 1024, 512)
+ENTRIES = (1, 10, 100, 1000)
+MANY = 100
 FLOOR = """#!lua name=tidewire_floor
 redis.register_function('floor', function(keys, args)
   for i = 1, #keys do
@@ -80,9 +83,9 @@ async def under_way(call: Callable[[], Awaitable[Any]], seconds: float) -> float
 class Appends:
     """One partition with that many open feeds."""
 
-    def __init__(self, backend: Backend, recipients: int) -> None:
+    def __init__(self, backend: Backend, recipients: int, stage: str = "append") -> None:
         self._functions = backend.functions
-        keys = Keys(f"append{recipients}", 1)
+        keys = Keys(f"{stage}{recipients}", 1)
         self._home = keys.home(0)
         self._feeds = tuple(keys.user_feed(f"user{n}") for n in range(recipients))
         self._bare = [entries + b":floor" for entries in self._feeds]
@@ -168,25 +171,37 @@ async def write_changes(backend: Backend) -> None:
 
 
 async def memory(backend: Backend) -> bool:
-    """What feeds cost, by the server's own count."""
+    """What feeds cost, by the server's own count, and what appends cost, as its streams are cut into nodes."""
     redis = backend.commands
-    node_bytes = (await redis.config_get("stream-node-max-bytes"))["stream-node-max-bytes"]
-    print(f"memory of a feed, with stream-node-max-bytes {node_bytes}: its entries, in bytes")
-    for entries in (1, 10, 100, 1000):
-        keys = Keys(f"memory{entries}", 1)
-        feed = keys.user_feed("a-user-of-20-letters")
-        await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
-        for number in range(entries):
-            append = Append(Position(0, 0, 1_795_409_459_002, number), 1, body(), (feed,))
-            await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [append])
-        stream = int(await redis.memory_usage(feed, samples=0) or 0)
-        print(f"{entries:6} entries of {len(body())} bytes: {stream:8,}, {stream / entries:,.0f} an entry")
+    print(
+        f"memory of a feed's entries of {len(body())} bytes, by stream-node-max-bytes; and appends/s, {MANY} feeds a call"
+    )
+    print(f"{'':>6}" + "".join(f"{entries:>9,} entries" for entries in ENTRIES) + f"{'appends/s':>12}")
+    before = (await redis.config_get(NODE_BYTES))[NODE_BYTES]
+    for node_bytes in NODES:
+        await redis.config_set(NODE_BYTES, node_bytes)
+        costs = [await _entries_bytes(backend, f"memory{node_bytes}-{entries}", entries) for entries in ENTRIES]
+        one = Appends(backend, MANY, f"rate{node_bytes}")
+        await one.open()
+        rate = await under_way(one.append, 2) * MANY
+        print(f"{node_bytes:>6}" + "".join(f"{cost:>17,}" for cost in costs) + f"{rate:>12,.0f}")
+    await redis.config_set(NODE_BYTES, before)
     keys = Keys("memory", 1)
     for number in range(USERS * 10):
         await backend.functions.feed_open(keys.home(0), keys.user_feed(f"a-user-of-20-let{number:04}"), 3_600_000)
     state = int(await redis.memory_usage(keys.home(0).feeds, samples=0) or 0) / (USERS * 10)
     print(f"the state of a feed, one of {USERS * 10:,} of its partition: {state:.0f} bytes")
     return state <= GOAL_BYTES
+
+
+async def _entries_bytes(backend: Backend, stage: str, entries: int) -> int:
+    keys = Keys(stage, 1)
+    feed = keys.user_feed("a-user-of-20-letters")
+    await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
+    for number in range(entries):
+        append = Append(Position(0, 0, 1_795_409_459_002, number), 1, body(), (feed,))
+        await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [append])
+    return int(await backend.commands.memory_usage(feed, samples=0) or 0)
 
 
 async def compare(backend: Backend, child: Child, rounds: int, seconds: float) -> None:

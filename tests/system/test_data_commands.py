@@ -48,7 +48,7 @@ def test_out_and_in_again(new_up: Any, tmp_path: Path) -> None:
     with contextlib.suppress(BrokenPipeError):
         running.stdin.close()
     following.send_signal(signal.SIGINT)
-    assert b"Traceback" not in following.communicate()[1]
+    assert b"Traceback" not in following.communicate(timeout=30)[1]
     assert tidewire("export", "messages", "--output", str(out), *data).returncode == 0
     there = len(out.read_text().splitlines())
     assert 0 < there <= LINES / 2
