@@ -173,9 +173,7 @@ async def write_changes(backend: Backend) -> None:
 async def memory(backend: Backend) -> bool:
     """What feeds cost, by the server's own count, and what appends cost, as its streams are cut into nodes."""
     redis = backend.commands
-    print(
-        f"memory of a feed's entries of {len(body())} bytes, by stream-node-max-bytes; and appends/s, {MANY} feeds a call"
-    )
+    print(f"memory of a feed's entries of {len(body())} bytes, by {NODE_BYTES}; and appends/s, {MANY} feeds a call")
     print(f"{'':>6}" + "".join(f"{entries:>9,} entries" for entries in ENTRIES) + f"{'appends/s':>12}")
     before = (await redis.config_get(NODE_BYTES))[NODE_BYTES]
     for node_bytes in NODES:

@@ -187,7 +187,8 @@ class Sentinels:
     def switch(self) -> None:
         """Let the two change places while both live, as an operator does before maintenance."""
         before = self.master()
-        self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire")
+        # A replica that came back a moment ago is none to them yet.
+        _until("they agree to it", lambda: self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire"))
         _until("the replica has taken over", lambda: self.master() is not before)
         _until("the other follows", lambda: _follows(before.redis))
 

@@ -1,4 +1,4 @@
-"""One open websocket: its welcome, the feeds it follows, its requests and their answers."""
+"""One open connection: its welcome, the feeds it follows, its requests and their answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
-from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
 from tidewire.claims import holds
@@ -34,6 +33,7 @@ from tidewire.tasks import end
 
 from .core import Core
 from .feeds import READ, Feed, Frame
+from .peers import Cursors, Peer
 
 log = structlog.get_logger(__name__)
 
@@ -66,8 +66,8 @@ class Place:
         if self.connection.full():
             self.fall_behind()  # it finds the reset for itself
         else:
-            self.connection.write(self.connection.encode(reset_frame(reset, self.feed.topic)))
             self.cursor = reset.cursor
+            self.connection.write(self.connection.encode(reset_frame(reset, self.feed.topic)))
 
     def fall_behind(self) -> None:
         self.live = False
@@ -87,12 +87,12 @@ class Welcome:
 class Connection:
     """Lives as long as `run` does."""
 
-    def __init__(self, core: Core, ws: ServerConnection, principal: Principal) -> None:
+    def __init__(self, core: Core, peer: Peer, principal: Principal) -> None:
         self.core = core
-        self.ws = ws
+        self.peer = peer
         self.principal = principal
         self.id = f"{core.id}-{secrets.token_hex(6)}"
-        self.binary = ws.subprotocol is not None
+        self.binary = peer.binary
         self.connected_at = core.now_ms()
         self.open = True
         self.welcomed = False
@@ -107,8 +107,7 @@ class Connection:
         try:
             await self._begin(cursor, topics)
             self._watch_expiry()
-            async for message in self.ws:
-                await self._received(message)
+            await self.peer.receive(self._received)
         except ConnectionClosed:
             pass
         except (RedisError, OSError) as error:
@@ -131,22 +130,25 @@ class Connection:
 
     def full(self) -> bool:
         """Whether the peer is so slow that nothing more is queued for it."""
-        return self.ws.transport.get_write_buffer_size() > self.core.settings.limit_queued_bytes
+        return self.peer.queued_bytes() > self.core.settings.limit_queued_bytes
 
     def write(self, data: bytes) -> None:
         """Queue a frame without waiting; the caller has looked whether it is `full`."""
-        broadcast([self.ws], data if self.binary else data.decode())
+        self.peer.write(data)
 
     async def send(self, frame: Any) -> None:
         """Send a frame, waiting while the peer is slow."""
         await self.send_encoded(self.encode(frame))
 
     async def send_encoded(self, data: bytes) -> None:
-        await self.ws.send(data, text=not self.binary)
+        await self.peer.send(data)
 
     async def close(self, code: int, reason: str) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            await self.ws.close(code, reason)
+        await self.peer.close(code, reason)
+
+    def cursors(self) -> Cursors:
+        """Where it stands in each feed that it follows."""
+        return {topic: str(place.cursor) for topic, place in self._places.items()}
 
     def spawn(self, work: Any) -> asyncio.Task[None] | None:
         """A task that ends with the connection, and ends it when it fails."""
@@ -216,7 +218,7 @@ class Connection:
         """Put the place where the cursor stands; with what follows from there, or the reset."""
         feed = place.feed
         assert feed.head
-        if cursor is None:
+        if not cursor:
             place.cursor = feed.head
             return Welcome(place)
         parsed = Cursor.parse(cursor)
@@ -242,8 +244,8 @@ class Connection:
         while feed.head != place.cursor:
             entries, reset = await self.core.feeds.read(feed, place.cursor)
             if reset:
-                await self.send(reset_frame(reset, feed.topic))
                 place.cursor = reset.cursor
+                await self.send(reset_frame(reset, feed.topic))
             await self._replay(place, frames_of(place, entries))
             if feed.head and len(entries) < READ and feed.head != place.cursor:
                 await self.core.feeds.mend(feed)  # the stream was ahead of what has been announced
@@ -251,9 +253,9 @@ class Connection:
 
     async def _replay(self, place: Place, frames: list[Frame]) -> None:
         for frame in frames:
+            place.cursor = frame.cursor
             if self.concerned(frame):
                 await self.send_encoded(frame.encoded(binary=self.binary))
-            place.cursor = frame.cursor
 
     def concerned(self, frame: Frame) -> bool:
         """Whether this connection gets the frame."""

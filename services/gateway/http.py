@@ -1,14 +1,17 @@
-"""The HTTP port: the actions for backends, and the application's static folder."""
+"""The HTTP port: the actions for backends, the feed as server-sent events, and the application's static folder."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -16,6 +19,8 @@ from starlette.types import Scope
 from tidewire.errors import (
     BadRequest,
     Internal,
+    Overloaded,
+    PermissionDenied,
     RateLimited,
     RequestError,
     TooLarge,
@@ -23,9 +28,12 @@ from tidewire.errors import (
     UnsupportedAction,
 )
 from tidewire.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
+from tidewire.tasks import end
 
+from . import handshake
+from .connection import Connection
 from .core import Core
-from .handshake import credential
+from .peers import EventStream, read_event_id
 
 log = structlog.get_logger(__name__)
 
@@ -40,31 +48,89 @@ class _Static(StaticFiles):
         return response
 
 
-def http_app(core: Core) -> Starlette:
+Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
+"""Serves a connection from a cursor, and those of topics, to its end."""
+
+
+def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
     """Routes of the HTTP port."""
 
+    @_answered
     async def act(request: Request) -> Response:
-        action = request.path_params["action"]
-        try:
-            return _json(await _perform(core, request, action))
-        except RequestError as error:
-            frame = error.as_frame(None)
-            headers = {}
-            if isinstance(error, RateLimited):
-                headers["Retry-After"] = str(max(1, int(error.details.get("retry_after_ms", 1000)) // 1000))
-            return _json(frame, error.status, headers)
-        except Exception:
-            log.exception("request_failed", action=action)
-            return _json(Internal("something went wrong on the server").as_frame(None), 500)
+        return _json(await _perform(core, request, request.path_params["action"]))
 
-    routes: list[BaseRoute] = [Route("/v1/{action}", act, methods=["POST"])]
+    @_answered
+    async def feed(request: Request) -> Response:
+        return await _feed(core, serve, origins, request)
+
+    routes: list[BaseRoute] = [
+        Route("/v1/feed", feed, methods=["GET"]),
+        Route("/v1/{action}", act, methods=["POST"]),
+    ]
     if core.app.static:
         routes.append(Mount("/", _Static(directory=core.app.static, html=True)))
     return Starlette(routes=routes)
 
 
+def _answered(
+    answer: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """What cannot be done is answered with the error's frame."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except RequestError as error:
+            headers = {}
+            if isinstance(error, RateLimited):
+                headers["Retry-After"] = str(max(1, int(error.details.get("retry_after_ms", 1000)) // 1000))
+            return _json(error.as_frame(None), error.status, headers)
+        except Exception:
+            log.exception("request_failed", path=request.url.path)
+            return _json(Internal("something went wrong on the server").as_frame(None), 500)
+
+    return answered
+
+
+async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Request) -> Response:
+    """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
+    asked = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
+    if isinstance(asked, handshake.Refused):
+        refusal = PermissionDenied if asked.status == HTTPStatus.FORBIDDEN else BadRequest
+        raise refusal(asked.message)
+    cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
+    if core.service.stopping.is_set():
+        raise Overloaded("this server is leaving: connect again")
+    if asked.auth_key is None:
+        raise Unauthenticated(
+            "a credential is needed: header auth_key, Authorization: Bearer, or auth_key in the query"
+        )
+    principal = await core.gatekeeper.authorize(asked.auth_key)
+    peer = EventStream(
+        request.client.host if request.client else "",
+        request.headers.get("User-Agent", ""),
+        core.settings.limit_queued_bytes,
+    )
+    connection = Connection(core, peer, principal)
+    peer.cursors = connection.cursors
+
+    async def events() -> AsyncIterator[bytes]:
+        serving = asyncio.ensure_future(serve(connection, cursor or asked.cursor, asked.topics | topics))
+        serving.add_done_callback(lambda _: peer.end())
+        try:
+            async for event in peer.events():
+                yield event
+        finally:
+            await end([serving])
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if (origin := request.headers.get("Origin")) is not None:
+        headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    return StreamingResponse(events(), headers=headers, media_type="text/event-stream")
+
+
 async def _perform(core: Core, request: Request, action: str) -> Any:
-    key = credential(request.headers, {})
+    key = handshake.credential(request.headers, {})
     if key is None:
         raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
     principal = await core.gatekeeper.authorize(key)

@@ -31,15 +31,13 @@ class Presence:
         self._swept: dict[str, float] = {}  # dead gateway: when to look again
 
     def connected(self, connection: Connection) -> None:
-        agent = connection.ws.request.headers.get("User-Agent", "") if connection.ws.request else ""
-        address = connection.ws.remote_address
         item = {
             "user": connection.principal.user,
             "connection": connection.id,
             "gateway": connection.id.rpartition("-")[0],
             "connected_at": connection.connected_at,
-            "source_ip": address[0] if address else "",
-            "user_agent": agent[:512],
+            "source_ip": connection.peer.source_ip,
+            "user_agent": connection.peer.user_agent[:512],
             "claims": connection.principal.claims,
         }
         self._begin(connection, "put", {"table": CONNECTIONS, "item": item})

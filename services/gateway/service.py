@@ -37,11 +37,12 @@ from . import handshake
 from .connection import Connection
 from .core import Core
 from .http import http_app
+from .peers import Websocket
 from .presence import Presence
 
 log = structlog.get_logger(__name__)
 
-CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets.")
+CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams of events.")
 HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
 CLOSE_AT_A_TIME = 200
 
@@ -102,15 +103,18 @@ class Gateway:
                 HANDSHAKES.labels("refused").inc()
                 return
             principal, cursor, topics = first
+        await self.serve(Connection(self.core, Websocket(ws), principal), cursor, topics)
+
+    async def serve(self, connection: Connection, cursor: str | None, topics: dict[str, str]) -> None:
+        """One connection of somebody who may come in, to its end."""
         HANDSHAKES.labels("accepted").inc()
-        connection = Connection(self.core, ws, principal)
         self.connections[connection.id] = connection
         CONNECTED.inc()
         self.presence.connected(connection)
         try:
             await connection.run(cursor, topics)
         except Unauthenticated as error:
-            await ws.close(4401, error.message)
+            await connection.close(4401, error.message)
         finally:
             connection.open = False
             self.connections.pop(connection.id, None)
@@ -215,7 +219,7 @@ class Gateway:
                 close_timeout=1,
                 server_header=None,
             ) as server,
-            serve_http(http_app(self.core), http_listener),
+            serve_http(http_app(self.core, self.serve, self.origins), http_listener),
         ):
             yield server
 

@@ -1,0 +1,162 @@
+"""The other end of a connection: a websocket, or a reader of server-sent events. Both take frames; one sends some."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Protocol
+
+import msgspec
+from websockets.asyncio.server import ServerConnection, broadcast
+from websockets.exceptions import ConnectionClosed
+
+from tidewire.errors import BadRequest
+
+Take = Callable[[str | bytes], Awaitable[None]]
+Cursors = Mapping[str | None, str]
+"""Where a connection stands, by topic; None for the user's own feed."""
+
+COMMENT_S = 15.0
+"""A stream of events that has nothing to say says so, for proxies that end what is silent."""
+RETRY_MS = 1000
+
+
+class Peer(Protocol):
+    """What a connection needs of whoever is at its other end."""
+
+    binary: bool
+    source_ip: str
+    user_agent: str
+
+    def queued_bytes(self) -> int:
+        """What was written and has not been taken."""
+
+    def write(self, data: bytes) -> None:
+        """Queue a frame without waiting."""
+
+    async def send(self, data: bytes) -> None:
+        """Queue a frame, waiting while the peer is slow. Raises ConnectionClosed."""
+
+    async def close(self, code: int, reason: str) -> None: ...
+
+    async def receive(self, take: Take) -> None:
+        """Give it each frame that the peer sends, until it is closed."""
+
+
+class Websocket:
+    """RFC 6455, by the websockets library."""
+
+    def __init__(self, ws: ServerConnection) -> None:
+        self._ws = ws
+        self.binary = ws.subprotocol is not None
+        self.source_ip = ws.remote_address[0] if ws.remote_address else ""
+        self.user_agent = ws.request.headers.get("User-Agent", "") if ws.request else ""
+
+    def queued_bytes(self) -> int:
+        return self._ws.transport.get_write_buffer_size()
+
+    def write(self, data: bytes) -> None:
+        broadcast([self._ws], data if self.binary else data.decode())
+
+    async def send(self, data: bytes) -> None:
+        await self._ws.send(data, text=not self.binary)
+
+    async def close(self, code: int, reason: str) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            await self._ws.close(code, reason)
+
+    async def receive(self, take: Take) -> None:
+        async for message in self._ws:
+            await take(message)
+
+
+class EventStream:
+    """Server-sent events (HTML Living Standard, section 9.2). `cursors` tells where the connection stands."""
+
+    binary = False
+
+    def __init__(self, source_ip: str, user_agent: str, limit_bytes: int) -> None:
+        self.source_ip = source_ip
+        self.user_agent = user_agent
+        self.cursors: Callable[[], Cursors] = dict
+        self._limit_bytes = limit_bytes
+        self._events: deque[bytes] = deque([b"retry: %d\n\n" % RETRY_MS])
+        self._queued_bytes = 0
+        self._closed = False
+        self._moved = asyncio.Event()  # something was queued or taken, or it is closed
+
+    def queued_bytes(self) -> int:
+        return self._queued_bytes
+
+    def write(self, data: bytes) -> None:
+        self._queue(b"id: %s\ndata: %s\n\n" % (event_id(self.cursors()), data))
+
+    async def send(self, data: bytes) -> None:
+        while not self._closed and self._queued_bytes > self._limit_bytes:
+            await self._wait()
+        if self._closed:
+            raise ConnectionClosed(None, None)
+        self.write(data)
+
+    async def close(self, code: int, reason: str) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """What is queued is still told."""
+        self._closed = True
+        self._moved.set()
+
+    async def receive(self, take: Take) -> None:
+        while not self._closed:  # it can only listen
+            await self._wait()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The body of the response, until it is closed."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                self._queued_bytes -= len(event)
+                self._moved.set()
+                yield event
+            if self._closed:
+                return
+            try:
+                async with asyncio.timeout(COMMENT_S):
+                    await self._wait()
+            except TimeoutError:
+                self._queue(b":\n\n")
+
+    def _queue(self, event: bytes) -> None:
+        self._events.append(event)
+        self._queued_bytes += len(event)
+        self._moved.set()
+
+    async def _wait(self) -> None:
+        # Nothing is awaited between the caller's look and this: what moves after it is seen.
+        self._moved.clear()
+        await self._moved.wait()
+
+
+class _Id(msgspec.Struct):
+    cursor: str | None = None
+    topics: dict[str, str] = {}
+
+
+def event_id(cursors: Cursors) -> bytes:
+    """The cursors of a connection in one line of ASCII."""
+    topics = {topic: cursor for topic, cursor in cursors.items() if topic is not None}
+    return json.dumps({"cursor": cursors.get(None), "topics": topics}, separators=(",", ":")).encode()
+
+
+def read_event_id(text: str) -> tuple[str | None, dict[str, str]]:
+    """The cursor and those of the topics. Raises BadRequest."""
+    if not text:
+        return None, {}
+    try:
+        found = msgspec.json.decode(text, type=_Id)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        raise BadRequest("Last-Event-ID: the id of an event of this stream is needed, as it came") from None
+    return found.cursor, found.topics
