@@ -278,7 +278,7 @@ class Load:
 
     def fault(self) -> None:
         """One has begun."""
-        asyncio.get_running_loop().call_later(1.0, self._fleeing.set)
+        self._fleeing.set()
 
     async def stop_writing(self) -> None:
         """Until nobody waits for an answer any more. Readers stay connected from now on."""

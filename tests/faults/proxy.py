@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 
 class Proxy:
@@ -42,7 +43,7 @@ class Proxy:
         await asyncio.sleep(lasts_s)
         self._away = False
 
-    async def hold(self, lasts_s: float, at: bytes | None = None) -> None:
+    async def hold(self, lasts_s: float, at: bytes | None = None, begun: Callable[[], None] = lambda: None) -> None:
         """Keep what passes for so long, then let it go on. With `at`: from the next command on that has these bytes."""
         if at is not None:
             self.done.clear()
@@ -51,6 +52,7 @@ class Proxy:
                 await asyncio.wait_for(self.done.wait(), 10)
             self._hold_at = None
         self._free.clear()
+        begun()
         await asyncio.sleep(lasts_s)
         self._free.set()
 

@@ -162,8 +162,7 @@ async def _inject(
         await _wait(begun, fault.at_s, load, outcome, seconds, progress=progress)
         kind = f"{fault.kind} {fault.service}" if fault.service else fault.kind
         since = time.time() * 1000
-        load.fault()
-        await system.do(fault)
+        await system.do(fault, load.fault)
         outcome.faults[kind] += 1
         windows.append((since, time.time() * 1000, kind))
     await _wait(begun, seconds, load, outcome, seconds, progress=progress)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ APP = "tests.faults.app:app"
 ROOT = Path(__file__).parents[2]
 PER_SERVICE = 2
 SLOTS_MOVED = 3
-COMMANDS = {"": b"FCALL", "read": b"$5\r\nbatch", "commit": b"$6\r\ncommit", "link": b"$11\r\nlink_append"}
+COMMANDS = {
+    "": b"FCALL",
+    "read": b"$5\r\nbatch",
+    "commit": b"$6\r\ncommit",
+    "link": b"$11\r\nlink_append",
+    "note": b'"table":"notes"',
+}
 """What a fault's kind may name, as it is on the wire."""
 
 
@@ -183,8 +189,13 @@ class System:
         async with await connect_existing(self.redis.url, "dev", self._partitions) as backend:
             yield backend
 
-    async def do(self, fault: Fault) -> None:
-        """Until it is over."""
+    async def do(self, fault: Fault, begun: Callable[[], None]) -> None:
+        """Until it is over. `begun` is told when it has begun; one that waits for a command may do so later."""
+        kind, _, at = fault.kind.partition("_")
+        if kind == "hold" and at and fault.service:
+            await self._proxies[fault.service][fault.number].hold(fault.lasts_s, COMMANDS[at], begun)
+            return
+        begun()
         if fault.service is None:
             await self.redis.do(fault)
             return
@@ -197,11 +208,8 @@ class System:
             process.signal(signal.SIGCONT)
         else:
             proxy = self._proxies[fault.service][fault.number]
-            kind, _, at = fault.kind.partition("_")
             if kind == "swallow":
                 await proxy.swallow(COMMANDS[at])
-            elif at:
-                await proxy.hold(fault.lasts_s, COMMANDS[at])
             else:
                 await getattr(proxy, kind)(fault.lasts_s)
 

@@ -66,7 +66,7 @@ BREAKS = {
         "tidewire/partition/loop.py",
         "self._owned.fell) for to in self._tenure.destinations()",
         "self._owned.fell) for to in self._tenure.destinations()[:0]",
-        again("hold_link", "broadcaster", 5, lasts_s=9.0, every_s=22.0),
+        again("hold_note", "broadcaster", 5, lasts_s=9.5, every_s=22.0),
         {"leak"},
         QUIET,
         partitions=64,
@@ -110,10 +110,19 @@ def broken(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Break]
     return code, one
 
 
+TRIES = 3
+"""What is broken shows where things meet in time; that they do is likely, not sure."""
+
+
 @pytest.mark.parametrize("broken", BREAKS, indirect=True)
 async def test_the_checker_finds_what_is_broken(broken: tuple[Path, Break]) -> None:
     code, one = broken
     seconds = one.faults[-1].at_s + one.faults[-1].lasts_s + 5
-    outcome = await run("embedded", 1, seconds, pace=one.pace, faults=one.faults, code=code, partitions=one.partitions)
-    print(outcome.told())
-    assert one.finds & outcome.kinds, outcome.told()
+    for seed in range(TRIES):
+        outcome = await run(
+            "embedded", seed, seconds, pace=one.pace, faults=one.faults, code=code, partitions=one.partitions
+        )
+        print(outcome.told())
+        if one.finds & outcome.kinds:
+            return
+    pytest.fail(f"nothing of {one.finds} was found in {TRIES} runs")
