@@ -112,10 +112,23 @@ class Cluster:
                         seen.append(port)
         return next(server for server in self.servers if server.port == max(set(seen), key=seen.count))
 
-    def fail_over(self, slot: int) -> Server:
-        """Kill the master of a slot, and wait until a replica has taken its place; the one that was killed."""
+    def put_aside(self, slot: int) -> Server:
+        """Stop the replica of a slot's master, with what it has on disk: it hears of nothing from now on."""
+        master = self.master_of(slot)
+        replica = next(one for one in self.servers if one.redis.role()[:3] == ["slave", "127.0.0.1", master.port])
+        replica.redis.save()
+        replica.kill()
+        return replica
+
+    def fail_over(self, slot: int, aside: Server | None = None) -> Server:
+        """Kill the master of a slot, and wait until a replica has taken its place; the one that was killed.
+
+        A replica that was put aside comes back when the master is dead, and lacks what was written meanwhile.
+        """
         killed = self.master_of(slot)
         killed.kill()
+        if aside:
+            aside.start()
         _until("a replica has taken over", lambda: self.master_of(slot) is not killed)
         others = [server.redis for server in self.servers if server is not killed]
         _until("the cluster is whole", lambda: all(map(_is_ok, others)))

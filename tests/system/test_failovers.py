@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import binascii
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import pytest
+
 from tests import topologies
-from tests.helpers import wait_until
+from tests.helpers import LONG, wait_until
 from tidewire.client import Client
 from tidewire.errors import RequestError
 
 from .conftest import Up
+
+long = pytest.mark.skipif(not LONG, reason="takes half a minute: done by make test-long")
+
+RESET_S = 15
+"""So soon after a failover whoever was told of what is lost is told that it is."""
 
 
 class Traffic:
@@ -116,6 +124,7 @@ async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
             assert all(service["alive"] for service in status["services"] if service["kind"] == "store")
 
 
+@long
 async def test_sentinels_let_master_and_replica_change_places(new_up: Any) -> None:
     with topologies.sentinels() as servers:
         up = new_up("--redis", servers.url)
@@ -145,3 +154,50 @@ async def test_slots_of_a_cluster_move_to_another_master(new_up: Any) -> None:
             for value in ("lobby", "bob", "lobby"):
                 await in_a_thread(servers.move, slot_of(value))
                 await flowing.goes_on()
+
+
+@long
+@pytest.mark.parametrize("which", ["source", "destination"])
+async def test_what_one_master_of_three_has_lost_ends_in_a_reset_also_where_nothing_happens(
+    new_up: Any, which: str
+) -> None:
+    with topologies.replicated_cluster() as servers:
+        up = new_up("--redis", servers.url)
+        room = servers.master_of(slot_of("lobby"))
+        names = (f"user{number}" for number in itertools.count())
+        name = next(name for name in names if servers.master_of(slot_of(name)) is not room)
+        key = await asyncio.to_thread(up.key, name)
+        async with up.client("alice", up.keys()["alice"]) as alice, up.client(name, key) as reader:
+            await alice.put("members", {"room": "lobby", "user": name})
+            heard: list[Any] = []
+            listening = asyncio.create_task(_listen(reader, heard))
+            await alice.put("messages", {"room": "lobby", "id": "kept", "author": "alice"})
+            await wait_until(lambda: "kept" in _ids(heard), "it is heard")
+            slot = slot_of("lobby" if which == "source" else name)
+            aside = await asyncio.to_thread(servers.put_aside, slot)
+            await alice.put("messages", {"room": "lobby", "id": "lost", "author": "alice"})
+            await wait_until(lambda: "lost" in _ids(heard), "it is heard before the master dies")
+            await asyncio.to_thread(servers.fail_over, slot, aside)
+            begun = time.monotonic()
+            await wait_until(lambda: any(map(_is_of_all, heard)), "there is a reset", 3 * RESET_S)
+            took_s = time.monotonic() - begun
+            print(f"a reset {took_s:.1f} s after the failover of the {which}: promised within {RESET_S} s")
+            there = {one["id"] for one in (await everything(alice)).values()}
+            assert there == ({"kept"} if which == "source" else {"kept", "lost"})
+            await alice.put("messages", {"room": "lobby", "id": "new", "author": "alice"})
+            await wait_until(lambda: "new" in _ids(heard), "it goes on", 60)
+            listening.cancel()
+            await asyncio.wait([listening])
+
+
+async def _listen(reader: Client, heard: list[Any]) -> None:
+    async for event in reader.events():
+        heard.append(event)
+
+
+def _ids(heard: list[Any]) -> list[str]:
+    return [event["key"]["id"] for event in heard if event["type"] == "change" and event["table"] == "messages"]
+
+
+def _is_of_all(event: Any) -> bool:
+    return event["type"] == "reset" and "table" not in event and "topic" not in event
