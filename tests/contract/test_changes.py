@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from tidewire import testing
+from tidewire.backend import connect
+from tidewire.keys import Keys
 from tidewire.testing import Stage
 
-from .conftest import Open, Wire, as_user, wire
+from .conftest import Open, Wire, as_user, make_app, wire
 
 
 async def test_the_welcome_comes_first_with_all_its_fields(stage: Stage, stack: AsyncExitStack) -> None:
@@ -182,6 +185,33 @@ async def test_more_than_a_feed_keeps_is_reset_as_trimmed(open_stage: Open) -> N
             for _ in range(300):
                 await alice.next(type="change", table="notes")
         async with wire(stage, key, cursor=cursor) as alice:
+            await goes_on_after_reset(alice, "feed_trimmed")
+
+
+@pytest.mark.real
+async def test_a_feed_is_bounded_in_bytes_and_what_is_still_there_is_resumed(server: str) -> None:
+    most_bytes, sizes = 200_000, [10_000] * 40
+    async with testing.run(
+        make_app(),
+        backend=await connect(server, Keys("bytes", 2)),
+        stage="bytes",
+        partitions=2,
+        resume_bytes=most_bytes,
+    ) as stage:
+        key = await stage.key("alice")
+        async with wire(stage, key) as alice:
+            cursors = [alice.welcome["cursor"]]
+            for n, size in enumerate(sizes):
+                await alice.do("put", table="notes", item={"id": f"n{n}", "owner": "alice", "text": "x" * size})
+                cursors.append((await alice.next(type="change", table="notes"))["cursor"])
+        feed = stage.backend.keys.user_feed("alice")
+        # The largest entry, and a node of the stream, may stand above.
+        assert 0 < int(await stage.backend.commands.memory_usage(feed, samples=0) or 0) < 1.2 * most_bytes
+        kept = await stage.backend.commands.xlen(feed)
+        assert 5 < kept < len(sizes)
+        async with wire(stage, key, cursor=cursors[-4]) as alice:
+            assert (alice.welcome["resumed"], alice.welcome["replayed"]) == (True, 3)
+        async with wire(stage, key, cursor=cursors[0]) as alice:
             await goes_on_after_reset(alice, "feed_trimmed")
 
 
