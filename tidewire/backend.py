@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qsl, unquote
 
+import structlog
+from prometheus_client import Counter
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -32,6 +34,10 @@ from tidewire.functions import Arg, Functions, Wait
 from tidewire.keys import Keys
 from tidewire.subscriber import Heard, Subscriber
 from tidewire.wire import Wire
+
+log = structlog.get_logger(__name__)
+
+MASTERS = Counter("tidewire_redis_masters_total", "Times that the sentinels named another master.")
 
 BLOCK_MS = 1000
 """How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
@@ -158,6 +164,11 @@ class Backend:
         await self.commands.exists(channel)  # where it is refused, the client is told who has the slot
         return self.node_of(channel)
 
+    async def address_of(self, key: bytes) -> str:
+        """host:port of the node that has the key, as far as is known here; a socket's path."""
+        where: dict[str, Any] = self.node_of(key).connection_pool.connection_kwargs
+        return str(where["path"]) if "path" in where else f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+
     async def now_ms(self) -> int:
         """The server's time since 1970; of a cluster, that of any node."""
         seconds, microseconds = await self.commands.time()
@@ -272,12 +283,18 @@ class SentinelBackend(Backend):
         found: tuple[str, int] = await self._sentinels.discover_master(self._service)
         return found
 
+    async def address_of(self, key: bytes) -> str:
+        host, port = await self._master()
+        return f"{host}:{port}"
+
     async def _watch(self, master: tuple[str, int]) -> None:
         while True:
             await asyncio.sleep(1.0)
             with contextlib.suppress(RedisError, OSError):
                 if (found := await self._master()) != master:
                     master = found
+                    MASTERS.inc()
+                    log.warning("another_master", host=found[0], port=found[1])
                     self._lines.lose("the sentinels name another master")
                     for client in (self.commands, self._blocking):
                         await client.connection_pool.disconnect()

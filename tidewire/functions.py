@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
+import structlog
+from prometheus_client import Counter
 from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
@@ -21,6 +23,10 @@ SOURCE = files("tidewire.lua").joinpath("tidewire.lua").read_text(encoding="utf-
 _NAME = re.search(r"name=(\w+)", SOURCE)
 assert _NAME
 LIBRARY = _NAME[1]
+
+log = structlog.get_logger(__name__)
+
+LOADED = Counter("tidewire_functions_loaded_total", "Times that a node had to be given the function library.")
 
 Arg = bytes | str | int
 
@@ -136,6 +142,8 @@ class Functions:
             except ResponseError as error:
                 if "function not found" not in str(error).lower():
                     raise
+            LOADED.inc()
+            log.warning("functions_loaded", library=LIBRARY)  # a node that was added, or has lost what it had
             await self.load()
             return await fcall(name, len(keys), *keys, *args)
         except ResponseError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import structlog
+from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.crc import key_slot
@@ -16,6 +17,8 @@ from redis.exceptions import MovedError, RedisError, ResponseError
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
+
+ASTRAY = Counter("tidewire_subscriber_moved_total", "Channels subscribed to anew, as their node is another one.")
 
 Heard = Callable[[bytes, bytes | None], None]
 """Called with a channel and a message; with None when the channel is subscribed to."""
@@ -125,6 +128,7 @@ class Subscriber:
 
     async def _find(self, connection: _Connection) -> None:
         """Subscribe again, at the nodes that have them now, to channels of which this one wants to know nothing."""
+        ASTRAY.inc(len(connection.astray))
         for channel in list(connection.astray):
             if self._at.get(channel) is connection:
                 await self._nodes.find_node_of(channel)

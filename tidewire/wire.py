@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import hiredis
+from prometheus_client import Counter
 from redis._parsers.base import BaseParser
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, TimeoutError
+
+LOST = Counter("tidewire_redis_connections_lost_total", "Connections to Redis that ended, or were given up.")
 
 TRIES = 6
 """Within about two seconds. Every command that goes this way may be done twice."""
@@ -172,6 +175,7 @@ class _Line(asyncio.Protocol):
         if self.lost:
             return
         self.lost = True
+        LOST.inc()
         self._timer.cancel()
         self._transport.abort()
         for asked in self._waiting:

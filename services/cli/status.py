@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -60,8 +61,21 @@ async def collect(backend: Backend) -> dict[str, Any]:
         "connections": sum(service.get("connections", 0) for service in services if service["alive"]),
         "services": sorted(services, key=lambda service: (service["kind"], service["id"])),
         "groups": groups,
+        "redis": await _redis(backend),
         "indexes": await _indexes(backend),
     }
+
+
+async def _redis(backend: Backend) -> list[dict[str, Any]]:
+    """Of each partition: its node, and when that last restarted or failed over, and all feeds began anew (ms, or 0)."""
+    keys, found = backend.keys, []
+    for partition in range(keys.partitions):
+        name = keys.partition(partition)
+        went_back, feeds = await backend.commands.hmget(name, "generation", "feeds")
+        node = await backend.address_of(name)
+        times = {"went_back": int(went_back or 0), "feeds_begun": int(feeds or 0)}
+        found.append({"partition": partition, "node": node} | times)
+    return found
 
 
 async def _indexes(backend: Backend) -> list[dict[str, Any]]:
@@ -99,6 +113,10 @@ async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int] |
     return None
 
 
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(" ", "seconds")
+
+
 def show(status: dict[str, Any]) -> None:
     """For people."""
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -124,6 +142,18 @@ def show(status: dict[str, Any]) -> None:
         orphans = [str(one["partition"]) for one in numbers["partitions"] if one["owner"] is None]
         groups.add_row(group, str(numbers["lag"]), str(numbers["pending"]), " ".join(orphans) or "none")
     console.print(groups)
+    nodes: dict[str, list[str]] = {}
+    for one in status["redis"]:
+        nodes.setdefault(one["node"], []).append(str(one["partition"]))
+    for node, partitions in sorted(nodes.items()):
+        console.print(f"Redis at {node}: partitions {' '.join(partitions)}")
+    for what, field in (("Redis restarted or failed over", "went_back"), ("all feeds began anew", "feeds_begun")):
+        times: dict[str, list[str]] = {}
+        for one in status["redis"]:
+            if one[field]:
+                times.setdefault(_time(one[field]), []).append(str(one["partition"]))
+        for time, partitions in sorted(times.items()):
+            console.print(f"{what} at {time}: partitions {' '.join(partitions)}")
     filling = [index for index in status["indexes"] if index["filled"] < 1]
     for index in filling:
         console.print(f"index {index['table']} {index['attributes']}: filled to {index['filled']:.0%}")

@@ -6,7 +6,9 @@ import asyncio
 import binascii
 import contextlib
 import itertools
+import re
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -114,6 +116,16 @@ async def in_a_thread(work: Callable[..., Any], *args: Any) -> float:
     return time.monotonic() - begun
 
 
+def _metrics(status: dict[str, Any]) -> str:
+    """Of all live services."""
+    found = []
+    for service in status["services"]:
+        if service["alive"]:
+            with urllib.request.urlopen(f"http://127.0.0.1:{service['admin_port']}/metrics", timeout=10) as answer:
+                found.append(answer.read().decode())
+    return "\n".join(found)
+
+
 async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
     with topologies.sentinels() as servers:
         up = new_up("--redis", servers.url)
@@ -141,6 +153,13 @@ async def test_a_replica_of_a_cluster_takes_the_place_of_its_master(new_up: Any)
             took_s = await in_a_thread(lambda: killed.append(servers.fail_over(slot_of("lobby"))))
             print(f"the master of the room failed over after {took_s:.1f} s")
             await flowing.goes_on()
+            partition = binascii.crc_hqx(b"lobby", 0) % 8
+            told = (await up.status())["redis"][partition]
+            assert told["node"] == f"127.0.0.1:{servers.master_of(slot_of('lobby')).port}"
+            assert told["went_back"] > 0, "status tells of it"
+            metrics = await asyncio.to_thread(_metrics, await up.status())
+            generations = re.findall(rf'tidewire_partition_generation{{partition="{partition}"}} (\S+)', metrics)
+            assert told["went_back"] in [int(float(one)) for one in generations], "and so do the metrics"
             await in_a_thread(servers.come_back, killed.pop())
             took_s = await in_a_thread(lambda: killed.append(servers.fail_over(slot_of("bob"))))
             print(f"the master of bob's feed failed over after {took_s:.1f} s")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import structlog
+from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
 from tidewire.backend import Backend, Waiter
@@ -18,6 +19,9 @@ from tidewire.settings import Settings
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
+
+TAKEN = Counter("tidewire_partitions_taken_total", "Partitions taken.", ["group"])
+GENERATION = Gauge("tidewire_partition_generation", "When Redis last went back there, in ms; 0: never.", ["partition"])
 
 
 def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
@@ -133,6 +137,8 @@ class Worker:
         )
         self._owned[partition], self._loops[partition] = owned, loop
         self._tasks[partition] = asyncio.create_task(_run(loop, idle), name=f"{self.group}:{partition}")
+        TAKEN.labels(self.group).inc()
+        GENERATION.labels(partition).set(owned.fence.generation)
         log.info("partition_taken", group=self.group, partition=partition, epoch=owned.fence.epoch)
 
     async def _renew(self) -> None:
