@@ -120,7 +120,7 @@ async def test_changes_trimmed_unread_reset_every_feed_and_the_members_are_those
     open_stage: Open, stack: AsyncExitStack
 ) -> None:
     # Each feed is looked at twice a second.
-    async with open_stage(lease_ms=600, resume_window_s=1.5) as stage:
+    async with open_stage(lease_ms=1500, resume_window_s=1.5) as stage:
         alice = await as_user(stage, stack, "alice")
         await joined(stage, alice)
         keys, commands = stage.backend.keys, stage.backend.commands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -183,27 +184,32 @@ def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path)
     for name, text in apps.items():
         (tmp_path / name).write_text(text)
     redis = json.loads((up.data / "up.json").read_text())["redis"]
-    data = ["--data", str(tmp_path / "other")]
+    folders = (str(tmp_path / f"data{number}") for number in itertools.count())
+
+    def data() -> list[str]:
+        """A folder of its own for each, as several run at a time."""
+        return ["--data", next(folders)]
+
     free = ["--ws-port", str(free_port()), "--http-port", str(free_port())]
     cases: list[tuple[list[str], str]] = [
-        (["up", "nosuch:app", *data], "cannot be imported"),
-        (["up", "broken:app", *data], "nosuchmodule"),
-        (["up", "syntax:app", *data], "SyntaxError"),
-        (["up", "wrong:app", *data], "not an App"),
-        (["up", "good:nothing", *data], "no such attribute"),
-        (["up", "senseless:app", *data], "readers must be an audience"),
-        (["up", "stranger:app", *data], "does not declare"),
-        (["up", "good", *data], "module:attribute"),
-        (["up", "good:app", *data, "--ws-port", str(up.ws_port)], f"port {up.ws_port} on 127.0.0.1 is in use"),
-        (["up", "good:app", *data, *free, "--redis", "redis://127.0.0.1:1"], "does not answer"),
-        (["up", "good:app", *data, *free, "--redis", "http://x"], "redis://"),
-        (["up", "good:app", *data, *free, "--redis", "redis+cluster://127.0.0.1:1,127.0.0.1:2"], "does not answer"),
+        (["up", "nosuch:app", *data()], "cannot be imported"),
+        (["up", "broken:app", *data()], "nosuchmodule"),
+        (["up", "syntax:app", *data()], "SyntaxError"),
+        (["up", "wrong:app", *data()], "not an App"),
+        (["up", "good:nothing", *data()], "no such attribute"),
+        (["up", "senseless:app", *data()], "readers must be an audience"),
+        (["up", "stranger:app", *data()], "does not declare"),
+        (["up", "good", *data()], "module:attribute"),
+        (["up", "good:app", *data(), "--ws-port", str(up.ws_port)], f"port {up.ws_port} on 127.0.0.1 is in use"),
+        (["up", "good:app", *data(), *free, "--redis", "redis://127.0.0.1:1"], "does not answer"),
+        (["up", "good:app", *data(), *free, "--redis", "http://x"], "redis://"),
+        (["up", "good:app", *data(), *free, "--redis", "redis+cluster://127.0.0.1:1,127.0.0.1:2"], "does not answer"),
         (["store", "good:app", "--redis", redis.replace("redis://", "redis+cluster://")], "not in cluster mode"),
         (["status", "--redis", "redis+cluster://127.0.0.1:1/7"], "numbered databases"),
         (["keys", "list", "--redis", "redis+sentinel://127.0.0.1:1/main"], "does not answer"),
         (["keys", "list", "--redis", "redis+sentinel://127.0.0.1:1"], "host:port,host:port/service"),
         (["up", "good:app", *free, "--data", str(up.data)], "another `tidewire up` runs"),
-        (["up", "good:app", *data, *free, "--stage", "No Good"], "--stage"),
+        (["up", "good:app", *data(), *free, "--stage", "No Good"], "--stage"),
         (["store", "good:app", "--redis", redis, "--partitions", "5"], "was created with 8 partitions"),
         (["store", "good:app", "--redis", "redis://127.0.0.1:1"], "does not answer"),
         (["gateway", "good:app", "--redis", redis, "--stage", "other", "--ws-port", str(up.ws_port),
