@@ -99,7 +99,7 @@ class Appends:
             await self._functions.feed_open(self._home, feed, 3_600_000)
 
     async def append(self) -> None:
-        append = Append(Position(0, 0, 1_795_409_459_002, next(self._ids)), 1, self._body, self._feeds)
+        append = Append(Position(0, 0, 1_795_409_459_002, next(self._ids)), self._body, self._feeds)
         await self._functions.link_append(self._home, "b:0", 1, self._most, [append])
 
     async def floor(self) -> None:
@@ -197,7 +197,7 @@ async def _entries_bytes(backend: Backend, stage: str, entries: int) -> int:
     feed = keys.user_feed("a-user-of-20-letters")
     await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
     for number in range(entries):
-        append = Append(Position(0, 0, 1_795_409_459_002, number), 1, body(), (feed,))
+        append = Append(Position(0, 0, 1_795_409_459_002, number), body(), (feed,))
         await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [append])
     return int(await backend.commands.memory_usage(feed, samples=0) or 0)
 

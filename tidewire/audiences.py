@@ -255,6 +255,11 @@ class Topic:
         self.followers = _audience(followers)
         if any(isinstance(part, Followers) for part in followers.parts()):
             raise ConfigurationError(f"topic {pattern!r}: its followers cannot be those of another topic")
+        if any(isinstance(part, Vacant) for part in followers.parts()):
+            raise ConfigurationError(
+                f"topic {pattern!r}: its followers cannot be those of a vacant group: nobody would know whom to send "
+                "away when its first member comes"
+            )
         if not isinstance(pattern, str) or not pattern.partition("{")[0] or pattern.startswith(CLAIM_TOPICS):
             raise ConfigurationError(
                 f"topic {pattern!r}: a pattern begins with text of its own, as 'cell:{{id}}', not with {CLAIM_TOPICS}"

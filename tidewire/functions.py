@@ -87,13 +87,22 @@ Confirmed = Callable[[tuple[Arg, ...], Wait], Awaitable[tuple[Any, int]]]
 """Makes a call, then waits on the same connection: (the call's answer, how many confirmed). An error is an answer."""
 
 
+WHOLE = b"~"
+"""Greater than the key of any feed."""
+
+
 class Append(NamedTuple):
-    """One change on its way into feeds of one destination partition."""
+    """What one change says on its way into feeds of one destination partition.
+
+    What goes to a destination of one change may be spread over several calls, by the keys of the feeds: each call has
+    all for the feeds up to `upto`, the last one is WHOLE. So a change that is decided again, and may then find other
+    readers, goes to each of them once.
+    """
 
     position: Position
-    first: int  # number of its first effect within the change, from 1 on
     body: bytes
     feeds: tuple[bytes, ...]
+    upto: bytes = WHOLE
 
 
 class FeedBounds(NamedTuple):
@@ -229,7 +238,7 @@ class Functions:
             start = index.setdefault(append.feeds, len(keys) - len(to) + 1)
             if start > len(keys) - len(to):
                 keys += append.feeds
-            args += (*append.position, append.first, append.body, start, len(append.feeds))
+            args += (*append.position, append.upto, append.body, start, len(append.feeds))
         return int(await self._call("link_append", keys, *args))
 
     async def link_reset(self, to: Home, source: str, epoch: int, position: Position) -> None:

@@ -75,8 +75,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigurationError(f"TIDEWIRE_{name.upper()}={getattr(self, name)}: at least {least}")
-        if not 128 <= self.batch <= 2000:  # a batch holds a whole transaction
-            raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 128 and 2000")
+        if not 256 <= self.batch <= 2000:  # a batch holds a whole transaction, which may replace 100 expired items
+            raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 256 and 2000")
         if self.lease_ms < 300:
             raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
 

@@ -26,11 +26,18 @@ class Sight(NamedTuple):
     """Whose items show themselves to whoever shares a group with somebody."""
     topics: bool
     """Whether the member may no longer follow some topics."""
+    peers_topics: bool
+    """Whether, for some topics, those that it shares the group with may no longer follow them either."""
 
 
 def sight(app: App, membership: Membership, old: Item | None, new: Item | None) -> Sight:
     """What follows from a membership item that was `old` and is `new`; either may be None."""
-    found = Sight([], [], [], [], _follows_less(app, membership, old, new))
+    of_peers = new is None and any(
+        isinstance(part, Peers) and part.membership == membership.name
+        for topic in app.topics.values()
+        for part in topic.followers.parts()
+    )
+    found = Sight([], [], [], [], of_peers or _follows_less(app, membership, old, new), of_peers)
     for table in app.tables.values():
         if not isinstance(table.readers, Audience):
             # A function says what it wants of each item. Of the group it speaks where the table is partitioned by it.

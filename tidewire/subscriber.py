@@ -186,7 +186,9 @@ class _Connection(PubSub):
     async def leave(self, channel: bytes) -> None:
         self.wanted.discard(channel)
         if self.connection is not None:
-            await self.execute_command("SUNSUBSCRIBE", channel)
+            # redis-py's error when the connection is closed meanwhile: there is nothing left to leave.
+            with contextlib.suppress(AttributeError):
+                await self.execute_command("SUNSUBSCRIBE", channel)
 
     async def close_quietly(self) -> None:
         with contextlib.suppress(RedisError, OSError):

@@ -16,7 +16,7 @@ import structlog
 from tidewire.app import App, ItemKey, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, claim_topic, resolve
 from tidewire.claims import Condition, both, either, unless
-from tidewire.functions import Append, Operation
+from tidewire.functions import WHOLE, Append, Operation
 from tidewire.keys import Home, Keys, Scalar
 from tidewire.records import RECHECK, Change, FeedBody, Item, ItemRecord, Opened, Position, pack
 from tidewire.sight import sight
@@ -252,14 +252,14 @@ class _Batch:
             self.tell(position, image, "LEAVE", [user])
         for table in seen.anywhere:
             self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", [user])
-        if seen.peers:
-            others = self.members(membership.name, group).keys() - {user}
-            for table in seen.peers:
-                self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", others)
+        others = self.members(membership.name, group).keys() - {user}
+        for table in seen.peers:
+            self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", others)
+        if seen.topics:
+            self.tell(position, _Plain({}), RECHECK, [user, *(others if seen.peers_topics else ())])
+        if seen.peers or seen.peers_topics:
             key = ItemKey(membership.name, group, user)
             self.decision.indexed.append((membership, key, change.new is not None))
-        if seen.topics:
-            self.tell(position, _Plain({}), RECHECK, [user])
 
     def look(self, position: Position, table: Table, change: Change, membership: Membership, opened: Opened) -> None:
         """Of items that a membership's change may have shown or hidden, tell what it did."""
@@ -321,7 +321,6 @@ class _Batch:
     def send(self) -> None:
         """The deliveries since `begin`. A feed gets those of a transaction one after another, all in one call."""
         appends: dict[int, list[Append]] = {}
-        numbers: dict[tuple[Position, int], int] = {}
         to_come = self.to_come()
         for delivery in self.deliveries:
             # By body, then by destination: a body is encoded once, however many feeds it goes to.
@@ -334,19 +333,12 @@ class _Batch:
                         destinations.setdefault(self.keys.partition_of(feed.name), []).append(key)
             for (event, more, asks), destinations in sorted(bodies.items(), key=_written):
                 body = pack(self.encoded(delivery, event, asks, more=more))
-                for destination, targets in destinations.items():
-                    for start in range(0, len(targets), CALL_FEEDS):
-                        few = targets[start : start + CALL_FEEDS]
-                        first = numbers.get((delivery.position, destination), 1)
-                        appends.setdefault(destination, []).append(Append(delivery.position, first, body, tuple(few)))
-                        numbers[delivery.position, destination] = first + len(few)
+                for destination, feeds in destinations.items():
+                    appends.setdefault(destination, []).append(Append(delivery.position, body, tuple(feeds)))
         for destination, some_appends in appends.items():
             calls = self.calls.setdefault(self.keys.home(destination), _Calls())
-            if self.transaction is not None:
-                calls.add(some_appends)
-            else:
-                for append in some_appends:
-                    calls.add([append])
+            for together in [some_appends] if self.transaction is not None else split(some_appends):
+                calls.add(together)
 
     def to_come(self) -> _ToCome:
         return _ToCome(self.deliveries if self.transaction is not None and len(self.deliveries) > 1 else ())
@@ -412,6 +404,20 @@ class _AsIf:
         return self._known.groups(membership, user)
 
 
+def split(appends: list[Append]) -> list[list[Append]]:
+    """What goes to one destination of one change, for so many feeds at a time, in the order of their keys."""
+    if sum(len(append.feeds) for append in appends) <= CALL_FEEDS:
+        return [appends]
+    feeds = sorted({feed for append in appends for feed in append.feeds})
+    found: list[list[Append]] = []
+    for start in range(0, len(feeds), CALL_FEEDS):
+        some = set(feeds[start : start + CALL_FEEDS])
+        upto = WHOLE if start + CALL_FEEDS >= len(feeds) else feeds[start + CALL_FEEDS - 1]
+        parts = (append._replace(feeds=tuple(f for f in append.feeds if f in some), upto=upto) for append in appends)
+        found.append([part for part in parts if part.feeds])
+    return found
+
+
 class _Calls:
     """Appends for one destination, gathered into calls of about a bounded size. What is added together stays so."""
 
@@ -430,7 +436,7 @@ class _Calls:
 
 
 def heard(event: str, table: str, before: Recipients, after: Recipients) -> Heard:
-    """What each feed gets to hear, users by name and then topics: a decision made again numbers them alike."""
+    """What each feed gets to hear, users by name and then topics."""
     found: Heard = {}
     for user in sorted(before.users.keys() | after.users.keys()):
         if told := variants(event, before.user(user), after.user(user)):

@@ -148,8 +148,19 @@ class BroadcasterTenure:
         return self._backend.keys.partition_of(group.group) == self._partition
 
     async def _members(self, group: Group) -> Members:
-        raw = await self._backend.commands.hgetall(self._backend.keys.members(group.membership, group.group))
-        return {unpack(user): unpack(item) for user, item in raw.items()}
+        """Of a group of this partition, as its changes have passed here; of another, as its items are.
+
+        Who is told of a membership there may query at once, and then must hear of every change: those who look after it
+        later must find it, and not what its broadcaster has yet to commit.
+        """
+        keys = self._backend.keys
+        if self._is_here(group):
+            raw = await self._backend.commands.hgetall(keys.members(group.membership, group.group))
+            return {unpack(user): unpack(item) for user, item in raw.items()}
+        raw = await self._backend.commands.hgetall(keys.items(group.membership, group.group))
+        items = [ItemRecord(*unpack(record)).item for record in raw.values()]
+        table = self._app[group.membership]
+        return {item[table.key[1]]: item for item in items if item is not None}
 
     async def _groups_of(self, need: GroupsOf) -> list[Scalar]:
         table = self._app[need.membership]

@@ -33,13 +33,15 @@ from tidewire.tasks import end
 
 from .core import Core
 from .feeds import READ, Feed, Frame
-from .peers import Cursors, Peer
+from .peers import Mark, Peer
 
 log = structlog.get_logger(__name__)
 
 IN_FLIGHT = 64
 """Requests of one connection that wait for their answers; beyond, nothing more is read from it."""
 EXPIRING_S = 60.0
+NOWHERE = Cursor("0", 0, "0")
+"""A cursor that is always refused."""
 MOST_TOPICS = 1000
 """That one connection follows."""
 
@@ -59,15 +61,15 @@ class Place:
             self.fall_behind()
         elif frame.cursor.seq > self.cursor.seq:  # else it was replayed already
             self.cursor = frame.cursor
-            if self.connection.concerned(frame):
-                self.connection.write(frame.encoded(binary=self.connection.binary))
+            if self.connection.takes(frame):
+                self.connection.write(frame.encoded(binary=self.connection.binary), frame.mark)
 
     def start_over(self, reset: Reset) -> None:
         if self.connection.full():
             self.fall_behind()  # it finds the reset for itself
         else:
-            self.cursor = reset.cursor
-            self.connection.write(self.connection.encode(reset_frame(reset, self.feed.topic)))
+            frame, mark = self.connection.begin_anew(self, reset)
+            self.connection.write(self.connection.encode(frame), mark)
 
     def fall_behind(self) -> None:
         self.live = False
@@ -132,23 +134,16 @@ class Connection:
         """Whether the peer is so slow that nothing more is queued for it."""
         return self.peer.queued_bytes() > self.core.settings.limit_queued_bytes
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting; the caller has looked whether it is `full`."""
-        self.peer.write(data)
+        self.peer.write(data, *marks)
 
-    async def send(self, frame: Any) -> None:
+    async def send(self, frame: Any, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow."""
-        await self.send_encoded(self.encode(frame))
-
-    async def send_encoded(self, data: bytes) -> None:
-        await self.peer.send(data)
+        await self.peer.send(self.encode(frame), *marks)
 
     async def close(self, code: int, reason: str) -> None:
         await self.peer.close(code, reason)
-
-    def cursors(self) -> Cursors:
-        """Where it stands in each feed that it follows."""
-        return {topic: str(place.cursor) for topic, place in self._places.items()}
 
     def spawn(self, work: Any) -> asyncio.Task[None] | None:
         """A task that ends with the connection, and ends it when it fails."""
@@ -199,13 +194,15 @@ class Connection:
                 "resumed": own.resumed,
                 "replayed": sum(map(self.concerned, own.missed)),
                 "topics": {str(one.place.feed.topic): str(one.place.cursor) for one in followed},
-            }
+            },
+            *((one.place.feed.topic, str(one.place.cursor)) for one in (own, *followed)),
         )
         self.welcomed = True
         for refusal in refused:
             await self.send(refusal.as_frame(None))
-        for one in (own, *followed):
-            await self._go_on(one)
+        for one in followed:
+            self._catching_up(one)
+        await self._go_on(own)
 
     async def _place(self, feed_key: bytes, topic: str | None, cursor: str | None) -> Welcome:
         feed = await self.core.feeds.follow(feed_key, topic)
@@ -215,7 +212,11 @@ class Connection:
         return await self._missed(place, cursor)
 
     async def _missed(self, place: Place, cursor: str | None) -> Welcome:
-        """Put the place where the cursor stands; with what follows from there, or the reset."""
+        """Put the place where the cursor stands; with what follows from there, or the reset.
+
+        A cursor that is refused stays that of the place until the reset is sent: whoever comes back without having
+        heard of it is refused again.
+        """
         feed = place.feed
         assert feed.head
         if not cursor:
@@ -223,17 +224,17 @@ class Connection:
             return Welcome(place)
         parsed = Cursor.parse(cursor)
         if parsed is None:
-            place.cursor = feed.head
+            place.cursor = NOWHERE
             return Welcome(place, reset=Reset("cursor_unknown", feed.head))
         # All of it at once, so that `replayed` is known: a feed is bounded.
         entries, reset = await self.core.feeds.read(feed, parsed, count=100_000)
-        place.cursor = reset.cursor if reset else parsed
+        place.cursor = parsed
         return Welcome(place, frames_of(place, entries), reset, resumed=reset is None)
 
     async def _go_on(self, one: Welcome) -> None:
         """What was missed, then live."""
         if one.reset:
-            await self.send(reset_frame(one.reset, one.place.feed.topic))
+            await self.send(*self.begin_anew(one.place, one.reset))
         await self._replay(one.place, one.missed)
         one.place.feed.followers.add(one.place)
         await self.catch_up(one.place)
@@ -244,8 +245,7 @@ class Connection:
         while feed.head != place.cursor:
             entries, reset = await self.core.feeds.read(feed, place.cursor)
             if reset:
-                place.cursor = reset.cursor
-                await self.send(reset_frame(reset, feed.topic))
+                await self.send(*self.begin_anew(place, reset))
             await self._replay(place, frames_of(place, entries))
             if feed.head and len(entries) < READ and feed.head != place.cursor:
                 await self.core.feeds.mend(feed)  # the stream was ahead of what has been announced
@@ -253,23 +253,33 @@ class Connection:
 
     async def _replay(self, place: Place, frames: list[Frame]) -> None:
         for frame in frames:
+            if self.takes(frame):
+                await self.peer.send(frame.encoded(binary=self.binary), frame.mark)
             place.cursor = frame.cursor
-            if self.concerned(frame):
-                await self.send_encoded(frame.encoded(binary=self.binary))
 
-    def concerned(self, frame: Frame) -> bool:
-        """Whether this connection gets the frame."""
+    def begin_anew(self, place: Place, reset: Reset) -> tuple[dict[str, Any], Mark]:
+        """Put the place behind what it has missed; the frame that says so."""
+        topic, place.cursor = place.feed.topic, reset.cursor
+        if topic is None:
+            self.spawn(self._follow_less())  # what it has missed may have asked for it
+        return reset_frame(reset, topic), (topic, str(reset.cursor))
+
+    def takes(self, frame: Frame) -> bool:
+        """Whether this connection's peer gets the frame. One that is for the connection itself is done."""
         if frame.type == RECHECK:
             self.spawn(self._follow_less())
-            return False
-        return frame.asks is True or holds(frame.asks, self.principal.claims)
+        return self.concerned(frame)
+
+    def concerned(self, frame: Frame) -> bool:
+        """Whether the frame is for this connection's peer."""
+        return frame.type != RECHECK and (frame.asks is True or holds(frame.asks, self.principal.claims))
 
     # ── topics ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, request: Follow) -> None:
         """Answer, then all that follows on the cursor; one that is followed already is rewound to it."""
-        await self.core.topics.check(self.principal, request.topic)
-        async with self._following:
+        async with self._following:  # asked before somebody looks again, or answered after what that is about
+            await self.core.topics.check(self.principal, request.topic)
             place = self._places.get(request.topic)
             following: Welcome | None = None
             if place is None:
@@ -370,6 +380,8 @@ class Connection:
                 answer = await result
             except RequestError as error:
                 await self.send(error.as_frame(id_))
+            except (RedisError, OSError):
+                raise  # halfway, perhaps: the connection ends, and its peer comes back
             except Exception:
                 log.exception("request_failed", connection=self.id)
                 await self.send(Internal("something went wrong on the server").as_frame(id_))

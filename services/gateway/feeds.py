@@ -37,15 +37,16 @@ RESETS = Counter("tidewire_gateway_resets_total", "Resets of whole feeds while t
 class Frame:
     """One entry as a frame, encoded at most once for each encoding, however many connections get it."""
 
-    __slots__ = ("_msgpack", "asks", "cursor", "json", "type")
+    __slots__ = ("_msgpack", "asks", "cursor", "json", "mark", "type")
 
     def __init__(self, cursor: Cursor, entry: FeedEntry, topic: str | None) -> None:
         body = FeedBody(*unpack(entry.body))
         self.cursor = cursor
+        self.mark = (topic, str(cursor))
         self.type = body.type
         self.asks = body.asks
         """What the claims of a connection must meet that gets it."""
-        self.json = feed_frame(body, str(cursor), topic)
+        self.json = feed_frame(body, self.mark[1], topic)
         self._msgpack: bytes | None = None
 
     def encoded(self, *, binary: bool) -> bytes:
@@ -226,20 +227,27 @@ class Feeds:
         """Look at each feed now and then, until cancelled."""
         while True:
             await asyncio.sleep(min(LOOK_S, self._window_ms / 3000))
-            for feed in list(self._feeds.values()):
-                head = feed.head
-                if head is None:
-                    continue
-                try:
-                    state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
-                except (RedisError, OSError) as error:
-                    log.warning("feeds_not_looked_at", error=str(error))
-                    break
-                now = head_of(state)
-                # It may have gone on meanwhile, and is then ahead of what was read; it may also have gone back.
-                if (
-                    feed.head
-                    and feed.head != now
-                    and (now.epoch != head.epoch or now.seq < head.seq or now.seq >= feed.head.seq)
-                ):
-                    self._mend_soon(feed)
+            homes: dict[Home, list[Feed]] = {}
+            for feed in self._feeds.values():
+                homes.setdefault(feed.home, []).append(feed)
+            # A partition whose node is away keeps no other waiting.
+            await asyncio.gather(*map(self._look_at, homes.values()))
+
+    async def _look_at(self, feeds: list[Feed]) -> None:
+        for feed in feeds:
+            head = feed.head
+            if head is None or not feed.users:
+                continue
+            try:
+                state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
+            except (RedisError, OSError) as error:
+                log.warning("feeds_not_looked_at", partition=feed.home.partition.decode(), error=str(error))
+                return
+            now = head_of(state)
+            # It may have gone on meanwhile, and is then ahead of what was read; it may also have gone back.
+            if (
+                feed.head
+                and feed.head != now
+                and (now.epoch != head.epoch or now.seq < head.seq or now.seq >= feed.head.seq)
+            ):
+                self._mend_soon(feed)

@@ -112,7 +112,6 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
         core.settings.limit_queued_bytes,
     )
     connection = Connection(core, peer, principal)
-    peer.cursors = connection.cursors
 
     async def events() -> AsyncIterator[bytes]:
         serving = asyncio.ensure_future(serve(connection, cursor or asked.cursor, asked.topics | topics))

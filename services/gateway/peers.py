@@ -16,8 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from tidewire.errors import BadRequest
 
 Take = Callable[[str | bytes], Awaitable[None]]
-Cursors = Mapping[str | None, str]
-"""Where a connection stands, by topic; None for the user's own feed."""
+Mark = tuple[str | None, str]
+"""Up to where a frame brings its peer: (topic, cursor), with None for the user's own feed."""
 
 COMMENT_S = 15.0
 """A stream of events that has nothing to say says so, for proxies that end what is silent."""
@@ -34,10 +34,10 @@ class Peer(Protocol):
     def queued_bytes(self) -> int:
         """What was written and has not been taken."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting."""
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame, waiting while the peer is slow. Raises ConnectionClosed."""
 
     async def close(self, code: int, reason: str) -> None: ...
@@ -58,10 +58,10 @@ class Websocket:
     def queued_bytes(self) -> int:
         return self._ws.transport.get_write_buffer_size()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *marks: Mark) -> None:
         broadcast([self._ws], data if self.binary else data.decode())
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, *marks: Mark) -> None:
         await self._ws.send(data, text=not self.binary)
 
     async def close(self, code: int, reason: str) -> None:
@@ -74,14 +74,14 @@ class Websocket:
 
 
 class EventStream:
-    """Server-sent events (HTML Living Standard, section 9.2). `cursors` tells where the connection stands."""
+    """Server-sent events (HTML Living Standard, section 9.2). Their ids say up to where they bring."""
 
     binary = False
 
     def __init__(self, source_ip: str, user_agent: str, limit_bytes: int) -> None:
         self.source_ip = source_ip
         self.user_agent = user_agent
-        self.cursors: Callable[[], Cursors] = dict
+        self._cursors: dict[str | None, str] = {}
         self._limit_bytes = limit_bytes
         self._events: deque[bytes] = deque([b"retry: %d\n\n" % RETRY_MS])
         self._queued_bytes = 0
@@ -91,15 +91,16 @@ class EventStream:
     def queued_bytes(self) -> int:
         return self._queued_bytes
 
-    def write(self, data: bytes) -> None:
-        self._queue(b"id: %s\ndata: %s\n\n" % (event_id(self.cursors()), data))
+    def write(self, data: bytes, *marks: Mark) -> None:
+        self._cursors.update(marks)
+        self._queue(b"id: %s\ndata: %s\n\n" % (event_id(self._cursors), data))
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, *marks: Mark) -> None:
         while not self._closed and self._queued_bytes > self._limit_bytes:
             await self._wait()
         if self._closed:
             raise ConnectionClosed(None, None)
-        self.write(data)
+        self.write(data, *marks)
 
     async def close(self, code: int, reason: str) -> None:
         self.end()
@@ -145,7 +146,7 @@ class _Id(msgspec.Struct):
     topics: dict[str, str] = {}
 
 
-def event_id(cursors: Cursors) -> bytes:
+def event_id(cursors: Mapping[str | None, str]) -> bytes:
     """The cursors of a connection in one line of ASCII."""
     topics = {topic: cursor for topic, cursor in cursors.items() if topic is not None}
     return json.dumps({"cursor": cursors.get(None), "topics": topics}, separators=(",", ":")).encode()

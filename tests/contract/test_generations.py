@@ -47,7 +47,7 @@ async def went_back(backend: Backend, partition: int) -> None:
 
 def change(partition: int, generation: int, seq: int, feed: bytes) -> Append:
     body = pack(FeedBody("change", b'{"n":%d}' % seq))
-    return Append(Position(partition, generation, 1000, seq), 1, body, (feed,))
+    return Append(Position(partition, generation, 1000, seq), body, (feed,))
 
 
 async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence(backend: Backend) -> None:

@@ -57,8 +57,8 @@ STAYING = ALL._replace(reads_s=(60.0, 90.0))
 BREAKS = {
     "a link takes again what it has taken": Break(
         "tidewire/lua/tidewire.lua",
-        "    for i = 4 + start + skip, 3 + start + count do\n",
-        "    for i = 4 + start, 3 + start + count do\n",
+        "    if order < 0 or effect[4] <= after then count = 0 else last = effect end\n",
+        "    last, after = effect, ''\n",
         again("swallow_link", "broadcaster", 8),
         {"double"},
     ),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tidewire.app import App
 from tidewire.audiences import Audience, claim, everyone, topic, user
 from tidewire.claims import holds
-from tidewire.functions import Append
+from tidewire.functions import WHOLE, Append
 from tidewire.keys import Home, Keys
 from tidewire.records import Change, FeedBody, Item, unpack
 from tidewire.services.broadcaster.decide import Decision, Group, GroupsOf, decide, whole
@@ -61,7 +61,6 @@ class World:
         self.feeds: dict[bytes, list[tuple[FeedBody, Frame]]] = defaultdict(list)
         self.names = {KEYS.user_feed(name): name for name in USERS}
         self.names |= {KEYS.topic_feed(name): f"topic {name}" for name in TABLES}
-        self.numbers: dict[Home, list[tuple[int, int, int]]] = defaultdict(list)
         self.failed = 0
         self._seq = 0
 
@@ -93,17 +92,18 @@ class World:
         self.failed += decision.failed
         self.groups |= decision.groups
         for to, calls in decision.links.items():
+            order = [(append.position, append.upto) for call in calls for append in call]
+            assert order == sorted(order), "a destination takes nothing that is before what it has taken"
             for call in calls:
                 for append in call:
                     self.append(to, append)
 
     def append(self, to: Home, append: Append) -> None:
         body = FeedBody(*unpack(append.body))
-        for number, entries in enumerate(append.feeds, append.first):
+        for entries in append.feeds:
             name = self.names[entries]
             assert KEYS.home_of(entries) == to, "a feed's own partition"
             assert entries in (KEYS.user_feed(name), KEYS.topic_feed(name.removeprefix("topic ")))
-            self.numbers[to].append((append.position.ms, append.position.seq, number))
             self.feeds[entries].append((body, json.loads(body.rest)))
 
     def heard(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
@@ -554,7 +554,10 @@ def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
     (calls,) = found.links.values()
     appends = [append for call in calls for append in call]
     assert all(sum(len(append.feeds) for append in call) <= 2000 for call in calls)
-    assert [append.first for append in appends] == [1, 2001, 4001]
+    ends = [append.upto for append in appends]
+    assert ends == [*(max(append.feeds) for append in appends[:-1]), WHOLE], "up to the last feed of each call"
+    assert ends == sorted(ends)
+    assert all(min(append.feeds) > end for append, end in zip(appends[1:], ends, strict=False)), "none is in two calls"
     assert len({feed for append in appends for feed in append.feeds}) == 5000
 
 
@@ -565,17 +568,11 @@ PAIRS = st.tuples(st.sampled_from(["mail", "mixed", "news"]), IMAGES, IMAGES).fi
 
 @settings(deadline=None)
 @given(st.lists(PAIRS, max_size=10))
-def test_effects_of_a_destination_have_rising_numbers_and_nobody_hears_twice(
+def test_a_destination_is_told_in_order_and_nobody_hears_twice(
     pairs: list[tuple[str, Item | None, Item | None]],
 ) -> None:
     world = World()
     world.tell(*(world.change(*pair) for pair in pairs))
-    for numbers in world.numbers.values():
-        assert numbers == sorted(set(numbers)), "distinct, increasing"
-        changes = {number[:2] for number in numbers}
-        for change in changes:
-            own = [number[2] for number in numbers if number[:2] == change]
-            assert own == list(range(1, len(own) + 1))
     for frames in world.feeds.values():
         positions = [frame["position"] for _, frame in frames]
         assert len(positions) == len(set(positions)), "once per feed"

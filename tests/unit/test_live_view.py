@@ -178,17 +178,39 @@ def test_a_later_generation_is_newer_whatever_its_time() -> None:
     assert view.shown()["a"]["n"] == 1
 
 
+def bare(seq: int, key: str = "a", **more: Any) -> Frame:
+    """Without an image."""
+    frame = change("MODIFY", seq, key, version=seq, **more)
+    del frame["new"]
+    return frame
+
+
+def image(key: str, n: int) -> dict[str, Any]:
+    return {"room": "r", "id": key, "n": n}
+
+
 def test_what_changed_without_an_image_is_to_be_read() -> None:
     view = loaded()
-    frame = change("MODIFY", 1)
-    del frame["new"]
-    view.take(frame)
-    assert (view.unread, view.is_whole) == ({"a"}, False)
-    view.read("a", {"room": "r", "id": "a", "n": 1}, "3-0-1000-1")
-    assert view.shown() == {"a": {"room": "r", "id": "a", "n": 1}}
-    view.take(frame | {"position": "3-0-1000-2"})
-    view.read("a", None, None)
-    assert view.shown() == {}
+    view.take(bare(1))
+    assert (view.unread, view.is_whole) == ({"a": 1}, False)
+    view.read("a", image("a", 1), 1, "3-0-1000-1")
+    assert (view.shown(), view.is_whole) == ({"a": image("a", 1)}, True)
+
+
+def test_what_is_newer_than_its_frame_is_left_for_its_own() -> None:
+    view = loaded()
+    for frame in (bare(1, "a", transaction="T1", more=True), bare(1, "b", transaction="T1")):
+        view.take(frame)
+    view.read("a", image("a", 1), 1, "3-0-1000-1")
+    # Both were written once more, together: to show this one beside the other's older state were half of that.
+    view.read("b", image("b", 2), 2, "3-0-1000-2")
+    assert not view.is_whole
+    for frame in (bare(2, "a", transaction="T2", more=True), bare(2, "b", transaction="T2")):
+        view.take(frame)
+    view.read("b", image("b", 2), 2, "3-0-1000-2")
+    assert not view.is_whole
+    view.read("a", image("a", 2), 2, "3-0-1000-2")
+    assert (view.shown(), view.is_whole) == ({"a": image("a", 2), "b": image("b", 2)}, True)
 
 
 def test_other_tables_and_other_partition_keys_are_not_its() -> None:

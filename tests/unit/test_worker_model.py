@@ -29,7 +29,11 @@ BROKEN = {
         "if false then",
         WRONG,
     ),
-    "dedupe": ("for i = 4 + start + skip,", "for i = 4 + start,", WRONG),
+    "dedupe": (
+        "if order < 0 or effect[4] <= after then count = 0 else last = effect end",
+        "last, after = effect, ''",
+        WRONG,
+    ),
     "stamp": (
         "redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))\n  return 'OK'",
         "return 'OK'",

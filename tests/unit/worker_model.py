@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.feeds import chained
-from tidewire.functions import Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
+from tidewire.functions import WHOLE, Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
 from tidewire.keys import Home, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Position, pack, unpack
@@ -39,10 +39,12 @@ def users(partition: int, count: int) -> list[str]:
 
 
 USERS = users(0, 2) + users(1, 1) + users(2, 1)
-FEEDS = {user: KEYS.user_feed(user) for user in USERS}
+PASSING = [users(0, 4)[2:], users(1, 3)[2:], []]
+"""Of each partition, who may be among the readers of a change or not, each time that it is decided."""
+FEEDS = {user: KEYS.user_feed(user) for user in (*USERS, *PASSING[0], *PASSING[1])}
 CLOSED = KEYS.user_feed(users(1, 2)[1])
 EFFECTS = [[FEEDS[USERS[0]], FEEDS[USERS[1]]], [CLOSED, FEEDS[USERS[2]]], [FEEDS[USERS[3]]]]
-"""Of each entry at each destination, in the order of their numbers."""
+"""Of each entry at each destination."""
 LEASE_MS = 60_000
 """Leases end when the test says so."""
 
@@ -145,13 +147,14 @@ class ModelTenure:
         calls: list[list[Append]] = [[]]
         for id_, fields in taken:
             body = pack([int(fields[b"n"]), self.owned.fence.epoch])
-            feeds = EFFECTS[partition]
+            passing = [FEEDS[user] for user in PASSING[partition] if self.chance.random() < 0.5]
+            feeds = sorted(EFFECTS[partition] + passing)
             cut = self.chance.randint(1, len(feeds))
-            for first, part in ((1, feeds[:cut]), (cut + 1, feeds[cut:])):
+            for part, upto in ((feeds[:cut], feeds[cut - 1] if cut < len(feeds) else WHOLE), (feeds[cut:], WHOLE)):
                 if calls[-1] and self.chance.random() < 0.5:
                     calls.append([])
                 if part:
-                    calls[-1].append(Append(Position(SOURCE, 0, *id_), first, body, tuple(part)))
+                    calls[-1].append(Append(Position(SOURCE, 0, *id_), body, tuple(part), upto))
         return [appends for appends in calls if appends]
 
     async def committed(self, *, confirmed: bool) -> None:
@@ -286,7 +289,7 @@ class Model:
         pipeline.exists(CLOSED)
         *replies, done, closed = pipeline.execute()
         assert not closed, "a closed feed was written to"
-        feeds = {user: self.feed(user, *replies[2 * i : 2 * i + 2]) for i, user in enumerate(USERS)}
+        feeds = {user: self.feed(user, *replies[2 * i : 2 * i + 2]) for i, user in enumerate(FEEDS)}
         return feeds, [int(number) for number in done]
 
     def feed(self, user: str, state: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Got]:
@@ -305,6 +308,9 @@ class Model:
     def check(self) -> None:
         feeds, done = self.look()
         stamp, lengths = self.stamp
+        for user in (user for some in PASSING for user in some):
+            numbers = [got.number for got in feeds.pop(user)]
+            assert numbers == sorted(set(numbers)), f"{user} (passing) got {numbers}: not each once, in order"
         for user, entries in feeds.items():
             numbers, epochs = [got.number for got in entries], [got.epoch for got in entries]
             assert numbers == list(range(len(numbers))), f"{user} got {numbers}: not each once, in order"
@@ -355,7 +361,8 @@ class Model:
             raise AssertionError(f"{worker.name} does not come to the end of {len(self.positions)} entries")
         self.check()
         feeds, done = self.look()
-        for user, entries in feeds.items():
+        for user in USERS:
+            entries = feeds[user]
             assert len(entries) == len(self.positions), f"{user} misses entries after {len(entries)}"
         assert len(done) == len(self.positions), "something was never committed"
         pending: Any = self.server.xpending(STREAM, GROUP)

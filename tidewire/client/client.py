@@ -471,11 +471,9 @@ class Live:
     async def _read(self, key: Any) -> None:
         view = self._view
         named = {view.attribute: view.value} | ({} if view.sort is None else {view.sort: key})
-        try:
+        with contextlib.suppress(NotFound):
             found = await self._client.get(view.table, named)
-            view.read(key, found["item"], found["position"])
-        except NotFound:
-            view.read(key, None, None)
+            view.read(key, found["item"], found["version"], found["position"])
 
 
 async def _quietly(sending: Any) -> None:

@@ -37,8 +37,8 @@ class View:
         self.table = table
         self.attribute = attribute
         self.value = canonical(value)
-        self.unread: set[Scalar] = set()
-        """Keys that changed without an image: to be read."""
+        self.unread: dict[Scalar, int] = {}
+        """Keys that changed without an image, and to which version: to be read."""
         self.loads = 0
         """How often it has started over."""
         self.sort: str | None = None
@@ -97,9 +97,9 @@ class View:
         held = self._known(key)
         if held and not (at > held.at or (at == held.at and held.left and event != "LEAVE")):
             return
-        self.unread.discard(key)
+        self.unread.pop(key, None)
         if not gone and "new" not in frame:
-            self.unread.add(key)
+            self.unread[key] = frame["version"]
             return
         self._held[key] = Held(at, None if gone else frame["new"], event == "LEAVE")
 
@@ -109,18 +109,15 @@ class View:
         self._held = {key: held for key, held in self._held.items() if held.at > at}
         self.unread.clear()
 
-    def read(self, key: Scalar, item: Item | None, position: str | None) -> None:
-        """One item as it was read by itself; None when it is not there, or not to be seen."""
-        self.unread.discard(key)
-        if item is None or position is None:
-            held = self._held.get(key)
-            if held and held.item is not None:
-                self._held[key] = Held(held.at, None)
-            return
-        held = self._known(key)
-        at = place(position)
-        if held is None or at > held.at or (at == held.at and held.item is None):
-            self._held[key] = Held(at, item)
+    def read(self, key: Scalar, item: Item, version: int, position: str) -> None:
+        """One item as it was read by itself.
+
+        It counts if it is as its frame says. One that is newer already, or gone, is left for the frame that tells of
+        that: else it might be shown without what was written together with it.
+        """
+        if self.unread.get(key) == version:
+            del self.unread[key]
+            self._held[key] = Held(place(position), item)
 
     def page(self, items: list[Item], key: list[str], position: str, after: Scalar | None, *, last: bool) -> None:
         """A page of the query: what it lacks of its range is not there, as of its position."""
@@ -134,7 +131,7 @@ class View:
         for name, held in list(self._held.items()):
             if held.at <= at and low < sort_bytes(name) <= high:
                 del self._held[name]
-                self.unread.discard(name)
+                self.unread.pop(name, None)
         for name, item in found.items():
             if name not in self._held:
                 self._held[name] = Held(at, item)

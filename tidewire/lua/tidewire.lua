@@ -11,10 +11,21 @@ local function text(n) return string.format('%.0f', n) end
 
 local FENCED = 'FENCED another worker owns this partition'
 
--- All feeds of a partition begin anew: those of an epoch up to this one.
+-- All feeds of a partition begin anew: those of an epoch up to this one. `newest` is the latest epoch that was given out,
+-- perhaps by a server whose clock was ahead.
 local function feeds_begin(partition)
-  local begun = tonumber(redis.call('HGET', partition, 'feeds') or '0')
-  redis.call('HSET', partition, 'feeds', text(math.max(begun + 1, now_ms())))
+  local held = redis.call('HMGET', partition, 'feeds', 'newest')
+  local begun = math.max(tonumber(held[1] or '0') + 1, tonumber(held[2] or '0'), now_ms())
+  redis.call('HSET', partition, 'feeds', text(begun))
+end
+
+-- Of a stream, also of one whose entries are all trimmed.
+local function last_id(stream)
+  local info = redis.pcall('XINFO', 'STREAM', stream)
+  for i = 1, info.err and 0 or #info, 2 do
+    if info[i] == 'last-generated-id' then return info[i + 1] end
+  end
+  return '0-0'
 end
 
 -- ── generations ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -33,8 +44,7 @@ local function generation(keys)
     return held[1] or '0'
   end
   local minted = text(math.max((tonumber(held[1]) or 0) + 1, now_ms()))
-  local last = redis.call('XREVRANGE', keys[2], '+', '-', 'COUNT', '1')
-  local ms, seq = string.match(last[1] and last[1][1] or '0-0', '^(%d+)-(%d+)$')
+  local ms, seq = string.match(last_id(keys[2]), '^(%d+)-(%d+)$')
   local fell = redis.call('HGET', keys[1], 'fell')
   fell = (fell and fell .. ' ' or '') .. minted .. ' ' .. ms .. ' ' .. seq
   while #fell > 500 do fell = string.match(fell, '^%d+ %d+ %d+ (.*)$') end
@@ -146,21 +156,27 @@ end)
 
 -- ── links: effects from one partition to another ──────────────────────────────────────────────────────────────────
 
+-- Of each source: its owner's epoch, and the last effect that was taken: generation, ms and seq of its change, and which
+-- one of the change it was. Of entries of feeds that is the key of the last feed that got its own, as a change that is
+-- decided again may find other readers; WHOLE when all did. Elsewhere it is a number.
+local NOTHING, WHOLE = '0', '~'
+
 local function link_state(key, source)
   local held = redis.call('HGET', key, source) or '0 0 0 0 0'
-  local e, g, ms, seq, n = string.match(held, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
-  return tonumber(e), {tonumber(g), tonumber(ms), tonumber(seq), tonumber(n)}
+  local e, g, ms, seq, which = string.match(held, '^(%d+) (%d+) (%d+) (%d+) (.*)$')
+  return tonumber(e), {tonumber(g), tonumber(ms), tonumber(seq), which}
 end
 
 local function link_text(epoch, p)
-  return text(epoch) .. ' ' .. text(p[1]) .. ' ' .. text(p[2]) .. ' ' .. text(p[3]) .. ' ' .. text(p[4])
+  return text(epoch) .. ' ' .. text(p[1]) .. ' ' .. text(p[2]) .. ' ' .. text(p[3]) .. ' ' .. p[4]
 end
 
-local function later(a, b)
-  for i = 1, 4 do
-    if a[i] ~= b[i] then return a[i] > b[i] end
+-- How the change of one effect stands to that of another: -1, 0 or 1.
+local function compare(a, b)
+  for i = 1, 3 do
+    if a[i] ~= b[i] then return a[i] > b[i] and 1 or -1 end
   end
-  return false
+  return 0
 end
 
 -- keys: partition, changes, links. args: source, epoch, what the source's partition notes as `fell`, each number an
@@ -174,7 +190,7 @@ redis.register_function('link_stamp', function(keys, args)
     local new, ms, seq = tonumber(args[i]), tonumber(args[i + 1]), tonumber(args[i + 2])
     if taken[1] < new and (taken[2] > ms or (taken[2] == ms and taken[3] > seq)) then
       feeds_begin(keys[1])
-      taken = {new, 0, 0, 0}
+      taken = {new, 0, 0, NOTHING}
     end
   end
   redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))
@@ -187,8 +203,8 @@ redis.register_function('link_reset', function(keys, args)
   generation(keys)
   local known, taken = link_state(keys[3], args[1])
   if tonumber(args[2]) < known then return redis.error_reply(FENCED) end
-  local effect = {tonumber(args[3]), tonumber(args[4]), tonumber(args[5]), 0}
-  if later(effect, taken) then
+  local effect = {tonumber(args[3]), tonumber(args[4]), tonumber(args[5]), NOTHING}
+  if compare(effect, taken) > 0 then
     feeds_begin(keys[1])
     redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), effect))
   end
@@ -204,9 +220,10 @@ redis.register_function('link_apply', function(keys, args)
   if epoch < known then return redis.error_reply(FENCED) end
   local at = 3
   while at <= #args do
-    local effect = {tonumber(args[at]), tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3])}
+    local effect = {tonumber(args[at]), tonumber(args[at + 1]), tonumber(args[at + 2]), args[at + 3]}
     local last = at + 4 + tonumber(args[at + 4])
-    if later(effect, taken) then
+    local order = compare(effect, taken)
+    if order > 0 or (order == 0 and tonumber(effect[4]) > tonumber(taken[4])) then
       operate(keys, args, at + 5, last)
       taken = effect
     end
@@ -224,18 +241,20 @@ end)
 -- it has one field, "<tag> <position>\n<body>": what is announced, after the id.
 local GRACE = 1000 -- ms that entries outlive their state
 
-local function feed_born(feed, begun, now, til)
+local function feed_born(partition, feed, begun, now, til)
   redis.call('DEL', feed)
   local epoch = text(math.max(tonumber(begun) + 1, tonumber(now)))
+  local newest = redis.call('HGET', partition, 'newest')
+  if not newest or newest < epoch then redis.call('HSET', partition, 'newest', epoch) end
   return epoch .. til .. string.sub(redis.sha1hex(epoch .. feed), 1, 10)
 end
 
 -- Of a feed: its state, begun anew if it must; nil when it is closed.
-local function feed_as_it_is(feed, state, begun, now)
+local function feed_as_it_is(partition, feed, state, begun, now)
   local til = state and string.sub(state, 14, 26)
   if not til or til <= now then return nil end
   if string.sub(state, 1, 13) > begun then return state end
-  return feed_born(feed, begun, now, til)
+  return feed_born(partition, feed, begun, now, til)
 end
 
 local function feed_trim(feed, most)
@@ -246,9 +265,10 @@ local function feed_trim(feed, most)
 end
 
 -- keys: partition, changes, links, feeds, then the entries of each feed. args: source, epoch, most entries and most bytes
--- of a feed, then for each change: its partition, generation, ms, seq; the number of its first effect; body; of its feeds,
--- the index of the first among those keys, and how many they are. Returns how many entries were appended. What is at or
--- below the position already taken from this source is skipped. Entry, seq, chained tag and announcement are one step.
+-- of a feed, then for each body: partition, generation, ms, seq of its change; the key of the last feed that gets what the
+-- call has of that change, WHOLE where it has the rest of it; the body; of its feeds, the index of the first among those
+-- keys, and how many they are. Returns how many entries were appended. What is at or below the position already taken from
+-- this source is skipped. Entry, seq, chained tag and announcement are one step.
 redis.register_function('link_append', function(keys, args)
   generation(keys)
   local call, sha1hex, sub = redis.call, redis.sha1hex, string.sub
@@ -262,21 +282,18 @@ redis.register_function('link_append', function(keys, args)
     local held = call('HMGET', keys[4], unpack(keys, i, last))
     for j = i, last do states[keys[j]] = held[j - i + 1] or nil end
   end
-  local appended = 0
+  local appended, last = 0, taken
   for at = 5, #args, 8 do
     local position = args[at] .. '-' .. args[at + 1] .. '-' .. args[at + 2] .. '-' .. args[at + 3]
-    local first, body, start, count = tonumber(args[at + 4]), args[at + 5], tonumber(args[at + 6]), tonumber(args[at + 7])
-    local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), first + count - 1}
-    local skip = 0 -- of its effects, how many were taken
-    if not later(effect, taken) then
-      skip = count
-    elseif effect[1] == taken[1] and effect[2] == taken[2] and effect[3] == taken[3] then
-      skip = math.max(taken[4] - first + 1, 0)
-    end
+    local body, start, count = args[at + 5], tonumber(args[at + 6]), tonumber(args[at + 7])
+    local effect = {tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3]), args[at + 4]}
+    local order = compare(effect, taken)
+    local after = order == 0 and taken[4] or '' -- this feed and those before it have had theirs
+    if order < 0 or effect[4] <= after then count = 0 else last = effect end
     local rest, is_large = ' ' .. position .. '\n' .. body, #body * 256 > most_bytes
-    for i = 4 + start + skip, 3 + start + count do
+    for i = 4 + start, 3 + start + count do
       local feed = keys[i]
-      local state = feed_as_it_is(feed, states[feed], begun, now)
+      local state = feed > after and feed_as_it_is(keys[1], feed, states[feed], begun, now)
       if state then
         local tag = sub(sha1hex(sub(state, 27) .. position), 1, 10)
         local entry = tag .. rest
@@ -289,7 +306,6 @@ redis.register_function('link_append', function(keys, args)
         appended = appended + 1
       end
     end
-    if skip < count then taken = effect end
   end
   local some = {}
   for feed in pairs(written) do
@@ -301,13 +317,13 @@ redis.register_function('link_append', function(keys, args)
     end
   end
   if #some > 0 then call('HSET', keys[4], unpack(some)) end
-  call('HSET', keys[3], source, link_text(epoch, taken))
+  call('HSET', keys[3], source, link_text(epoch, last))
   return appended
 end)
 
 local function feed_held(keys, now)
   local begun, held = redis.call('HGET', keys[1], 'feeds') or '0', redis.call('HGET', keys[4], keys[5])
-  local state = feed_as_it_is(keys[5], held, begun, now)
+  local state = feed_as_it_is(keys[1], keys[5], held, begun, now)
   if state and state ~= held then redis.call('HSET', keys[4], keys[5], state) end
   return state, begun
 end
@@ -328,7 +344,7 @@ redis.register_function('feed_open', function(keys, args)
   if state then
     state = string.sub(state, 1, 13) .. til .. string.sub(state, 27)
   else
-    state = feed_born(keys[5], begun, now, til)
+    state = feed_born(keys[1], keys[5], begun, now, til)
   end
   redis.call('HSET', keys[4], keys[5], state)
   redis.call('PEXPIREAT', keys[5], text(tonumber(til) + GRACE))
