@@ -204,6 +204,9 @@ def stream_pair(raw: Sequence[int]) -> tuple[int, int]:
 
 def _change(fields: dict[bytes, bytes]) -> Change | None:
     """The change of an entry; None for one that was trimmed before it was read, or that nobody here wrote."""
+    if b"r" not in fields:
+        LOST.inc()
+        return None
     try:
         return Change(*unpack(fields[b"r"]))
     except Exception:

@@ -14,7 +14,7 @@ def option(name: str, help_: str, *, shown: str | None = None) -> object:
 
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
-_ADDRESS = "Address: redis://, rediss://, unix:// or redis+cluster://."
+_ADDRESS = "Address: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
 Redis = Annotated[str | None, option("--redis", _ADDRESS, shown="the running `up` of --data")]
 ServiceRedis = Annotated[str, option("--redis", _ADDRESS, shown="required")]
 Data = Annotated[Path, option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]

@@ -40,12 +40,18 @@ GENTLE_S = 4.0
 """What a child has for its drain before it is killed, unless --drain-seconds is less."""
 
 
+STARTS = 3
+"""So often a service may end at once before `up` gives up to get ready."""
+
+
 class Child:
     """One process, kept running."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str], stopping: asyncio.Event) -> None:
         self.name = name
         self.process: asyncio.subprocess.Process | None = None
+        self.failures = 0
+        """How often it has ended soon after its start, one time after the other."""
         self._command = command
         self._environment = environment
         self._stopping = stopping
@@ -71,7 +77,8 @@ class Child:
             if self._stopping.is_set():
                 return
             if time.monotonic() - begun > 2:
-                pause_s = 0.1
+                pause_s, self.failures = 0.1, 0
+            self.failures += 1
             log.warning("process_died", name=self.name, pid=self.process.pid, code=code)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
@@ -213,6 +220,9 @@ class _Up:
             while not await self._all_ready(backend):
                 if time.monotonic() > deadline:
                     raise ConfigurationError(f"not ready within {READY_S:.0f} s: see the messages above")
+                for child in self.services:
+                    if child.failures >= STARTS:
+                        raise ConfigurationError(f"{child.name} ends as soon as it is started: see the messages above")
                 await asyncio.sleep(0.05)
             keys = await demo_keys(backend, self.data)
         rooms = self.reference.split(":")[0].endswith("examples.chat.app") and await asyncio.to_thread(

@@ -52,11 +52,15 @@ def trim(view: View) -> dict[str, int]:
     if not most or stream.length <= most:
         return {}
     view.effects.operations.append(Operation("XTRIM", changes, ("MAXLEN", "=", most)))
-    return {group: unread - most for group, unread in stream.unread.items() if unread > most}
+    # What was trimmed before is still counted as unread by the server; it was told then.
+    unread = {group: min(count, stream.length) for group, count in stream.unread.items()}
+    return {group: count - most for group, count in unread.items() if count > most}
 
 
-def purge(view: View) -> int:
-    """Forget versions of items that were deleted before the oldest change; the floor under new items from then on.
+def purge(view: View) -> tuple[int, bool]:
+    """Forget versions of items that were deleted before the oldest change.
+
+    The floor under new items from then on, and whether there may be more to forget.
 
     Raises Missing. Nothing is done for partition-key values that this batch writes to: they come later.
     """
@@ -66,6 +70,7 @@ def purge(view: View) -> int:
     before = min(situation.keep_since, stream.read_by_all)[0]
     dead: list[ItemKey] = view.know(TombstonesFact(before))
     busy = {(key.table, key.partition) for key in (*view.written, *view.effects.items)}
+    may_be_more = len(dead) == AT_A_TIME
     dead = [key for key in dead if (key.table, key.partition) not in busy]
     groups = Counter((key.table, key.partition) for key in dead)
     view.need(_of_tombstones(dead, groups))
@@ -82,7 +87,7 @@ def purge(view: View) -> int:
             operations.append(Operation("ZREM", values, (name_of(partition),)))
     if floor > situation.floor:
         operations.append(Operation("HSET", view.keys.partition(situation.partition), ("floor", floor)))
-    return floor
+    return floor, may_be_more
 
 
 def _of_tombstones(keys: Iterable[ItemKey], groups: Iterable[tuple[str, Scalar]]) -> Iterable[Fact]:

@@ -17,6 +17,7 @@ from tidewire.errors import BadRequest, Internal, PermissionDenied, RequestError
 from tidewire.functions import Operation
 from tidewire.keys import Keys, Scalar, prefix_bytes, sort_bytes, tuple_bytes
 from tidewire.protocol import (
+    WRITES,
     Check,
     Delete,
     Edge,
@@ -69,6 +70,7 @@ class Decision:
     writes: set[tuple[str, int]] = field(default_factory=set)  # (gateway, number) of replies that tell of a write
     lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
     more_to_expire: bool = False
+    more_to_forget: bool = False
     asked: dict[str, int] = field(default_factory=dict)  # by gateway: its last command, for those of the batch
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
 
@@ -80,6 +82,11 @@ def decide(
     return _Batch(View(app, keys, facts, situation)).decide(commands)
 
 
+def _request(command: Command, request: str) -> RequestFact:
+    """Of one user under one role: what a service key was shown is not for the user's others."""
+    return RequestFact(f"{command.role}:{command.user}", request)
+
+
 def foresee(app: App, commands: Iterable[Command | None], situation: Situation) -> set[Fact]:
     """What a batch will need, as far as its commands say so: most are then decided once, and not to find out."""
     facts: set[Fact] = set()
@@ -89,7 +96,7 @@ def foresee(app: App, commands: Iterable[Command | None], situation: Situation) 
         if command.reply_to not in situation.asked:
             facts.add(AskedFact(command.reply_to))
         if command.request is not None:
-            facts.add(RequestFact(command.user, command.request))
+            facts.add(_request(command, command.request))
         try:
             table = app[command.body["table"]]
             if command.action == "put":
@@ -156,7 +163,7 @@ class _Batch:
 
     def trim(self) -> None:
         self.decision.lost = chores.trim(self.view)
-        self.decision.floor = chores.purge(self.view)
+        self.decision.floor, self.decision.more_to_forget = chores.purge(self.view)
 
     # ── one command ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,7 +171,7 @@ class _Batch:
         self.view.begin()
         if command.number <= self.last_of(command.reply_to):
             return  # the client library has sent it twice: it is done, and answered
-        repeat = RequestFact(command.user, command.request) if command.request is not None else None
+        repeat = _request(command, command.request) if command.request is not None else None
         if repeat:
             first = self.first_reply(repeat)
             if first is not None:
@@ -189,7 +196,8 @@ class _Batch:
             reply = Reply(command.number, None, _error(Internal("something went wrong on the server")))
             repeat = None
         effects = self.view.accept()
-        if effects.changes:
+        if effects.changes or (reply.result is not None and command.action in WRITES):
+            # Also one that changes nothing: what it says is there may not be confirmed yet.
             self.decision.writes.add((command.reply_to, command.number))
         self.keep(effects, transaction=command.action == "transact")
         if repeat:

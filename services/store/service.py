@@ -100,7 +100,7 @@ class StoreTenure:
         if expire and not decided.more_to_expire:
             self._expire_at = begun + self._expire_every_s
         if trim:
-            self._trim_at = begun + self._trim_every_s
+            self._trim_at = begun + (0 if decided.more_to_forget else self._trim_every_s)
         operations = decided.operations
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]

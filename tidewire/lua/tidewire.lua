@@ -22,7 +22,7 @@ end
 -- Of a stream, also of one whose entries are all trimmed.
 local function last_id(stream)
   local info = redis.pcall('XINFO', 'STREAM', stream)
-  for i = 1, info.err and 0 or #info, 2 do
+  for i = 1, type(info) == 'table' and not info.err and #info or 0, 2 do
     if info[i] == 'last-generated-id' then return info[i + 1] end
   end
   return '0-0'
@@ -110,7 +110,7 @@ local function read(stream, group, count)
     end
   end
   local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', '1')
-  return {now_ms(), last[1] and last[1][1] or '0-0', entries}
+  return {now_ms(), last[1] and last[1][1] or last_id(stream), entries}
 end
 
 -- keys: partition, changes, lease, stream. args: epoch, generation, group, count. Returns what is to be done, as `read`.
