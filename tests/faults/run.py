@@ -42,6 +42,8 @@ SETTLE_S = 16.0
 """After the last write: also what nobody announced has been looked for by then."""
 ANSWERED_S = 60.0
 """By then whoever writes has had an answer, if only that there is none."""
+LAST_S = 5.0
+"""So long before the end no fault begins any more."""
 SHOWN = 10
 
 
@@ -159,6 +161,8 @@ async def _inject(
 ) -> list[Window]:
     begun, windows = time.monotonic(), list[Window]()
     for fault in planned:
+        if time.monotonic() - begun > seconds - LAST_S:
+            break  # some last longer than planned
         await _wait(begun, fault.at_s, load, outcome, seconds, progress=progress)
         kind = f"{fault.kind} {fault.service}" if fault.service else fault.kind
         since = time.time() * 1000
