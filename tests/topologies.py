@@ -282,7 +282,7 @@ def _cluster_ports(count: int) -> list[int]:
     return sorted(found)
 
 
-def _until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def _until(what: str, condition: Callable[[], bool], timeout_s: float = 90.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(redis.RedisError):
