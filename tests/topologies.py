@@ -200,9 +200,14 @@ class Sentinels:
     def switch(self) -> None:
         """Let the two change places while both live, as an operator does before maintenance."""
         before = self.master()
-        # A replica that came back a moment ago is none to them yet.
-        _until("they agree to it", lambda: self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire"))
-        _until("the replica has taken over", lambda: self.master() is not before)
+
+        def changed() -> bool:
+            # Said again and again: a replica that came back a moment ago is none to them yet, or not for long enough.
+            if self.master() is before:
+                self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire")
+            return self.master() is not before
+
+        _until("the replica has taken over", changed)
         _until("the other follows", lambda: _follows(before.redis))
 
     def come_back(self, server: Server) -> None:

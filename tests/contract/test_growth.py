@@ -112,7 +112,12 @@ async def eventually_only(stage: Stage) -> None:
             for stream in (KEYS.commands(partition), KEYS.changes(partition)):
                 if length := await redis.xlen(stream):
                     found[stream] = length
-            if fields := set(await redis.hkeys(KEYS.partition(partition))) - {b"floor", b"server", b"passed", b"newest"}:
+            if fields := set(await redis.hkeys(KEYS.partition(partition))) - {
+                b"floor",
+                b"server",
+                b"passed",
+                b"newest",
+            }:
                 found[KEYS.partition(partition)] = fields
         if await redis.xlen(KEYS.authorizations()) > 1:
             found[KEYS.authorizations()] = "grows"
