@@ -20,9 +20,6 @@ from tests.helpers import free_port
 from tidewire.backend import Backend, connect_existing
 from tidewire.client import Client
 
-# A shell that runs the tests in its background has them ignore SIGINT, and so would all that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 COMMAND = [sys.executable, "-m", "tidewire.services.cli.main"]
 
 

@@ -38,7 +38,11 @@ def test_out_and_in_again(new_up: Any, tmp_path: Path) -> None:
     feeder = threading.Thread(target=_fed, args=(running.stdin, half))
     feeder.start()
     following = subprocess.Popen(
-        [*COMMAND, "changes", "messages", "--follow", *data], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "changes", "messages", "--follow", *data],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that runs the tests in its background has them ignore it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it does nothing else
     )
     assert following.stdout
     assert json.loads(following.stdout.readline())["table"] == "messages"
