@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, WebSocketRoute, expect
 
 pytestmark = pytest.mark.browser
 
@@ -59,6 +60,33 @@ async def test_two_people_chat_and_miss_nothing_while_the_gateway_dies(new_up: A
     await say(alice, "still here?")
     await expect(message(bob, "still here?")).to_have_count(1, timeout=WAIT)
     await expect(message(bob, "good morning")).to_have_count(2, timeout=WAIT)
+
+
+async def test_there_is_nothing_to_write_in_before_there_is_a_room(new_up: Any, browser: Browser) -> None:
+    """Who is quick would otherwise lose the words typed before the rooms were loaded."""
+    up = new_up()
+    page = await (await browser.new_context()).new_page()
+    held: list[tuple[WebSocketRoute, str | bytes]] = []
+    loads = asyncio.Event()
+
+    def from_gateway(socket: WebSocketRoute, frame: str | bytes) -> None:
+        if loads.is_set() or json.loads(frame)["type"] == "welcome":
+            socket.send(frame)
+        else:
+            held.append((socket, frame))
+
+    def between(socket: WebSocketRoute) -> None:
+        socket.connect_to_server().on_message(lambda frame: from_gateway(socket, frame))
+
+    await page.route_web_socket(re.compile("/v1"), between)
+    await page.goto(links(up)["alice"])
+    await expect(page.get_by_test_id("status")).to_contain_text("Connected", timeout=WAIT)
+    await expect(page.get_by_test_id("composer")).to_be_hidden(timeout=WAIT)
+    loads.set()
+    for socket, frame in held:
+        socket.send(frame)
+    await say(page, "quick as the wind")
+    await expect(message(page, "quick as the wind")).to_have_count(1, timeout=WAIT)
 
 
 async def test_one_creates_a_room_and_invites(new_up: Any, browser: Browser) -> None:

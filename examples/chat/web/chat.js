@@ -362,6 +362,7 @@ function drawNow({ toEnd = false } = {}) {
   setText($("room-title"), title);
   for (const id of ["log", "composer", "room-link"]) $(id).hidden = !here;
   $("empty").hidden = Boolean(here) || me === null;
+  $("new-room").hidden = me === null;
   drawRooms();
   drawMembers();
   drawMessages(toEnd);
