@@ -7,6 +7,7 @@ can touch all of it. What is not a partition's has a tag of its own.
 from __future__ import annotations
 
 import binascii
+import re
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -112,7 +113,8 @@ class Keys:
 
     def partition(self, partition: int) -> bytes:
         """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
-        of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed.
+        of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed;
+        what the indexer has come to.
         """
         return self._of(partition, b"partition")
 
@@ -157,6 +159,11 @@ class Keys:
         name = b"%s.%s.%s:%s" % (table.encode(), attributes[0].encode(), attributes[1].encode(), name_of(value))
         partition = self.partition_of(value)
         return self._of(partition, b"index:" + name), self._of(partition, b"indexorder:" + name)
+
+    def index_pattern(self, table: str, attributes: tuple[str, str]) -> bytes:
+        """What SCAN finds the hashes of an index by, in all partitions."""
+        name = f"{table}.{attributes[0]}.{attributes[1]}".encode()
+        return b"%s:{p*}:index:%s:*" % (self.stage.encode(), re.sub(rb"([][*?\\^])", rb"\\\1", name))
 
     def indexes(self, partition: int) -> bytes:
         """Hash: how far each index is filled from the tables' items of this partition."""

@@ -18,6 +18,7 @@ from tidewire.backend import Backend
 from tidewire.functions import Append, Batch, FeedBounds, Operation, Owned
 from tidewire.keys import Home, Scalar, value_of
 from tidewire.lifecycle import Service
+from tidewire.partition.gaps import id_of, unbroken
 from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Change, ItemRecord, Position, pack, stream_id, unpack
@@ -119,7 +120,7 @@ class BroadcasterTenure:
         log.error("changes_lost", partition=self._partition, after=self._passed, before=id_)
         # An entry that is trimmed itself is passed; else what comes before the first one that is there.
         lost = change is None
-        self._next_passed = id_ if change is None or change.previous is None else stream_pair(change.previous)
+        self._next_passed = id_ if change is None or change.previous is None else id_of(change.previous)
         self._decision, self._written, self._groups = Decision(), [], {}
         operations = await self._members_as_they_are()
         generation = self._owned.fence.generation if change is None else change.generation
@@ -184,22 +185,6 @@ class Reset(Struct):
     """All feeds of a destination begin anew: what they missed before this change is not known."""
 
     position: Position
-
-
-def unbroken(passed: tuple[int, int], changes: Sequence[tuple[tuple[int, int], Change | None]]) -> int:
-    """How many of the changes follow on what was passed, one on the other."""
-    for count, (id_, change) in enumerate(changes):
-        if change is None:
-            return count
-        if change.previous is not None and stream_pair(change.previous) > passed:
-            return count
-        passed = id_
-    return len(changes)
-
-
-def stream_pair(raw: Sequence[int]) -> tuple[int, int]:
-    ms, seq = raw
-    return ms, seq
 
 
 def _change(fields: dict[bytes, bytes]) -> Change | None:

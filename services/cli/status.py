@@ -84,7 +84,7 @@ async def _indexes(backend: Backend) -> list[dict[str, Any]]:
     for partition in range(keys.partitions):
         for field, raw in (await backend.commands.hgetall(keys.indexes(partition))).items():
             table, *attributes = unpack(field)
-            add, place, done = unpack(raw)
+            add, place, done, *_ = unpack(raw)
             if add:
                 share = 1.0 if done else await _share(backend, keys.values(partition, table), place)
                 found.setdefault((table, *attributes), []).append(share)

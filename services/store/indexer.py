@@ -3,12 +3,15 @@
 An entry lies in the partition of its index key, and goes there over a link, so that repeated or late work does no harm.
 An index that is new is filled from the items of each partition, one that is declared no more is emptied in the same
 way: an item is either there, and found, or was removed by a change, which passes by.
+
+Where changes were trimmed unread, or a server fell back and lost what it had taken, indexes are mended: entries that no
+item has are removed, then all is filled again. Queries are answered meanwhile.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -18,6 +21,7 @@ from tidewire.app import App, ItemKey, index_field, index_key
 from tidewire.backend import Backend
 from tidewire.functions import Batch, Effect, Operation, Owned
 from tidewire.keys import Home, Keys
+from tidewire.partition.gaps import Id, id_of, unbroken
 from tidewire.partition.loop import Outcome
 from tidewire.records import Change, Item, ItemRecord, Position, pack, unpack
 from tidewire.walk import Place, walk
@@ -25,8 +29,9 @@ from tidewire.walk import Place, walk
 log = structlog.get_logger(__name__)
 
 GROUP = "indexer"
-FILL_AT_A_TIME = 200
-"""Items that are carried into a new index between two batches of changes."""
+AT_A_TIME = 200
+"""Items that are carried into an index, or values of it that are looked at, between two batches of changes."""
+LOOK_S = 10.0
 
 LAG = Gauge("tidewire_index_lag", "Seconds that the indexes are behind their tables.", ["partition"])
 
@@ -48,6 +53,15 @@ class Filling(NamedTuple):
     add: bool
     place: Place | None  # the last item that was carried; None at the start
     done: bool = False
+    sound: bool = True  # False: before it is filled, entries go that no item has
+
+
+class Followed(NamedTuple):
+    """What this partition's indexes have come to."""
+
+    last: Id  # id of the last change that was followed
+    begun: tuple[int, ...]
+    """Of each destination, when its feeds began anew: as it, or what it had taken from here, fell back."""
 
 
 def declared(app: App) -> set[Index]:
@@ -128,8 +142,10 @@ class IndexerTenure:
         self._owned = owned
         self._indexes: dict[Index, Filling] | None = None
         self._next: dict[Index, Filling] = {}
-        self._at: tuple[int, int] | None = None  # id of the last change that was followed
-        self._next_at = (0, 0)
+        self._followed: Followed | None = None  # None in a partition that no indexer has followed yet
+        self._next_followed: Followed | None = None
+        self._look_at = 0.0  # monotonic: when to look again what the destinations have come to
+        self._strays: AsyncIterator[list[Entry]] | None = None
         self._steps = 0
         self._oldest: int | None = None  # time of the oldest change of the batch
 
@@ -138,46 +154,51 @@ class IndexerTenure:
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if self._indexes is None:
-            self._indexes = await self._found()
-        links: Links = {}
+            self._indexes, self._followed = await self._found(), await self._came_to()
         self._next = dict(self._indexes)
-        if not batch.entries:
-            self._at = batch.last  # nothing is pending and nothing is new
-            LAG.labels(self._partition).set(0)
-        if self._at is not None:
-            links = await self._fill(self._at)
-        for id_, change in _changes(batch):
+        changes = [(id_, _change(fields)) for id_, fields in batch.entries]
+        await self._mend_if_needed(batch.last, changes)
+        links = await self._step(changes)
+        for id_, change in changes:
+            if change is None:
+                continue
             position = Position(self._partition, change.generation, *id_)
             for to, effects in follow(self._app, self._keys, self._next, position, change).items():
                 links.setdefault(to, []).extend(effects)
-        changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
-        gone = self._indexes.keys() - self._next.keys()
-        if not batch.entries and not changed and not gone:
-            return None
-        self._next_at = batch.entries[-1][0] if batch.entries else batch.last
-        times = [change.at for _, change in _changes(batch)]
+        if not changes:
+            LAG.labels(self._partition).set(0)
+        times = [change.at for _, change in changes if change]
         self._oldest = times[0] if times else None
-        stored = self._keys.indexes(self._partition)
-        operations = [Operation("HSET", stored, (index.field, pack(filling))) for index, filling in changed.items()]
-        operations += [Operation("HDEL", stored, (index.field,)) for index in gone]
+        operations = self._operations()
+        if not (changes or operations or self._strays):
+            return None
         return Outcome(
-            len(batch.entries),
-            operations,
-            {self._keys.home(partition): [effects] for partition, effects in links.items()},
+            len(changes), operations, {self._keys.home(partition): [effects] for partition, effects in links.items()}
         )
 
     async def committed(self, *, confirmed: bool) -> None:
-        self._indexes, self._at = self._next, self._next_at
+        self._indexes, self._followed = self._next, self._next_followed
         if self._oldest is not None:
             LAG.labels(self._partition).set(max(time.time() - self._oldest / 1000, 0))
+
+    def _operations(self) -> list[Operation]:
+        """What is kept of how far it has come."""
+        assert self._indexes is not None
+        stored = self._keys.indexes(self._partition)
+        changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
+        operations = [Operation("HSET", stored, (index.field, pack(filling))) for index, filling in changed.items()]
+        operations += [Operation("HDEL", stored, (index.field,)) for index in self._indexes.keys() - self._next.keys()]
+        if self._next_followed != self._followed:
+            operations.append(Operation("HSET", self._owned.home.partition, ("indexed", pack(self._next_followed))))
+        return operations
 
     async def _found(self) -> dict[Index, Filling]:
         """The indexes as this partition knows them, and as the application wants them."""
         found: dict[Index, Filling] = {}
         for field, raw in (await self._backend.commands.hgetall(self._keys.indexes(self._partition))).items():
             table, partition, sort = unpack(field)
-            add, place, done = unpack(raw)
-            found[Index(table, (partition, sort))] = Filling(add, None if place is None else Place(*place), done)
+            add, place, *more = unpack(raw)
+            found[Index(table, (partition, sort))] = Filling(add, None if place is None else Place(*place), *more)
         wanted = declared(self._app)
         for index in wanted | found.keys():
             filling = found.get(index)
@@ -185,39 +206,127 @@ class IndexerTenure:
                 found[index] = Filling(index in wanted, None)
         return found
 
-    async def _fill(self, at: tuple[int, int]) -> Links:
-        """One step for the first index that is not filled yet: it counts as more of the last change's effects."""
+    async def _came_to(self) -> Followed | None:
+        raw = await self._backend.commands.hget(self._owned.home.partition, "indexed")
+        if raw is None:
+            return None
+        last, begun = unpack(raw)
+        return Followed(id_of(last), tuple(begun))
+
+    # ── mending ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _mend_if_needed(self, newest: Id, changes: Sequence[tuple[Id, Change | None]]) -> None:
+        """Begin every index anew when changes were lost on the way here, or what they did was lost over there."""
+        last = changes[-1][0] if changes else newest
+        if self._followed is None:
+            self._next_followed = Followed(last, await self._beginnings())
+            return
+        whole = unbroken(self._followed.last, changes) == len(changes) if changes else newest <= self._followed.last
+        begun = self._followed.begun
+        if time.monotonic() >= self._look_at:
+            begun = await self._beginnings()
+        self._next_followed = Followed(last, begun)
+        if whole and begun == self._followed.begun:
+            return
+        reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
+        log.warning("indexes_mended", partition=self._partition, reason=reason)
+        self._strays = None
+        for index, filling in self._next.items():
+            if filling.add:
+                self._next[index] = Filling(add=True, place=None, sound=False)
+
+    async def _beginnings(self) -> tuple[int, ...]:
+        self._look_at = time.monotonic() + LOOK_S
+        found = await self._backend.calls(("HGET", home.partition, "feeds") for home in self.destinations())
+        return tuple(int(begun or 0) for begun in found)
+
+    async def _step(self, changes: Sequence[tuple[Id, Change | None]]) -> Links:
+        """One step for the first index that is not as it should be: it counts as more of the last change's effects."""
         links: Links = {}
         index = next((index for index, filling in sorted(self._next.items()) if not filling.done), None)
-        if index is None:
+        generation = self._owned.fence.generation
+        # After a fall back, what is of an earlier generation goes first: behind this it would come too late.
+        if (
+            index is None
+            or self._followed is None
+            or any(change and change.generation != generation for _, change in changes)
+        ):
             return links
+        position = Position(self._partition, generation, *self._followed.last)
+        entries = await (self._carry(index) if self._next[index].sound else self._weed(index))
+        for entry in entries:
+            # Greater than any number before, also under an earlier owner: epochs are times in ms, and no owner makes a
+            # thousand of these in one.
+            self._steps += 1
+            number = self._owned.fence.epoch * 1000 + self._steps
+            links.setdefault(entry.partition, []).append(Effect(position, number, entry.operations))
+        return links
+
+    async def _carry(self, index: Index) -> list[Entry]:
+        """The next items into the index, or out of it."""
         filling = self._next[index]
-        found = await walk(self._backend, self._partition, index.table, filling.place, FILL_AT_A_TIME)
-        position = Position(self._partition, self._owned.fence.generation, *at)
-        for place, key, record in found:
-            entry = (
-                entry_added(self._keys, index, key, record)
-                if filling.add
-                else entry_removed(self._keys, index, key, record.item)
-            )
-            filling = filling._replace(place=place)
-            if entry:
-                # Greater than any number before, also under an earlier owner: epochs are times in ms, and no owner
-                # makes a thousand of these in one.
-                self._steps += 1
-                number = self._owned.fence.epoch * 1000 + self._steps
-                links.setdefault(entry.partition, []).append(Effect(position, number, entry.operations))
-        if len(found) == FILL_AT_A_TIME:
-            self._next[index] = filling
+        found = await walk(self._backend, self._partition, index.table, filling.place, AT_A_TIME)
+        if len(found) == AT_A_TIME:
+            self._next[index] = filling._replace(place=found[-1][0])
         elif filling.add:
             self._next[index] = filling._replace(place=None, done=True)
             log.info("index_filled", table=index.table, attributes=index.attributes, partition=self._partition)
         else:
             del self._next[index]
-        return links
+        entries = (
+            entry_added(self._keys, index, key, record)
+            if filling.add
+            else entry_removed(self._keys, index, key, record.item)
+            for _, key, record in found
+        )
+        return [entry for entry in entries if entry]
+
+    async def _weed(self, index: Index) -> list[Entry]:
+        """The next entries that no item has."""
+        self._strays = self._strays or self._entries_without_item(index)
+        async for entries in self._strays:
+            return entries
+        self._strays = None
+        self._next[index] = self._next[index]._replace(sound=True)
+        return []
+
+    async def _entries_without_item(self, index: Index) -> AsyncIterator[list[Entry]]:
+        """Entries of this partition's items, wherever they lie, that those items do not have; some at a time."""
+        names: list[bytes] = []
+        async for name in self._backend.commands.scan_iter(self._keys.index_pattern(*index), count=1000):
+            names.append(name)
+            if len(names) == AT_A_TIME:
+                yield await self._strays_of(index, names)
+                names = []
+        yield await self._strays_of(index, names)
+
+    async def _strays_of(self, index: Index, names: Iterable[bytes]) -> list[Entry]:
+        """An item is read after its entry: if it comes to have the entry later, a change will say so, after this."""
+        table, keys, strays = self._app[index.table], self._keys, list[Entry]()
+        places = dict.fromkeys(names, 0)
+        while places:
+            async with self._backend.commands.pipeline(transaction=False) as pipeline:
+                for name, place in places.items():
+                    pipeline.hscan(name, place, count=AT_A_TIME)
+                pages = list(zip(places, await pipeline.execute(), strict=True))
+            entries = [
+                (name, field, table.key_of(item), item)
+                for name, (_, page) in pages
+                for field, raw in page.items()
+                if (item := ItemRecord(*unpack(raw)).item) is not None
+            ]
+            ours = [entry for entry in entries if keys.partition_of(entry[2].partition) == self._partition]
+            items = [("HGET", keys.items(key.table, key.partition), key.field) for _, _, key, _ in ours]
+            for (name, field, key, item), raw in zip(ours, await self._backend.calls(items), strict=True):
+                where = _where(keys, index, key, ItemRecord(*unpack(raw)).item if raw else None)
+                if where is None or (where[1], where[3]) != (name, field):
+                    stray = entry_removed(keys, index, key, item)
+                    assert stray, "as it is an entry"
+                    strays.append(stray)
+            places = {name: place for name, (place, _) in pages if place}
+        return strays
 
 
-def _changes(batch: Batch) -> Iterable[tuple[tuple[int, int], Change]]:
-    for id_, fields in batch.entries:
-        if b"r" in fields:  # else it was trimmed unread: the store has counted it
-            yield id_, Change(*unpack(fields[b"r"]))
+def _change(fields: dict[bytes, bytes]) -> Change | None:
+    """None for one that was trimmed unread: the store has counted it."""
+    return Change(*unpack(fields[b"r"])) if b"r" in fields else None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -175,8 +176,11 @@ async def as_user(stage: Stage, stack: contextlib.AsyncExitStack, name: str, **o
 
 async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:
     """What `check` gives, once that is true."""
+    until = time.monotonic() + PATIENCE_S
     async with asyncio.timeout(PATIENCE_S):
-        while not (found := await check()):  # noqa: ASYNC110 - what is waited for is on the other side of a socket
+        while not (found := await check()):
+            if time.monotonic() > until:  # a cancellation may get lost in `asyncio.wait_for`, and comes once only
+                raise TimeoutError
             await asyncio.sleep(0.01)
     return found
 

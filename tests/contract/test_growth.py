@@ -117,6 +117,7 @@ async def eventually_only(stage: Stage) -> None:
                 b"server",
                 b"passed",
                 b"newest",
+                b"indexed",
             }:
                 found[KEYS.partition(partition)] = fields
         if await redis.xlen(KEYS.authorizations()) > 1:
