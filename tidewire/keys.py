@@ -114,7 +114,7 @@ class Keys:
     def partition(self, partition: int) -> bytes:
         """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
         of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed;
-        what the indexer has come to.
+        what the indexer has come to; of which tables the items are noted as those that expire.
         """
         return self._of(partition, b"partition")
 

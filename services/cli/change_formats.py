@@ -82,8 +82,11 @@ def as_dynamodb(position: Position, change: Change, view: str, stage: str) -> di
 
 
 def sequence_number(position: Position) -> str:
-    """40 digits, as many as DynamoDB has at most, whose order within a partition is that of the positions."""
-    return f"{position.generation:05d}{position.ms:015d}{position.seq:020d}"
+    """40 digits, as many as DynamoDB has at most, whose order within a partition is that of the positions.
+
+    Generations are times in ms too. The store counts the seq of a millisecond from 0.
+    """
+    return f"{position.generation:014d}{position.ms:014d}{position.seq:012d}"
 
 
 def typed_item(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpac
 from tidewire.settings import Settings
 
 from .decide import Decision, decide, foresee
+from .expiries import Expiries
 from .facts import KindFact, fetch
 from .indexer import GROUP as INDEXER
 from .indexer import IndexerTenure, is_needed
@@ -63,6 +64,7 @@ class StoreTenure:
         self._decision = Decision()
         self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
+        self._expiries = Expiries(app, backend, partition)
         self._expire_at = self._trim_at = 0.0  # monotonic: when to look again
         self._expire_every_s = EXPIRE_EVERY_S
         self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
@@ -73,7 +75,8 @@ class StoreTenure:
     async def decide(self, batch: Batch) -> Outcome | None:
         begun = time.perf_counter()
         expire, trim = self._expires and begun >= self._expire_at, begun >= self._trim_at
-        if not (batch.entries or expire or trim):
+        noted = await self._expiries.step() if self._expires else []
+        if not (batch.entries or expire or trim or noted):
             return None
         if self._last is None:
             self._last = await self._last_change()
@@ -101,7 +104,7 @@ class StoreTenure:
             self._expire_at = begun + self._expire_every_s
         if trim:
             self._trim_at = begun + (0 if decided.more_to_forget else self._trim_every_s)
-        operations = decided.operations
+        operations = [*noted, *decided.operations]
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]
             # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.

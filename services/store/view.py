@@ -283,15 +283,10 @@ class View:
             operations.append(Operation("ZREM", self.keys.tombstones(partition), (member_of(key),)))
 
     def _keep_expiry(self, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
-        before, after = (_expiry(table, image) for image in (old, new))
+        before, after = (expiry_of(table, image) for image in (old, new))
         if before == after:
             return
-        expiries = self.keys.expiries(self.situation.partition)
-        self.effects.operations.append(
-            Operation("ZREM", expiries, (member_of(key),))
-            if after is None
-            else Operation("ZADD", expiries, (repr(after), member_of(key)))
-        )
+        self.effects.operations.append(keep_expiry(self.keys.expiries(self.situation.partition), key, after))
 
     def _keep_connection(self, key: ItemKey, old: Item | None, new: Item | None) -> None:
         """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
@@ -342,7 +337,14 @@ def member_of(key: ItemKey) -> bytes:
     return pack([key.table, key.partition, key.sort])
 
 
-def _expiry(table: Table, item: Item | None) -> float | None:
+def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> Operation:
+    """Note among those that expire when this one does."""
+    member = member_of(key)
+    return Operation("ZREM", expiries, (member,)) if at is None else Operation("ZADD", expiries, (repr(at), member))
+
+
+def expiry_of(table: Table, item: Item | None) -> float | None:
+    """When an item expires, in seconds since 1970; None for never."""
     at = item.get(table.expires) if item and table.expires else None
     return at if isinstance(at, int | float) and not isinstance(at, bool) else None
 

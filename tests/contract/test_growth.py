@@ -118,6 +118,7 @@ async def eventually_only(stage: Stage) -> None:
                 b"passed",
                 b"newest",
                 b"indexed",
+                b"expires",
             }:
                 found[KEYS.partition(partition)] = fields
         if await redis.xlen(KEYS.authorizations()) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from tidewire import App, everyone, testing
 from tidewire.backend import connect
+from tidewire.client import Client
 from tidewire.keys import Keys
 from tidewire.records import Change, unpack
 from tidewire.services.cli.status import collect
@@ -139,6 +141,42 @@ async def test_an_expired_item_is_gone_and_then_removed(stage: Stage, stack: Asy
     assert 0 <= late_s < 3 * 5
     assert removed["by"] == "tidewire:expiry"
     assert (await alice.refused("get", table="orders", key="o"))["code"] == "not_found"
+
+
+@pytest.mark.real
+async def test_items_that_were_there_before_their_table_named_an_expiry_expire_too(server: str) -> None:
+    soon, keys = int(time.time()) + 1, Keys("later", 2)
+
+    async def run(expires: str | None, work: Callable[[Stage, Client], Awaitable[None]]) -> None:
+        app = App("later")
+        app.table("notes", key=("page", "n"), writers=everyone, readers=everyone, expires=expires)
+        app.table("signs", key="id", writers=everyone, readers=everyone, expires=expires)
+        backend = await connect(server, keys)
+        async with testing.run(app, backend=backend, stage="later", partitions=2, lease_ms=1000) as stage:
+            client = await stage.client("alice", role="service")
+            await work(stage, client)
+            await client.__aexit__()
+
+    async def write(_: Stage, client: Client) -> None:
+        puts = [client.put("notes", {"page": f"p{n % 3}", "n": n, "until": soon}) for n in range(450)]
+        await asyncio.gather(*puts, client.put("signs", {"id": "s", "ends": soon + 3600, "until": "never"}))
+
+    async def one_is_noted(stage: Stage, _: Client) -> None:
+        async def is_noted() -> bool:
+            return await stage.backend.commands.zcard(keys.expiries(keys.partition_of("s"))) == 1
+
+        await eventually(is_noted)
+
+    async def all_but_one_expire(stage: Stage, client: Client) -> None:
+        async def are_gone() -> bool:
+            return not any([await stage.backend.commands.exists(keys.order("notes", f"p{n}")) for n in range(3)])
+
+        await eventually(are_gone)
+        assert (await client.get("signs", "s"))["version"] == 1
+
+    await run(None, write)
+    await run("ends", one_is_noted)
+    await run("until", all_but_one_expire)
 
 
 async def test_what_replaces_an_expired_item_removes_it_first(stage: Stage, stack: AsyncExitStack) -> None:

@@ -1,0 +1,62 @@
+"""Items that were there before their table named an attribute of expiry, or this one: they come to expire too."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tidewire.app import App
+from tidewire.backend import Backend
+from tidewire.functions import Operation
+from tidewire.records import pack, unpack
+from tidewire.walk import Place, walk
+
+from .view import expiry_of, keep_expiry
+
+AT_A_TIME = 200
+
+
+class Noted(NamedTuple):
+    """How far a table's items of a partition are noted as those that expire."""
+
+    attribute: str
+    place: Place | None  # the last one that was; None at the start
+    done: bool = False
+
+
+class Expiries:
+    """Works through the tables of one partition, a step with each batch. Used by the partition's owner alone."""
+
+    def __init__(self, app: App, backend: Backend, partition: int) -> None:
+        self._app = app
+        self._backend = backend
+        self._partition = partition
+        self._noted: dict[str, Noted] | None = None
+
+    async def step(self) -> list[Operation]:
+        """To be done before all else that is in the batch, which may know better; [] when there is nothing left."""
+        noted = self._noted if self._noted is not None else await self._found()
+        self._noted = noted
+        name = next((name for name, one in noted.items() if not one.done), None)
+        if name is None:
+            return []
+        found = await walk(self._backend, self._partition, name, noted[name].place, AT_A_TIME)
+        done = len(found) < AT_A_TIME
+        noted[name] = Noted(noted[name].attribute, None if done else found[-1][0], done)
+        table, keys = self._app[name], self._backend.keys
+        expiries = keys.expiries(self._partition)
+        operations = [keep_expiry(expiries, key, expiry_of(table, record.item)) for _, key, record in found]
+        return [*operations, Operation("HSET", keys.partition(self._partition), ("expires", pack(noted)))]
+
+    async def _found(self) -> dict[str, Noted]:
+        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "expires")
+        stored = unpack(raw) if raw else {}
+        found: dict[str, Noted] = {}
+        for table in self._app.tables.values():
+            if table.expires is None:
+                continue
+            attribute, place, done = stored.get(table.name, (None, None, False))
+            if attribute == table.expires:
+                found[table.name] = Noted(attribute, None if place is None else Place(*place), done)
+            else:
+                found[table.name] = Noted(table.expires, None)
+        return found
