@@ -21,6 +21,12 @@ _LEAST = {
     "commands_max": 1,
 }
 
+_ONE_OF = {
+    "log_format": ("--log-format", "console", "json"),
+    "log_level": ("TIDEWIRE_LOG_LEVEL", "debug", "info", "warning", "error"),
+    "durability": ("--durability", "memory", "fsync", "replicated"),
+}
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What every service is given."""
@@ -66,10 +72,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("ws_port", "http_port", "admin_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 65535")
-        if self.log_format not in ("console", "json"):
-            raise ConfigurationError(f"--log-format {self.log_format!r}: console or json")
-        if self.durability not in ("memory", "fsync", "replicated"):
-            raise ConfigurationError(f"--durability {self.durability!r}: memory, fsync or replicated")
+        for name, (shown, *allowed, last) in _ONE_OF.items():
+            if (given := getattr(self, name)) not in (*allowed, last):
+                raise ConfigurationError(f"{shown} {given!r}: {', '.join(allowed)} or {last}")
         if not 0 < self.durable_timeout_s <= 4:  # shorter than the socket's time-out
             raise ConfigurationError(f"TIDEWIRE_DURABLE_TIMEOUT_S={self.durable_timeout_s}: above 0, at most 4")
         for name, least in _LEAST.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], *, ask_again_s: float = 0.2) -> None:
@@ -19,3 +21,19 @@ async def end(tasks: Iterable[asyncio.Task[Any]], *, ask_again_s: float = 0.2) -
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=ask_again_s)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.run, but an interrupt ends it for certain, however often the work must be told."""
+
+    async def watch() -> T:
+        work = asyncio.create_task(main)
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            await end([work], ask_again_s=1)
+            if work.cancelled():
+                raise
+        return work.result()
+
+    return asyncio.run(watch())

@@ -42,6 +42,7 @@ def configure_logging(log_format: str, level: str = "info") -> None:
     # What libraries have to say, apart from each connection's coming and going.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of requests that make no sense
 
 
 class _Server(uvicorn.Server):

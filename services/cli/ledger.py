@@ -79,8 +79,11 @@ class Ledger:
         try:
             line = self._decoder.decode(raw)
             partition = self._partition_of(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, BadRequest) as error:
+        except (msgspec.ValidationError, BadRequest) as error:
             self.refuse(self.read, str(error))
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self.refuse(self.read, f"the line is not JSON: {error}")
             return None
         self._rows[partition].append(Row(self.read, line.table, line.item, len(raw)))
         self.waiting_bytes += len(raw)

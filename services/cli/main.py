@@ -216,7 +216,7 @@ def keys_create(
         key = await keyring.create(backend, user, role=role, claims=claims, ttl_s=ttl_s)
         return {"id": key.id, "auth_key": str(key)}
 
-    typer.echo(json.dumps(with_redis(redis, data, stage, create)))
+    typer.echo(json.dumps(with_redis(redis, data, stage, create, may_be_new=True)))
 
 
 @keys.command("list")
@@ -350,18 +350,36 @@ def listen(
     import asyncio
 
     from tidewire.client import Client
+    from tidewire.tasks import run
 
     if not url.startswith(("ws://", "wss://")):
         raise typer.BadParameter("an address like ws://127.0.0.1:8080 is needed", param_hint="--url")
 
+    client = Client(url, key)
+
     async def follow() -> None:
-        async with Client(url, key) as client:
+        async with client:
             typer.echo(f"listening as {client.user}", err=True)
             async for event in client.events():
                 typer.echo(json.dumps(event, ensure_ascii=False))
                 sys.stdout.flush()
 
-    asyncio.run(follow())
+    async def tell_problems() -> None:
+        told = None
+        while True:
+            await asyncio.sleep(1)
+            if client.problem != told:
+                told = client.problem
+                typer.echo(f"waiting for {url}: {told}" if told else f"connected to {url} again", err=True)
+
+    async def work() -> None:
+        telling = asyncio.create_task(tell_problems())
+        try:
+            await follow()
+        finally:
+            telling.cancel()
+
+    run(work())
 
 
 @app.command()

@@ -15,17 +15,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def with_redis(redis: str | None, data: Path, stage: str | None, work: Callable[[Backend], Awaitable[T]]) -> T:
+def with_redis(
+    redis: str | None,
+    data: Path,
+    stage: str | None,
+    work: Callable[[Backend], Awaitable[T]],
+    *,
+    may_be_new: bool = False,
+) -> T:
     """Do something with the stage on the server named, or on that of the running `up`.
 
-    Raises ConfigurationError when there is none, or when it does not answer any more.
+    Raises ConfigurationError when there is none, unless it may be new, or when the server does not answer any more.
     """
-    import asyncio
-
     from redis.exceptions import ConnectionError, TimeoutError
 
     from tidewire.backend import connect_existing, redacted
     from tidewire.settings import load
+    from tidewire.tasks import run
 
     from .embedded import running
 
@@ -34,10 +40,15 @@ def with_redis(redis: str | None, data: Path, stage: str | None, work: Callable[
 
     async def do() -> T:
         async with await connect_existing(settings.redis, settings.stage, settings.partitions) as backend:
+            if not (may_be_new or await backend.commands.exists(backend.keys.stage_settings())):
+                raise ConfigurationError(
+                    f"there is no stage {settings.stage!r} at {redacted(settings.redis)}: "
+                    "its first service creates it; --stage names another"
+                )
             return await work(backend)
 
     try:
-        return asyncio.run(do())
+        return run(do())
     except (ConnectionError, TimeoutError) as error:
         raise ConfigurationError(f"Redis at {redacted(settings.redis)} does not answer any more: {error}") from None
 

@@ -121,7 +121,7 @@ def show(status: dict[str, Any]) -> None:
     """For people."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
-        f"stage [bold]{status['stage']}[/], {status['partitions']} partitions, {status['connections']} connections"
+        f"stage [bold]{status['stage']}[/], {status['partitions']} partitions, connections: {status['connections']}"
     )
     services = Table("service", "id", "alive", "host", "pid", "admin", "partitions", "commits", "connections", box=None)
     for service in status["services"]:
@@ -147,7 +147,7 @@ def show(status: dict[str, Any]) -> None:
         nodes.setdefault(one["node"], []).append(str(one["partition"]))
     for node, partitions in sorted(nodes.items()):
         console.print(f"Redis at {node}: partitions {' '.join(partitions)}")
-    for what, field in (("Redis restarted or failed over", "went_back"), ("all feeds began anew", "feeds_begun")):
+    for what, field in (("Redis last restarted or failed over", "went_back"), ("all feeds began anew", "feeds_begun")):
         times: dict[str, list[str]] = {}
         for one in status["redis"]:
             if one[field]:

@@ -107,8 +107,8 @@ def up(reference: str, data: Path, counts: dict[str, int], **flags: Any) -> None
     settings = load(**flags)
     telemetry.configure_logging(settings.log_format, settings.log_level)
     for kind, count in counts.items():
-        if not 0 <= count <= 64:
-            raise ConfigurationError(f"--{kind}s {count}: between 0 and 64")
+        if not 1 <= count <= 64:
+            raise ConfigurationError(f"--{kind}s {count}: between 1 and 64")
     import_app(reference)  # what is wrong with it is said once, before anything runs
     for what, port in (("ws", settings.ws_port), ("http", settings.http_port)):
         if lifecycle.port_is_taken(settings.host, port):

@@ -167,6 +167,8 @@ async def test_what_cannot_be_viewed_is_said(stage: Stage) -> None:
     alice = await stage.client("alice")
     with pytest.raises(ConfigurationError, match="needs one attribute"):
         await anext(alice.live("messages"))
+    with pytest.raises(ConfigurationError, match="table 'messages' has the partition key 'room', not 'rom'"):
+        await anext(alice.live("messages", rom="r"))
     with pytest.raises(Exception, match="there is no table 'nowhere'"):
         await anext(alice.live("nowhere", id=1))
     with pytest.raises(NotFound, match="no topic 'nowhere'"):

@@ -76,6 +76,13 @@ async def test_the_commands_work_with_a_running_up(new_up: Any) -> None:
     assert (frame["event"], frame["new"], frame["by"]) == ("INSERT", item, "alice")
     listener.terminate()
     await listener.communicate()
+    deaf = await asyncio.create_subprocess_exec(
+        *COMMAND, "listen", "--url", "ws://127.0.0.1:1", "--key", up.keys()["bob"], stderr=asyncio.subprocess.PIPE
+    )
+    assert deaf.stderr
+    assert b"waiting for ws://127.0.0.1:1: " in await asyncio.wait_for(deaf.stderr.readline(), 30)
+    deaf.terminate()
+    await deaf.communicate()
     assert (await run("get", "messages", '{"room":"lobby","id":"m1"}', *through))["item"] == item
     found = await run("query", "members", '"lobby"', *through)
     assert [one["item"]["user"] for one in found["items"]] == ["alice", "bob"]
@@ -210,6 +217,9 @@ def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path)
         (["keys", "list", "--redis", "redis+sentinel://127.0.0.1:1"], "host:port,host:port/service"),
         (["up", "good:app", *free, "--data", str(up.data)], "another `tidewire up` runs"),
         (["up", "good:app", *data(), *free, "--stage", "No Good"], "--stage"),
+        (["up", "good:app", *data(), *free, "--gateways", "0"], "between 1 and 64"),
+        (["status", "--redis", redis, "--stage", "nowhere"], "there is no stage 'nowhere'"),
+        (["export", "--redis", redis, "--stage", "nowhere"], "there is no stage 'nowhere'"),
         (["store", "good:app", "--redis", redis, "--partitions", "5"], "was created with 8 partitions"),
         (["store", "good:app", "--redis", "redis://127.0.0.1:1"], "does not answer"),
         (["gateway", "good:app", "--redis", redis, "--stage", "other", "--ws-port", str(up.ws_port),

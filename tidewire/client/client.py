@@ -68,6 +68,8 @@ class Client:
     ) -> None:
         self.user: str | None = None
         self.connection: str | None = None
+        self.problem: str | None = None
+        """Why there is no connection at present, as far as that is known."""
         self.cursor = cursor
         self.topics: dict[str, str] = dict(topics or {})
         self.welcomes: list[Frame] = []
@@ -258,7 +260,8 @@ class Client:
         if self._task in done:
             self._task.result()
         if not self._welcomed.is_set():
-            raise Timeout(f"no connection to {self._url} within {timeout_s} s")
+            why = f": {self.problem}" if self.problem else ""
+            raise Timeout(f"no connection to {self._url} within {timeout_s:g} s{why}")
 
     async def _keep(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -270,7 +273,7 @@ class Client:
                     self._ws = ws
                     async for message in ws:
                         self._received(_decode(message))
-                        pause_s = FIRST_PAUSE_S
+                        self.problem, pause_s = None, FIRST_PAUSE_S
                 self._closed(ws.close_code or 1006, ws.close_reason or "")
             except websockets.ConnectionClosed as error:
                 received = error.rcvd
@@ -278,8 +281,11 @@ class Client:
             except websockets.InvalidStatus as error:
                 if error.response.status_code in (401, 403, 404):
                     self._end(Unauthenticated(_said(error.response.body)))
-            except (OSError, websockets.WebSocketException, EOFError, TimeoutError):
-                pass
+                self.problem = (
+                    f"it answered with HTTP status {error.response.status_code}: is it the port of websockets?"
+                )
+            except (OSError, websockets.WebSocketException, EOFError, TimeoutError) as error:
+                self.problem = str(error) or type(error).__name__
             finally:
                 self._ws = None
                 self._welcomed.clear()
@@ -453,6 +459,10 @@ class Live:
                 found = await self._client.query(self._view.table, self._view.value, limit=1000, **bounds)
                 if self._view.loads != begun:
                     return  # a reset came meanwhile: it is loaded again
+                if (partition := found["key"][0]) != self._view.attribute:
+                    raise ConfigurationError(
+                        f"table {self._view.table!r} has the partition key {partition!r}, not {self._view.attribute!r}"
+                    )
                 following = found["next"]
                 items = [one["item"] for one in found["items"]]
                 self._view.page(items, found["key"], found["position"], after, last=following is None)
