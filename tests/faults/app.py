@@ -15,8 +15,11 @@ messages = app.table(
 notes = app.table("notes", key="id", readers=rooms.of("room"), writers=everyone)
 """In partitions of their own: who is told is eventual."""
 
-things = app.table("things", key="id", readers=user("owner"), writers=everyone)
-"""They change hands."""
+posts = app.table("posts", key=("room", "id"), readers=rooms.of("room") & claim("tenant"), writers=rooms.of("room"))
+"""Of the members of a room, those of one tenant see them."""
+
+things = app.table("things", key="id", readers=user("owner") | user("guest"), writers=everyone)
+"""They change hands, and are shown to guests."""
 
 cells = app.topic("cell:{cell}", followers=everyone)
 units = app.table("units", key="id", readers=cells.of("cell"), writers=everyone)

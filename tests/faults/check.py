@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tidewire.records import Change
 
-from .load import Acknowledged, Got, digest
+from .load import Acknowledged, Got, digest, tenant_of
 
 LATE_MS = 20_000
 """A change that is made so long after a reset is in what follows on the reset."""
@@ -31,7 +31,7 @@ Feed = tuple[str, str]
 
 
 class Violation(NamedTuple):
-    kind: str  # loss, double, disorder, leak, phantom, reset, live (of a view), stuck
+    kind: str  # loss, double, disorder, leak, phantom, reset, live (of a view), index, stuck
     who: str
     what: str
 
@@ -129,13 +129,26 @@ def expect(history: Iterable[Written]) -> Expected:
             room = change.key["room"]
             _tell(expected, one, {("user", user) for user in members.get(room, ())}, None)
             _keep(in_room, room, change)
+        elif change.table == "posts":
+            room = change.key["room"]
+            inside = members.get(room, ())
+            _tell(expected, one, *_both(change, lambda item: _of_tenant(inside, item)))  # noqa: B023 - called here
+            _keep(in_room, room, change)
         elif change.table == "things":
-            _tell(expected, one, *_both(change, lambda item: {("user", item["owner"])}))
+            _tell(
+                expected,
+                one,
+                *_both(change, lambda item: {("user", item[who]) for who in ("owner", "guest") if who in item}),
+            )
         elif change.table == "units":
             _tell(expected, one, *_both(change, lambda item: {("topic", f"cell:{item['cell']}")}))
         elif change.table == "notices":
             _tell(expected, one, *_both(change, lambda item: {("topic", f"tenant:{item['tenant']}")}))
     return expected
+
+
+def _of_tenant(users: Iterable[str], item: Mapping[str, Any]) -> set[Feed]:
+    return {("user", user) for user in users if tenant_of(user) == item["tenant"]}
 
 
 def _both(change: Change, audience: Any) -> tuple[set[Feed], set[Feed]]:
@@ -181,10 +194,12 @@ def _membership(
     expected.memberships.note(room, user, change.at, inside=change.new is not None)
     if user in after and user not in before:
         for (table, key), image in in_room.get(room, {}).items():
+            if table == "posts" and not _of_tenant([user], image):
+                continue
             if (table, key) != ("members", key_of(change.key)):
                 expected.put(("user", user), one, ("change", "ENTER", table, key, visible(image), None))
     elif user in before and user not in after:
-        for table in ("members", "messages"):
+        for table in ("members", "messages", "posts"):
             expected.put(("user", user), one, ("change", "LEAVE", table, (("room", room),), None, None))
     _keep(in_room, room, change)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import random
 import time
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -74,6 +76,11 @@ class User(NamedTuple):
     tenant: str
 
 
+def tenant_of(user: str) -> str:
+    """Of the user of that number: of the tenants in turn."""
+    return TENANTS[int(user[1:]) % len(TENANTS)]
+
+
 class Acknowledged(NamedTuple):
     """A write that was said to be done."""
 
@@ -103,6 +110,7 @@ ALL = Pace(
         "edit": 0.4,
         "delete": 0.2,
         "pair": 0.3,
+        "post": 0.4,
         "thing": 0.4,
         "unit": 0.4,
         "note": 0.4,
@@ -173,6 +181,55 @@ class Reader:
                 self._topics[one.topic] = one.cursor
 
 
+class Listener(Reader):
+    """A reader by server-sent events, as a browser's EventSource: each time from the id that it had last."""
+
+    def __init__(self, url: str, user: User, pace: Pace, seed: str) -> None:
+        super().__init__(url, user, (), pace, seed)
+        self._id = ""
+
+    async def run(self) -> None:
+        while True:
+            stays_s = None if self._staying.is_set() else self._choice.uniform(*self._pace.reads_s)
+            left = None
+            try:
+                async with asyncio.timeout(stays_s) as staying:
+                    await self._listen()
+            except TimeoutError:
+                left = time.time() * 1000 if staying.expired() else None
+            except (OSError, EOFError):
+                pass
+            await asyncio.sleep(self._choice.uniform(0.2, 2.0))
+            if left:
+                self.away.append((left, time.time() * 1000))
+
+    async def _listen(self) -> None:
+        """Until the stream ends. Raises OSError or EOFError where there is none."""
+        host = urlsplit(self._url)
+        stream, writer = await asyncio.open_connection(host.hostname, host.port, limit=1 << 22)
+        try:
+            last_id = f"Last-Event-ID: {self._id}\r\n" if self._id else ""
+            head = f"GET /v1/feed HTTP/1.1\r\nHost: {host.netloc}\r\nauth_key: {self.user.key}\r\n{last_id}\r\n"
+            writer.write(head.encode())
+            status = await stream.readline()
+            if b" 200 " not in status:
+                raise EOFError(status)
+            id_ = ""
+            while line := await stream.readline():  # the lines between, of sizes of chunks, are of no account
+                if line.startswith(b"id: "):
+                    id_ = line[4:].decode().strip()
+                elif line.startswith(b"data: "):
+                    frame = json.loads(line[6:])
+                    self._id = id_
+                    if frame["type"] == "welcome":
+                        self.connected_ms = self.connected_ms or time.time() * 1000
+                        self.connected.set()
+                    elif frame["type"] in ("change", "message", "reset"):
+                        self.log.append(got(frame))
+        finally:
+            writer.transport.abort()
+
+
 class Viewer:
     """A live view, looked at. What is wrong with one is noted at once."""
 
@@ -226,7 +283,7 @@ class Viewer:
 class Load:
     """All users."""
 
-    def __init__(self, url: str, seed: int, pace: Pace) -> None:
+    def __init__(self, url: str, http_url: str, seed: int, pace: Pace) -> None:
         self.readers: list[Reader] = []
         self.viewers: list[Viewer] = []
         self._looking: list[Reader | Viewer] = []
@@ -235,6 +292,7 @@ class Load:
         self.unknown = 0
         """Writes of which nobody said whether they were done."""
         self._url = url
+        self._http_url = http_url
         self._seed = seed
         self._pace = pace
         self._numbers = itertools.count(1)
@@ -248,9 +306,9 @@ class Load:
     async def start(self, backend: Backend) -> None:
         users = []
         for number in range(self._pace.users):
-            name, tenant = f"u{number:02}", TENANTS[number % 2]
-            key = await keyring.create(backend, name, claims={"tenant": tenant})
-            users.append(User(name, str(key), tenant))
+            name = f"u{number:02}"
+            key = await keyring.create(backend, name, claims={"tenant": tenant_of(name)})
+            users.append(User(name, str(key), tenant_of(name)))
         service = str(await keyring.create(backend, "service", role="service"))
         async with Client(self._url, service, timeout_s=60) as client:
             for user in users:
@@ -262,6 +320,8 @@ class Load:
                 self.readers.append(
                     Reader(self._url, user, topics, self._pace, f"{self._seed} reader {user.name} {place}")
                 )
+        for user in users[:3]:
+            self.readers.append(Listener(self._http_url, user, self._pace, f"{self._seed} listener {user.name}"))
         for user in users[:2]:
             seed = f"{self._seed} viewer {user.name}"
             self.viewers.append(Viewer(self._url, user, "messages", {"room": LOBBY}, seed))
@@ -418,8 +478,17 @@ _WRITES: dict[str, Callable[..., Any]] = {
     "edit": _edit,
     "delete": _delete,
     "pair": _pair,
+    "post": _put(
+        "posts",
+        room=_in_a_room,
+        id=lambda choice, _: _id(choice, 10),
+        tenant=lambda choice, _: choice.choice(TENANTS),
+    ),
     "thing": _put(
-        "things", id=lambda choice, _: _id(choice, 20), owner=lambda choice, _: f"u{choice.randrange(12):02}"
+        "things",
+        id=lambda choice, _: _id(choice, 20),
+        owner=lambda choice, _: f"u{choice.randrange(12):02}",
+        guest=lambda choice, _: f"u{choice.randrange(12):02}",
     ),
     "unit": _put("units", id=lambda choice, _: _id(choice, 15), cell=lambda choice, _: choice.choice(CELLS)),
     "notice": _put("notices", tenant=lambda _, user: user.tenant, id=lambda choice, _: _id(choice, 10)),

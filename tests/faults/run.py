@@ -21,7 +21,8 @@ from tests.helpers import wait_until
 from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
-from tidewire.records import Change, stream_id, unpack
+from tidewire.records import Change, ItemRecord, stream_id, unpack
+from tidewire.walk import walk
 
 from .check import (
     ReaderLog,
@@ -44,6 +45,8 @@ ANSWERED_S = 60.0
 """By then whoever writes has had an answer, if only that there is none."""
 LAST_S = 5.0
 """So long before the end no fault begins any more."""
+INDEXED_S = 20.0
+"""By then an index has noticed what its server has lost."""
 SHOWN = 10
 
 
@@ -102,7 +105,7 @@ async def run(
     outcome = Outcome(seed, topology, seconds)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         system = System(Path(folder), topology, code, partitions)
-        load = Load(system.url, seed, pace)
+        load = Load(system.url, f"http://127.0.0.1:{system.http_port}", seed, pace)
         try:
             await system.start()
             async with system.backend() as backend:
@@ -115,6 +118,7 @@ async def run(
             await asyncio.sleep(settle_s)
             async with system.backend() as backend:
                 history = await read_history(backend)
+                await _index(backend, outcome)
             await _views(system, load, outcome)
         except BaseException:
             for path in sorted(Path(folder).glob("*.log")):
@@ -174,7 +178,7 @@ async def _inject(
 
 
 async def _wait(begun: float, until_s: float, load: Load, outcome: Outcome, seconds: float, *, progress: bool) -> None:
-    while (left := begun + until_s - time.monotonic()) > 0:
+    while True:
         if progress:
             frames = sum(len(reader.log) for reader in load.readers)
             print(
@@ -184,6 +188,8 @@ async def _wait(begun: float, until_s: float, load: Load, outcome: Outcome, seco
                 file=sys.stderr,
                 flush=True,
             )
+        if (left := begun + until_s - time.monotonic()) <= 0:
+            return
         await asyncio.sleep(min(left, 1.0))
 
 
@@ -223,6 +229,34 @@ async def _views(system: System, load: Load, outcome: Outcome) -> None:
                     key for key in store.keys() | viewer.view.keys() if store.get(key) != viewer.view.get(key)
                 )
                 outcome.report.add("live", _named(viewer), f"differs from the store in {differing[:5]}")
+
+
+async def _index(backend: Backend, outcome: Outcome) -> None:
+    """An index beside its table."""
+    keys, attributes = backend.keys, ("user", "room")
+    table: dict[tuple[str, str], int] = {}
+    index: dict[tuple[str, str], int] = {}
+
+    def note(where: dict[tuple[str, str], int], record: ItemRecord) -> None:
+        assert record.item
+        where[record.item["user"], record.item["room"]] = record.version
+
+    async def are_equal() -> bool:
+        table.clear()
+        index.clear()
+        for partition in range(keys.partitions):
+            for _, _, record in await walk(backend, partition, "members", None, 1000):
+                note(table, record)
+        async for name in backend.commands.scan_iter(keys.index_pattern("members", attributes), count=1000):
+            for raw in await backend.commands.hvals(name):
+                note(index, ItemRecord(*unpack(raw)))
+        return table == index
+
+    try:
+        await wait_until(are_equal, "it is", INDEXED_S)
+    except AssertionError:
+        differing = [key for key in table.keys() | index.keys() if table.get(key) != index.get(key)]
+        outcome.report.add("index", "members by user", f"differs from the table in {sorted(differing)[:5]}")
 
 
 def pauses(load: Load, windows: list[Window]) -> dict[str, float]:

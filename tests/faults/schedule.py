@@ -22,8 +22,11 @@ class Fault(NamedTuple):
 
 ANYWHERE = tuple((kind, service) for kind in ("kill", "pause") for service in SERVICES)
 """What may happen whatever the servers are."""
+CUTS = tuple(("cut", service) for service in SERVICES)
+"""Of all connections between a process and Redis: by a proxy, or by the servers themselves where there are several."""
 BEHIND_PROXIES = (
-    *((kind, service) for kind in ("cut", "hold", "slow", "swallow") for service in SERVICES),
+    *CUTS,
+    *((kind, service) for kind in ("hold", "slow", "swallow") for service in SERVICES),
     *(("hold_commit", service) for service in ("store", "broadcaster")),
     *((kind, service) for kind in ("swallow_read", "swallow_commit") for service in ("store", "broadcaster")),
     ("hold_link", "broadcaster"),
@@ -32,8 +35,8 @@ BEHIND_PROXIES = (
 """What may happen to the way between a service and a single server; some at a command that it is about."""
 AT: dict[str, tuple[tuple[str, str | None], ...]] = {
     "embedded": (*ANYWHERE, *BEHIND_PROXIES, ("kill_redis", None), ("kill_redis", None)),
-    "sentinel": (*ANYWHERE, *(3 * (("fail_over", None), ("change_places", None)))),
-    "cluster": (*ANYWHERE, *(3 * (("fail_over", None), ("move_slot", None)))),
+    "sentinel": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("change_places", None)))),
+    "cluster": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("move_slot", None)))),
 }
 """The faults of each topology; what is there more than once is as much more likely."""
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from redis.crc import key_slot
+from redis.exceptions import RedisError
 
 from tests import topologies
 from tests.helpers import free_port, wait_until
@@ -77,6 +80,28 @@ class Process:
             self.process.wait(10)
 
 
+def cut(servers: Iterable[topologies.Server], pid: int, lasts_s: float) -> None:
+    """Have these servers end each connection of a process, and each new one, for that long."""
+    until = time.monotonic() + lasts_s
+    while True:
+        for server, port in itertools.product(servers, _ports_of(pid)):
+            with contextlib.suppress(RedisError):  # not its, or it is away itself
+                server.redis.execute_command("CLIENT KILL", "ADDR", f"127.0.0.1:{port}")
+        if time.monotonic() > until:
+            return
+        time.sleep(0.1)
+
+
+def _ports_of(pid: int) -> set[int]:
+    """The local ports of a process's TCP connections."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[9] in inodes}
+
+
 class Alone:
     """A single server with its append-only file, as `tidewire up` runs it."""
 
@@ -119,6 +144,9 @@ class Watched:
             killed = await asyncio.to_thread(self._servers.fail_over)
             await asyncio.to_thread(self._servers.come_back, killed)
 
+    async def cut(self, pid: int, lasts_s: float) -> None:
+        await asyncio.to_thread(cut, self._servers.servers, pid, lasts_s)
+
     async def end(self) -> None:
         self._servers.close()
 
@@ -147,6 +175,9 @@ class Sharded:
             killed = await asyncio.to_thread(self._servers.fail_over, choice.choice(slots))
             await asyncio.to_thread(self._servers.come_back, killed)
 
+    async def cut(self, pid: int, lasts_s: float) -> None:
+        await asyncio.to_thread(cut, self._servers.servers, pid, lasts_s)
+
     async def end(self) -> None:
         self._servers.close()
 
@@ -164,7 +195,7 @@ class System:
         self.ws_port = free_port()
         self.url = f"ws://127.0.0.1:{self.ws_port}"
         self._code = code or ROOT
-        self._http_port = free_port()
+        self.http_port = free_port()
         self._services: dict[str, list[Process]] = {}
         self._proxies: dict[str, list[Proxy]] = {}
         self._admin_ports: list[int] = []
@@ -206,6 +237,10 @@ class System:
             process.signal(signal.SIGSTOP)
             await asyncio.sleep(fault.lasts_s)
             process.signal(signal.SIGCONT)
+        elif not self._proxies:
+            assert kind == "cut"
+            assert process.process
+            await self.redis.cut(process.process.pid, fault.lasts_s)
         else:
             proxy = self._proxies[fault.service][fault.number]
             if kind == "swallow":
@@ -228,7 +263,7 @@ class System:
             "PYTHONPATH": os.pathsep.join((str(self._code), str(ROOT))),
             "TIDEWIRE_REDIS": url,
             "TIDEWIRE_WS_PORT": str(self.ws_port),
-            "TIDEWIRE_HTTP_PORT": str(self._http_port),
+            "TIDEWIRE_HTTP_PORT": str(self.http_port),
             "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[-1]),
             "TIDEWIRE_PARTITIONS": str(self._partitions),
             "TIDEWIRE_LOG_LEVEL": "warning",

@@ -95,6 +95,7 @@ def bob() -> Log:
         frame(5, "REMOVE", "members", BOB, None, BOB),
         frame(5, "LEAVE", "members", ROOM),
         frame(5, "LEAVE", "messages", ROOM),
+        frame(5, "LEAVE", "posts", ROOM),
         frame(8, "ENTER", "things", {"id": "t"}, {"id": "t", "owner": "bob"}),
     ]
 
@@ -145,12 +146,42 @@ def test_what_goes_wrong_has_a_name(spoil: Callable[[Log], Log], kind: str) -> N
         (without(6), "loss"),
         (lambda log: [*log[:3], log[2], *log[3:]], "double"),
         (lambda log: [ann()[1], *log], "leak"),
-        (lambda log: [*log[:7], ann()[6], log[7]], "leak"),
+        (lambda log: [*log[:8], ann()[6], log[8]], "leak"),
         (lambda log: [*log[:2], log[2]._replace(new=digest(SEEN)), *log[3:]], "leak"),
     ],
 )
 def test_who_comes_and_goes_sees_the_room_meanwhile(spoil: Callable[[Log], Log], kind: str) -> None:
     assert kind in violations("bob", spoil(bob()))
+
+
+def test_who_is_of_another_tenant_sees_no_post_of_the_room() -> None:
+    members = [ROOM | {"user": user} for user in ("u00", "u01", "u02")]
+    of_a, of_b = ({**ONE, "tenant": tenant} for tenant in ("a", "b"))
+    all_of_it = history(
+        *(change("members", member, member) for member in members[:2]),
+        change("posts", ONE, of_a),
+        change("members", members[2], members[2]),
+        change("posts", ONE, of_b, of_a, version=2),
+    )
+    joined = [frame(n, "INSERT", "members", member, member) for n, member in zip((0, 1, 3), members, strict=True)]
+    first, enter = frame(2, "INSERT", "posts", ONE, of_a), frame(3, "ENTER", "posts", ONE, of_a)
+    others = [frame(3, "ENTER", "members", member, member) for member in members[:2]]
+    logs = {
+        "u00": [*joined[:2], first, joined[2], frame(4, "LEAVE", "posts", ONE)],
+        "u01": [joined[1], frame(1, "ENTER", "members", members[0], members[0]), joined[2],
+                frame(4, "ENTER", "posts", ONE, of_b)],
+        "u02": [joined[2], *others, enter, frame(4, "LEAVE", "posts", ONE)],
+    }  # fmt: skip
+
+    def kinds(user: str, log: Log) -> list[str]:
+        report = Report()
+        check_reader(expect(all_of_it), ReaderLog(user, user, log, BEGIN - 1), report, may_fall_back=False)
+        return [one.kind for one in report.violations]
+
+    for user, log in logs.items():
+        assert kinds(user, log) == []
+    assert "leak" in kinds("u01", [*logs["u01"][:2], first, *logs["u01"][2:]])
+    assert "loss" in kinds("u02", [one for one in logs["u02"] if one is not enter])
 
 
 def test_a_reset_excuses_what_was_before_it_where_something_fell_back() -> None:
@@ -210,7 +241,7 @@ def test_who_is_told_in_another_partition_was_a_member_about_then() -> None:
     assert kinds([note], told[:1]) == ["loss"]
     assert kinds([note], [*told, told[1]]) == ["double"]
     left = frame(21, "REMOVE", "members", ANN, None, ANN)
-    leaves = [frame(21, "LEAVE", table, ROOM) for table in ("members", "messages")]
+    leaves = [frame(21, "LEAVE", table, ROOM) for table in ("members", "messages", "posts")]
     others = [change("things", {"id": "u"}, {"id": "u", "owner": "ann"})] * 8
     theirs = [frame(n, "INSERT", "things", {"id": "u"}, {"id": "u", "owner": "ann"}) for n in range(22, 30)]
     late = frame(30, "INSERT", "notes", {"id": "n"}, NOTE)
