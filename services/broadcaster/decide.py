@@ -252,7 +252,9 @@ class _Batch:
             self.tell(position, image, "LEAVE", [user])
         for table in seen.anywhere:
             self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", [user])
-        others = self.members(membership.name, group).keys() - {user}
+        others: Iterable[str] = ()
+        if seen.peers or seen.peers_topics:
+            others = self.members(membership.name, group).keys() - {user}
         for table in seen.peers:
             self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", others)
         if seen.topics:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import msgspec
+
+from tidewire.errors import BadRequest, NotFound, PermissionDenied
 
 PATHS = ("/", "/v1")
 
@@ -20,12 +21,6 @@ class Handshake:
     cursor: str | None = None
     topics: dict[str, str] = field(default_factory=dict)
     browser: bool = False  # with an allowed Origin: its page would never see a status
-
-
-@dataclass(frozen=True)
-class Refused:
-    status: HTTPStatus
-    message: str
 
 
 def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
@@ -42,19 +37,19 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
     return query.get("auth_key") or None
 
 
-def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake | Refused:
-    """The handshake, or why it is refused before anybody is asked."""
+def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake:
+    """What is asked for. Raises NotFound, PermissionDenied or BadRequest before anybody is asked who it is."""
     parts = _split(path)
     if parts is None or parts.path not in PATHS:
-        return Refused(HTTPStatus.NOT_FOUND, "websockets are served at / and /v1")
+        raise NotFound("websockets are served at / and /v1")
     origin = headers.get("Origin")
     if origin is not None and not origin_allowed(origin, headers.get("Host", ""), origins):
-        return Refused(HTTPStatus.FORBIDDEN, f"pages of {origin[:100]} may not connect: see --origins")
+        raise PermissionDenied(f"pages of {origin[:100]} may not connect: see --origins")
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     try:
         topics = msgspec.json.decode(query.get("topics", "{}"), type=dict[str, str])
     except msgspec.DecodeError:
-        return Refused(HTTPStatus.BAD_REQUEST, "topics: a JSON object of topic to cursor is needed")
+        raise BadRequest("topics: a JSON object of topic to cursor is needed") from None
     return Handshake(credential(headers, query), query.get("cursor"), topics, origin is not None)
 
 

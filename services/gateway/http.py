@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -20,7 +19,6 @@ from tidewire.errors import (
     BadRequest,
     Internal,
     Overloaded,
-    PermissionDenied,
     RateLimited,
     RequestError,
     TooLarge,
@@ -95,9 +93,6 @@ def _answered(
 async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     asked = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
-    if isinstance(asked, handshake.Refused):
-        refusal = PermissionDenied if asked.status == HTTPStatus.FORBIDDEN else BadRequest
-        raise refusal(asked.message)
     cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
     if core.service.stopping.is_set():
         raise Overloaded("this server is leaving: connect again")

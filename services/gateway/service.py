@@ -64,9 +64,10 @@ class Gateway:
 
     async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
         """Look at the handshake before it is accepted."""
-        asked = handshake.read(request.path, request.headers, self.origins)
-        if isinstance(asked, handshake.Refused):
-            return self._refuse(ws, asked.status, asked.message)
+        try:
+            asked = handshake.read(request.path, request.headers, self.origins)
+        except RequestError as error:
+            return self._refuse(ws, HTTPStatus(error.status), error.message)
         if self.core.service.stopping.is_set():
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
         ws.opening = opening = _Opening(asked)  # type: ignore[attr-defined]
