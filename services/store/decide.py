@@ -387,18 +387,23 @@ class _Batch:
         shown: list[dict[str, Any]] = []
         last: Item | None = None
         following, size_bytes = None, 0
-        for record in found:
-            item = self.view.alive(table, record)
-            if item is None or not rights.may_read(table, item):
-                continue
-            entry = self.shown(rights, table, item, record)
-            size_bytes += len(msgspec.json.encode(entry))
-            if last is not None and (len(shown) == request.limit or size_bytes > PAGE_BYTES):
-                # Of items that are shown, and only because there is one more to show: it tells of no other.
-                following = _next(table, attributes, last, item)
-                break
-            shown.append(entry)
-            last = item
+        try:
+            for record in found:
+                item = self.view.alive(table, record)
+                if item is None or not rights.may_read(table, item):
+                    continue
+                entry = self.shown(rights, table, item, record)
+                size_bytes += len(msgspec.json.encode(entry))
+                if last is not None and (len(shown) == request.limit or size_bytes > PAGE_BYTES):
+                    # Of items that are shown, and only because there is one more to show: it tells of no other.
+                    following = _next(table, attributes, last, item)
+                    break
+                shown.append(entry)
+                last = item
+        except _TooFar:
+            if last is None:
+                raise
+            following = _next(table, attributes, last, last)
         return {"items": shown, "next": following, "position": position, "key": list(table.key)}
 
     def scan(self, table: Table, partition: Scalar, request: Query) -> Iterator[ItemRecord]:
@@ -412,7 +417,7 @@ class _Batch:
         return self.pages(order, items, _Bounds(request, table, None))
 
     def pages(self, order: bytes, items: bytes, bounds: _Bounds) -> Iterator[ItemRecord]:
-        """Page by page. Raises TooLarge when it goes on and on over what is not shown."""
+        """Page by page. Raises _TooFar when it goes on and on over what is not shown."""
         limit, scanned = bounds.request.limit + 1, 0
         while True:
             low, high = bounds.range()
@@ -422,7 +427,7 @@ class _Batch:
             if not page.more:
                 return
             if scanned > MOST_SCANNED:
-                raise TooLarge("too many items lie between those that you may read: narrow the query by its bounds")
+                raise _TooFar("too many items lie between those that you may read: narrow the query by its bounds")
             bounds.go_on_from(page.records[-1])
             limit = SCAN_AT_A_TIME
 
@@ -471,6 +476,10 @@ class _Batch:
         finally:
             self.view.open_items = True
         return len(rows)
+
+
+class _TooFar(TooLarge):
+    """A query has looked at so many items that it ends there."""
 
 
 class _place:  # noqa: N801 - a context manager

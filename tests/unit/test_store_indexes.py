@@ -8,6 +8,7 @@ import pytest
 
 from tidewire.app import App
 from tidewire.audiences import everyone, user
+from tidewire.services.store import decide
 
 from .world import NOW, World
 
@@ -24,6 +25,9 @@ def make_app() -> App:
         expires="until",
     )
     app.table("loans", key="id", readers=user("reader"), writers=everyone, indexes={"by_book": ("book", "at")})
+    app.table(
+        "letters", key=("box", "n"), readers=user("to"), writers=everyone, indexes={"by_subject": ("subject", "n")}
+    )
     app.check()
     return app
 
@@ -165,3 +169,25 @@ class TestRights:
         assert loans("bob", reverse=True) == ([4, 3, 1], None)
         assert loans("carol", limit=1) == ([], None)
         assert loans("job", role="service") == ([0, 1, 2, 3, 4], None)
+
+    def test_a_query_that_looks_at_too_many_ends_with_what_it_has(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It goes on from there; without anything to go on from, it says so."""
+        monkeypatch.setattr(decide, "MOST_SCANNED", 4)
+        monkeypatch.setattr(decide, "SCAN_AT_A_TIME", 2)
+        for n in range(20):
+            reader = "alice" if n in (0, 6, 19) else "bob"
+            world.do("job", "put", table="letters", item={"box": "b", "n": n, "subject": "s", "to": reader})
+        world.follow()
+
+        def letters(**fields: Any) -> tuple[list[int], Any]:
+            result = world.do("alice", "query", table="letters", **fields)
+            return [entry["item"]["n"] for entry in result["items"]], result["next"]
+
+        assert letters(key="b", limit=4) == ([0], 0)
+        assert letters(key="b", limit=4, after=2) == ([6], 6)
+        assert letters(key="s", index="by_subject", limit=4) == ([0], [0, "b", 0])
+        assert letters(key="s", index="by_subject", limit=4, reverse=True) == ([19], [19, "b", 19])
+        error = world.refused("alice", "query", table="letters", key="b", limit=4, after=6)
+        assert (error["code"], "narrow the query" in error["message"]) == ("too_large", True)
