@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tidewire.app import ItemKey
+from tidewire.app import CONNECTIONS, ItemKey
 from tidewire.functions import Operation
 from tidewire.keys import Scalar, name_of
 
@@ -78,7 +78,8 @@ def purge(view: View) -> tuple[int, bool]:
     for key in dead:
         record = view.record(key)
         assert record is None or record.item is None, "a live item has no tombstone"
-        floor = max(floor, record.version if record else 0)
+        if record and key.table != CONNECTIONS:
+            floor = max(floor, record.version)
         operations.append(Operation("HDEL", view.keys.items(key.table, key.partition), (key.field,)))
         operations.append(Operation("ZREM", view.keys.tombstones(situation.partition), (member_of(key),)))
     for (table, partition), count in groups.items():

@@ -276,7 +276,9 @@ class View:
                 Operation("ZADD", order, ("0", key.field)) if live else Operation("ZREM", order, (key.field,))
             )
         if not live:
-            operations.append(Operation("ZADD", self.keys.tombstones(partition), (id_[0], member_of(key))))
+            # A connection's id never comes again: nobody will ask for its version.
+            since = 0 if table.name == CONNECTIONS else id_[0]
+            operations.append(Operation("ZADD", self.keys.tombstones(partition), (since, member_of(key))))
         elif record is None:
             operations.append(Operation("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition))))
         else:

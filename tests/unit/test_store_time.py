@@ -181,6 +181,16 @@ class TestVersions:
         assert world.do("alice", "put", table="notes", item={"id": "other"})["version"] > 6
         assert world.do("alice", "put", table="notes", item={"id": "live", "x": 1})["version"] == 2
 
+    def test_connections_are_forgotten_at_once_and_without_a_trace(self, world: World) -> None:
+        """Many come and go, and an id of one is never that of another."""
+        key = {"user": "alice", "connection": "c1"}
+        world.do("alice", "put", table="connections", item={**key, "gateway": "g"}, role="service")
+        world.do("alice", "delete", table="connections", key=key, role="service")
+        assert self.purge(world, keep_s=60).floor == 0
+        assert not world.hashes[KEYS.items("connections", "alice")]
+        assert not world.orders[KEYS.values(0, "connections")]
+        assert self.remembered(world) == 2, "the others stay"
+
     def test_what_a_reader_has_not_had_is_kept(self, world: World) -> None:
         world.stream = Stream(7, (NOW, 0), (NOW, 0), {"broadcaster": 7})
         assert self.purge(world).floor == 0
