@@ -203,10 +203,12 @@ class View:
             author.connection,
             author.request,
             trace=author.trace,
+            generation=self.situation.generation,
+            previous=self.last_id,
             opens=self._opens(table, key, old, new) if isinstance(table, Membership) else None,
         )
         written = ItemRecord(version, now, author.user, new)
-        self._append(id_, change)
+        self.effects.changes.append((id_, change))
         self.effects.items[key] = written
         self.effects.operations.append(
             Operation("HSET", self.keys.items(key.table, key.partition), (key.field, pack(written)))
@@ -222,11 +224,19 @@ class View:
     def send(self, author: Author, user: str, body: Any) -> None:
         """A message to a user: a change of no table, which has that user as its audience."""
         id_, now = self._next_id(), self.situation.now
-        change = Change("SEND", "", {"user": user}, 0, {"body": body}, None, now, *author[:3], trace=author.trace)
-        self._append(id_, change)
-
-    def _append(self, id_: tuple[int, int], change: Change) -> None:
-        change = change._replace(generation=self.situation.generation, previous=self.last_id)
+        change = Change(
+            "SEND",
+            "",
+            {"user": user},
+            0,
+            {"body": body},
+            None,
+            now,
+            *author[:3],
+            trace=author.trace,
+            generation=self.situation.generation,
+            previous=self.last_id,
+        )
         self.effects.changes.append((id_, change))
 
     def _opens(self, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
