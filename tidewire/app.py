@@ -421,7 +421,7 @@ def load_app(reference: str) -> App:
         ) from None
     app = getattr(module, attribute, None)
     if not isinstance(app, App):
-        found = "has no such attribute" if app is None else f"is a {type(app).__name__}, not an App"
+        found = "has no such attribute" if app is None else f"is of type {type(app).__name__}, not an App"
         raise ConfigurationError(f"APP {reference!r}: {attribute!r} in module {module_name!r} {found}")
     app.check()
     return app

@@ -171,7 +171,7 @@ class TestLoading:
             ("raise SystemExit(3)\n", "SystemExit"),
             ("x = = 1\n", "SyntaxError"),
             ("app = None\n", "no such attribute"),
-            ("app = 5\n", "is a int, not an App"),
+            ("app = 5\n", "is of type int, not an App"),
             ("import tw_there_is_no_such_module\n", "tw_there_is_no_such_module"),
             ("from tidewire import App\napp = App('x')\napp.table('1', key='id')\n", "table name '1'"),
         ],
