@@ -93,12 +93,15 @@ def cut(servers: Iterable[topologies.Server], pid: int, lasts_s: float) -> None:
 
 
 def _ports_of(pid: int) -> set[int]:
-    """The local ports of a process's TCP connections."""
+    """The local ports of a process's TCP connections; none of one that has just been killed."""
     inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            inodes.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    try:
+        rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                inodes.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
+    except OSError:
+        return set()
     return {int(row[1].rpartition(":")[2], 16) for row in rows if row[9] in inodes}
 
 
