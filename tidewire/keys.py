@@ -161,9 +161,14 @@ class Keys:
         return self._of(partition, b"index:" + name), self._of(partition, b"indexorder:" + name)
 
     def index_pattern(self, table: str, attributes: tuple[str, str]) -> bytes:
-        """What SCAN finds the hashes of an index by, in all partitions."""
+        """What SCAN finds the hashes of an index by, in all partitions; and others, which `is_index` tells apart."""
         name = f"{table}.{attributes[0]}.{attributes[1]}".encode()
         return b"%s:{p*}:index:%s:*" % (self.stage.encode(), re.sub(rb"([][*?\\^])", rb"\\\1", name))
+
+    def is_index(self, key: bytes, table: str, attributes: tuple[str, str]) -> bool:
+        """Whether this is the hash of a value of that index."""
+        name = f"{table}.{attributes[0]}.{attributes[1]}".encode()
+        return bool(re.match(rb"%s:\{p\d+\}:index:%s:" % (re.escape(self.stage.encode()), re.escape(name)), key))
 
     def indexes(self, partition: int) -> bytes:
         """Hash: how far each index is filled from the tables' items of this partition."""

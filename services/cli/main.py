@@ -229,7 +229,7 @@ def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_js
 
     from tidewire import keyring
 
-    found = with_redis(redis, data, stage, keyring.listing)
+    found = with_redis(redis, data, stage, keyring.listing, may_be_new=True)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -254,7 +254,7 @@ def keys_revoke(
     async def revoke(backend: Any) -> bool:
         return await keyring.revoke(backend, id_)
 
-    if not with_redis(redis, data, stage, revoke):
+    if not with_redis(redis, data, stage, revoke, may_be_new=True):
         fail(f"there is no key {id_!r}: `tidewire keys list` shows them all")
 
 

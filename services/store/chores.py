@@ -13,7 +13,7 @@ from tidewire.functions import Operation
 from tidewire.keys import Scalar, name_of
 
 from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
-from .view import EXPIRY, View, member_of
+from .view import EXPIRY, View, expiry_of, keep_expiry, member_of
 
 
 def expire(view: View) -> bool:
@@ -25,15 +25,10 @@ def expire(view: View) -> bool:
         record = view.record(key)
         if table and record and record.item is not None and table.is_expired(record.item, view.situation.now):
             view.write(EXPIRY, table, key, None)
-        else:  # written since, or of a table that names no such attribute any more
-            _forget(view, key)
+        elif key not in view.written:  # of a table that has named another attribute since, or none
+            at = expiry_of(table, record.item) if table and record else None
+            view.effects.operations.append(keep_expiry(view.keys.expiries(view.situation.partition), key, at))
     return len(due) == AT_A_TIME
-
-
-def _forget(view: View, key: ItemKey) -> None:
-    if key not in view.written:
-        expiries = view.keys.expiries(view.situation.partition)
-        view.effects.operations.append(Operation("ZREM", expiries, (member_of(key),)))
 
 
 def trim(view: View) -> dict[str, int]:

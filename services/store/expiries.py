@@ -34,20 +34,29 @@ class Expiries:
 
     async def step(self) -> list[Operation]:
         """To be done before all else that is in the batch, which may know better; [] when there is nothing left."""
-        noted = self._noted if self._noted is not None else await self._found()
-        self._noted = noted
+        keep = False
+        if self._noted is None:
+            self._noted, keep = await self._found()
+        noted = self._noted
         name = next((name for name, one in noted.items() if not one.done), None)
         if name is None:
-            return []
+            return [self._kept()] if keep else []
         found = await walk(self._backend, self._partition, name, noted[name].place, AT_A_TIME)
         done = len(found) < AT_A_TIME
         noted[name] = Noted(noted[name].attribute, None if done else found[-1][0], done)
         table, keys = self._app[name], self._backend.keys
         expiries = keys.expiries(self._partition)
         operations = [keep_expiry(expiries, key, expiry_of(table, record.item)) for _, key, record in found]
-        return [*operations, Operation("HSET", keys.partition(self._partition), ("expires", pack(noted)))]
+        return [*operations, self._kept()]
 
-    async def _found(self) -> dict[str, Noted]:
+    def _kept(self) -> Operation:
+        return Operation("HSET", self._backend.keys.partition(self._partition), ("expires", pack(self._noted)))
+
+    async def _found(self) -> tuple[dict[str, Noted], bool]:
+        """What is noted, and whether less of it holds than was kept.
+
+        What this application does not declare is forgotten: from now on it is written without being noted.
+        """
         raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "expires")
         stored = unpack(raw) if raw else {}
         found: dict[str, Noted] = {}
@@ -59,4 +68,4 @@ class Expiries:
                 found[table.name] = Noted(attribute, None if place is None else Place(*place), done)
             else:
                 found[table.name] = Noted(table.expires, None)
-        return found
+        return found, any(name not in found or found[name].attribute != one[0] for name, one in stored.items())

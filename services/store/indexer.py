@@ -10,6 +10,7 @@ item has are removed, then all is filled again. Queries are answered meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -30,7 +31,11 @@ log = structlog.get_logger(__name__)
 
 GROUP = "indexer"
 AT_A_TIME = 200
-"""Items that are carried into an index, or values of it that are looked at, between two batches of changes."""
+"""Items that are carried into an index, or out of it, between two batches of changes."""
+NAMES_AT_A_TIME, ENTRIES_AT_A_TIME = 4, 32
+"""Values of an index, and entries of each, that are looked at between two batches: records may be large."""
+SCAN_S = 0.05
+"""So long nothing else is done, while keys are looked through."""
 LOOK_S = 10.0
 
 LAG = Gauge("tidewire_index_lag", "Seconds that the indexes are behind their tables.", ["partition"])
@@ -61,7 +66,7 @@ class Followed(NamedTuple):
 
     last: Id  # id of the last change that was followed
     begun: tuple[int, ...]
-    """Of each destination, when its feeds began anew: as it, or what it had taken from here, fell back."""
+    """Of each destination, when it last fell back alone: it may lack what it had taken, or this partition may."""
 
 
 def declared(app: App) -> set[Index]:
@@ -145,6 +150,7 @@ class IndexerTenure:
         self._followed: Followed | None = None  # None in a partition that no indexer has followed yet
         self._next_followed: Followed | None = None
         self._look_at = 0.0  # monotonic: when to look again what the destinations have come to
+        self._from: Id | None = None  # id of the last change there was when this tenure began
         self._strays: AsyncIterator[list[Entry]] | None = None
         self._steps = 0
         self._oldest: int | None = None  # time of the oldest change of the batch
@@ -155,6 +161,7 @@ class IndexerTenure:
     async def decide(self, batch: Batch) -> Outcome | None:
         if self._indexes is None:
             self._indexes, self._followed = await self._found(), await self._came_to()
+            self._from = batch.last
         self._next = dict(self._indexes)
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
         await self._mend_if_needed(batch.last, changes)
@@ -203,7 +210,7 @@ class IndexerTenure:
         for index in wanted | found.keys():
             filling = found.get(index)
             if filling is None or filling.add != (index in wanted):
-                found[index] = Filling(index in wanted, None)
+                found[index] = Filling(index in wanted, None, sound=filling is None or filling.sound)
         return found
 
     async def _came_to(self) -> Followed | None:
@@ -225,19 +232,18 @@ class IndexerTenure:
         begun = self._followed.begun
         if time.monotonic() >= self._look_at:
             begun = await self._beginnings()
-        self._next_followed = Followed(last, begun)
+        self._next_followed = Followed(max(last, self._followed.last), begun)
         if whole and begun == self._followed.begun:
             return
         reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
         log.warning("indexes_mended", partition=self._partition, reason=reason)
         self._strays = None
         for index, filling in self._next.items():
-            if filling.add:
-                self._next[index] = Filling(add=True, place=None, sound=False)
+            self._next[index] = Filling(filling.add, None, sound=False)
 
     async def _beginnings(self) -> tuple[int, ...]:
         self._look_at = time.monotonic() + LOOK_S
-        found = await self._backend.calls(("HGET", home.partition, "feeds") for home in self.destinations())
+        found = await self._backend.calls(("HGET", home.partition, "alone") for home in self.destinations())
         return tuple(int(begun or 0) for begun in found)
 
     async def _step(self, changes: Sequence[tuple[Id, Change | None]]) -> Links:
@@ -245,13 +251,12 @@ class IndexerTenure:
         links: Links = {}
         index = next((index for index, filling in sorted(self._next.items()) if not filling.done), None)
         generation = self._owned.fence.generation
-        # After a fall back, what is of an earlier generation goes first: behind this it would come too late.
-        if (
-            index is None
-            or self._followed is None
-            or any(change and change.generation != generation for _, change in changes)
-        ):
+        if index is None or self._followed is None or self._from is None:
             return links
+        if self._followed.last < self._from:
+            return links  # a predecessor may have sent what comes after this: it would be taken for old
+        if any(change and change.generation != generation for _, change in changes):
+            return links  # what is of an earlier generation goes first: behind this it would come too late
         position = Position(self._partition, generation, *self._followed.last)
         entries = await (self._carry(index) if self._next[index].sound else self._weed(index))
         for entry in entries:
@@ -283,31 +288,53 @@ class IndexerTenure:
 
     async def _weed(self, index: Index) -> list[Entry]:
         """The next entries that no item has."""
-        self._strays = self._strays or self._entries_without_item(index)
-        async for entries in self._strays:
-            return entries
+        if index.table in self._app.tables:
+            self._strays = self._strays or self._entries_without_item(index)
+            async for entries in self._strays:
+                return entries
         self._strays = None
         self._next[index] = self._next[index]._replace(sound=True)
         return []
 
     async def _entries_without_item(self, index: Index) -> AsyncIterator[list[Entry]]:
-        """Entries of this partition's items, wherever they lie, that those items do not have; some at a time."""
-        names: list[bytes] = []
-        async for name in self._backend.commands.scan_iter(self._keys.index_pattern(*index), count=1000):
-            names.append(name)
-            if len(names) == AT_A_TIME:
-                yield await self._strays_of(index, names)
-                names = []
-        yield await self._strays_of(index, names)
+        """Entries of this partition's items, wherever they lie, that those items do not have.
 
-    async def _strays_of(self, index: Index, names: Iterable[bytes]) -> list[Entry]:
+        Some at a time, and none when it takes long to find some: changes go on meanwhile.
+        """
+        keys, names = self._keys, list[bytes]()
+        scanning = aiter(self._backend.commands.scan_iter(keys.index_pattern(*index), count=1000))
+        name: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                name = name or asyncio.ensure_future(anext(scanning))
+                if not (await asyncio.wait({name}, timeout=SCAN_S))[0]:
+                    yield []
+                    continue
+                found, name = name, None
+                try:
+                    names.append(found.result())
+                except StopAsyncIteration:
+                    break
+                if not keys.is_index(names[-1], *index):
+                    names.pop()  # the pattern says less: what users write may be in a key
+                if len(names) == NAMES_AT_A_TIME:
+                    async for strays in self._strays_of(index, names):
+                        yield strays
+                    names = []
+            async for strays in self._strays_of(index, names):
+                yield strays
+        finally:
+            if name:
+                name.cancel()
+
+    async def _strays_of(self, index: Index, names: Iterable[bytes]) -> AsyncIterator[list[Entry]]:
         """An item is read after its entry: if it comes to have the entry later, a change will say so, after this."""
-        table, keys, strays = self._app[index.table], self._keys, list[Entry]()
+        table, keys = self._app[index.table], self._keys
         places = dict.fromkeys(names, 0)
         while places:
             async with self._backend.commands.pipeline(transaction=False) as pipeline:
                 for name, place in places.items():
-                    pipeline.hscan(name, place, count=AT_A_TIME)
+                    pipeline.hscan(name, place, count=ENTRIES_AT_A_TIME)
                 pages = list(zip(places, await pipeline.execute(), strict=True))
             entries = [
                 (name, field, table.key_of(item), item)
@@ -317,14 +344,15 @@ class IndexerTenure:
             ]
             ours = [entry for entry in entries if keys.partition_of(entry[2].partition) == self._partition]
             items = [("HGET", keys.items(key.table, key.partition), key.field) for _, _, key, _ in ours]
+            strays = []
             for (name, field, key, item), raw in zip(ours, await self._backend.calls(items), strict=True):
                 where = _where(keys, index, key, ItemRecord(*unpack(raw)).item if raw else None)
                 if where is None or (where[1], where[3]) != (name, field):
                     stray = entry_removed(keys, index, key, item)
                     assert stray, "as it is an entry"
                     strays.append(stray)
+            yield strays
             places = {name: place for name, (place, _) in pages if place}
-        return strays
 
 
 def _change(fields: dict[bytes, bytes]) -> Change | None:

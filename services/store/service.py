@@ -75,7 +75,7 @@ class StoreTenure:
     async def decide(self, batch: Batch) -> Outcome | None:
         begun = time.perf_counter()
         expire, trim = self._expires and begun >= self._expire_at, begun >= self._trim_at
-        noted = await self._expiries.step() if self._expires else []
+        noted = await self._expiries.step()
         if not (batch.entries or expire or trim or noted):
             return None
         if self._last is None:

@@ -53,6 +53,7 @@ local function generation(keys)
   local cluster = redis.pcall('INFO', 'cluster')
   if type(cluster) == 'string' and string.find(cluster, 'cluster_enabled:1', 1, true) then
     feeds_begin(keys[1])
+    redis.call('HSET', keys[1], 'alone', minted)
   end
   return minted
 end
