@@ -179,6 +179,42 @@ async def test_items_that_were_there_before_their_table_named_an_expiry_expire_t
     await run("until", all_but_one_expire)
 
 
+@pytest.mark.real
+async def test_items_that_were_written_while_no_expiry_was_declared_expire_once_it_is_again(server: str) -> None:
+    """As in a deployment that was taken back for a while."""
+    keys = Keys("again", 1)
+
+    async def run(expires: str | None, work: Callable[[Stage, Client], Awaitable[None]]) -> None:
+        app = App("again")
+        app.table("notes", key="id", writers=everyone, readers=everyone, expires=expires)
+        app.table("others", key="id", writers=everyone, readers=everyone, expires="until")
+        backend = await connect(server, keys)
+        async with testing.run(app, backend=backend, stage="again", partitions=1, lease_ms=1000) as stage:
+            client = await stage.client("alice", role="service")
+            await work(stage, client)
+            await client.__aexit__()
+
+    async def first(_: Stage, client: Client) -> None:
+        await client.put("notes", {"id": "first", "until": time.time() + 3600})
+
+    async def second(_: Stage, client: Client) -> None:
+        await client.put("notes", {"id": "second", "until": time.time() + 1})
+        await client.put("notes", {"id": "first", "until": time.time() + 1})
+
+    async def are_removed(stage: Stage, _: Client) -> None:
+        async def gone() -> bool:
+            entries: Any = await stage.backend.commands.xrange(keys.changes(0))
+            changes = [Change(*unpack(fields[b"r"])) for _, fields in entries]
+            removed = [change.key["id"] for change in changes if change.event == "REMOVE" and change.table == "notes"]
+            return sorted(removed) == ["first", "second"]
+
+        await eventually(gone)
+
+    await run("until", first)
+    await run(None, second)
+    await run("until", are_removed)
+
+
 async def test_what_replaces_an_expired_item_removes_it_first(stage: Stage, stack: AsyncExitStack) -> None:
     alice = await as_user(stage, stack, "alice")
     await alice.do("put", table="orders", item={"id": "o", "owner": "alice", "until": time.time() - 1})

@@ -137,6 +137,17 @@ class TestExpiry:
         assert world.do("bob", "get", table="notes", key=1)["version"] == 1
         assert not world.scores[KEYS.expiries(0)]
 
+    def test_what_is_due_by_an_attribute_of_before_is_noted_by_that_of_now(self) -> None:
+        world = World(make_app())
+        world.do("alice", "put", table="notes", item={"id": 1, "until": SOON_S, "ends": SOON_S + 100})
+        world.app = make_app(expires="ends")
+        world.now = int(SOON_S * 1000)
+        world.chore(expire=True)
+        assert [float(at) for at in world.scores[KEYS.expiries(0)].values()] == [SOON_S + 100]
+        world.now += 100_000
+        world.chore(expire=True)
+        assert told(world)[-1] == ("REMOVE", "tidewire:expiry", 2)
+
     # Of the second, (now / 1000) * 1000 is more than now.
     @pytest.mark.parametrize("now", [NOW, 2_150_000_000_004])
     def test_what_is_due_by_redis_is_due_to_us(self, now: int) -> None:
