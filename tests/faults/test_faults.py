@@ -110,7 +110,7 @@ def broken(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Break]
     return code, one
 
 
-TRIES = 4
+TRIES = 12
 """What is broken shows where things meet in time; that they do is likely, not sure."""
 
 
