@@ -76,6 +76,10 @@ def _closed(text: bytes) -> bytes:
     return text.replace(b"\0", b"\0\xff") + b"\0\x01"
 
 
+def _index_name(table: str, attributes: tuple[str, str]) -> bytes:
+    return f"{table}.{attributes[0]}.{attributes[1]}".encode()
+
+
 class Home(NamedTuple):
     """What every function that touches a partition is given of it."""
 
@@ -114,7 +118,8 @@ class Keys:
     def partition(self, partition: int) -> bytes:
         """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
         of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed;
-        what the indexer has come to; of which tables the items are noted as those that expire.
+        what the indexer has come to; when it last fell back alone, among several servers; of which tables the items are
+        noted as those that expire.
         """
         return self._of(partition, b"partition")
 
@@ -156,18 +161,18 @@ class Keys:
 
     def index(self, table: str, attributes: tuple[str, str], value: Scalar) -> tuple[bytes, bytes]:
         """(Hash: entry's bytes to item record; sorted set: the entries in order) of one value of an index's key."""
-        name = b"%s.%s.%s:%s" % (table.encode(), attributes[0].encode(), attributes[1].encode(), name_of(value))
+        name = _index_name(table, attributes) + b":" + name_of(value)
         partition = self.partition_of(value)
         return self._of(partition, b"index:" + name), self._of(partition, b"indexorder:" + name)
 
     def index_pattern(self, table: str, attributes: tuple[str, str]) -> bytes:
         """What SCAN finds the hashes of an index by, in all partitions; and others, which `is_index` tells apart."""
-        name = f"{table}.{attributes[0]}.{attributes[1]}".encode()
+        name = _index_name(table, attributes)
         return b"%s:{p*}:index:%s:*" % (self.stage.encode(), re.sub(rb"([][*?\\^])", rb"\\\1", name))
 
     def is_index(self, key: bytes, table: str, attributes: tuple[str, str]) -> bool:
         """Whether this is the hash of a value of that index."""
-        name = f"{table}.{attributes[0]}.{attributes[1]}".encode()
+        name = _index_name(table, attributes)
         return bool(re.match(rb"%s:\{p\d+\}:index:%s:" % (re.escape(self.stage.encode()), re.escape(name)), key))
 
     def indexes(self, partition: int) -> bytes:

@@ -65,7 +65,7 @@ class Followed(NamedTuple):
     """What this partition's indexes have come to."""
 
     last: Id  # id of the last change that was followed
-    begun: tuple[int, ...]
+    alone: tuple[int, ...]
     """Of each destination, when it last fell back alone: it may lack what it had taken, or this partition may."""
 
 
@@ -217,8 +217,8 @@ class IndexerTenure:
         raw = await self._backend.commands.hget(self._owned.home.partition, "indexed")
         if raw is None:
             return None
-        last, begun = unpack(raw)
-        return Followed(id_of(last), tuple(begun))
+        last, alone = unpack(raw)
+        return Followed(id_of(last), tuple(alone))
 
     # ── mending ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -226,14 +226,14 @@ class IndexerTenure:
         """Begin every index anew when changes were lost on the way here, or what they did was lost over there."""
         last = changes[-1][0] if changes else newest
         if self._followed is None:
-            self._next_followed = Followed(last, await self._beginnings())
+            self._next_followed = Followed(last, await self._falls())
             return
         whole = unbroken(self._followed.last, changes) == len(changes) if changes else newest <= self._followed.last
-        begun = self._followed.begun
+        alone = self._followed.alone
         if time.monotonic() >= self._look_at:
-            begun = await self._beginnings()
-        self._next_followed = Followed(max(last, self._followed.last), begun)
-        if whole and begun == self._followed.begun:
+            alone = await self._falls()
+        self._next_followed = Followed(max(last, self._followed.last), alone)
+        if whole and alone == self._followed.alone:
             return
         reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
         log.warning("indexes_mended", partition=self._partition, reason=reason)
@@ -241,10 +241,10 @@ class IndexerTenure:
         for index, filling in self._next.items():
             self._next[index] = Filling(filling.add, None, sound=False)
 
-    async def _beginnings(self) -> tuple[int, ...]:
+    async def _falls(self) -> tuple[int, ...]:
         self._look_at = time.monotonic() + LOOK_S
         found = await self._backend.calls(("HGET", home.partition, "alone") for home in self.destinations())
-        return tuple(int(begun or 0) for begun in found)
+        return tuple(int(alone or 0) for alone in found)
 
     async def _step(self, changes: Sequence[tuple[Id, Change | None]]) -> Links:
         """One step for the first index that is not as it should be: it counts as more of the last change's effects."""

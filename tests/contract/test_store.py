@@ -143,19 +143,25 @@ async def test_an_expired_item_is_gone_and_then_removed(stage: Stage, stack: Asy
     assert (await alice.refused("get", table="orders", key="o"))["code"] == "not_found"
 
 
+async def declaring(
+    server: str, keys: Keys, expires: str | None, work: Callable[[Stage, Client], Awaitable[None]]
+) -> None:
+    """Work on a stage whose tables name that expiry, but for one, which always has its own."""
+    app = App("expiring")
+    app.table("notes", key=("page", "n"), writers=everyone, readers=everyone, expires=expires)
+    app.table("signs", key="id", writers=everyone, readers=everyone, expires=expires)
+    app.table("others", key="id", writers=everyone, readers=everyone, expires="until")
+    backend = await connect(server, keys)
+    options: Any = {"stage": keys.stage, "partitions": keys.partitions, "lease_ms": 1000}
+    async with testing.run(app, backend=backend, **options) as stage:
+        client = await stage.client("alice", role="service")
+        await work(stage, client)
+        await client.__aexit__()
+
+
 @pytest.mark.real
 async def test_items_that_were_there_before_their_table_named_an_expiry_expire_too(server: str) -> None:
     soon, keys = int(time.time()) + 1, Keys("later", 2)
-
-    async def run(expires: str | None, work: Callable[[Stage, Client], Awaitable[None]]) -> None:
-        app = App("later")
-        app.table("notes", key=("page", "n"), writers=everyone, readers=everyone, expires=expires)
-        app.table("signs", key="id", writers=everyone, readers=everyone, expires=expires)
-        backend = await connect(server, keys)
-        async with testing.run(app, backend=backend, stage="later", partitions=2, lease_ms=1000) as stage:
-            client = await stage.client("alice", role="service")
-            await work(stage, client)
-            await client.__aexit__()
 
     async def write(_: Stage, client: Client) -> None:
         puts = [client.put("notes", {"page": f"p{n % 3}", "n": n, "until": soon}) for n in range(450)]
@@ -174,9 +180,9 @@ async def test_items_that_were_there_before_their_table_named_an_expiry_expire_t
         await eventually(are_gone)
         assert (await client.get("signs", "s"))["version"] == 1
 
-    await run(None, write)
-    await run("ends", one_is_noted)
-    await run("until", all_but_one_expire)
+    await declaring(server, keys, None, write)
+    await declaring(server, keys, "ends", one_is_noted)
+    await declaring(server, keys, "until", all_but_one_expire)
 
 
 @pytest.mark.real
@@ -184,35 +190,25 @@ async def test_items_that_were_written_while_no_expiry_was_declared_expire_once_
     """As in a deployment that was taken back for a while."""
     keys = Keys("again", 1)
 
-    async def run(expires: str | None, work: Callable[[Stage, Client], Awaitable[None]]) -> None:
-        app = App("again")
-        app.table("notes", key="id", writers=everyone, readers=everyone, expires=expires)
-        app.table("others", key="id", writers=everyone, readers=everyone, expires="until")
-        backend = await connect(server, keys)
-        async with testing.run(app, backend=backend, stage="again", partitions=1, lease_ms=1000) as stage:
-            client = await stage.client("alice", role="service")
-            await work(stage, client)
-            await client.__aexit__()
-
     async def first(_: Stage, client: Client) -> None:
-        await client.put("notes", {"id": "first", "until": time.time() + 3600})
+        await client.put("signs", {"id": "first", "until": time.time() + 3600})
 
     async def second(_: Stage, client: Client) -> None:
-        await client.put("notes", {"id": "second", "until": time.time() + 1})
-        await client.put("notes", {"id": "first", "until": time.time() + 1})
+        await client.put("signs", {"id": "second", "until": time.time() + 1})
+        await client.put("signs", {"id": "first", "until": time.time() + 1})
 
     async def are_removed(stage: Stage, _: Client) -> None:
         async def gone() -> bool:
             entries: Any = await stage.backend.commands.xrange(keys.changes(0))
             changes = [Change(*unpack(fields[b"r"])) for _, fields in entries]
-            removed = [change.key["id"] for change in changes if change.event == "REMOVE" and change.table == "notes"]
+            removed = [change.key["id"] for change in changes if change.event == "REMOVE" and change.table == "signs"]
             return sorted(removed) == ["first", "second"]
 
         await eventually(gone)
 
-    await run("until", first)
-    await run(None, second)
-    await run("until", are_removed)
+    await declaring(server, keys, "until", first)
+    await declaring(server, keys, None, second)
+    await declaring(server, keys, "until", are_removed)
 
 
 async def test_what_replaces_an_expired_item_removes_it_first(stage: Stage, stack: AsyncExitStack) -> None:

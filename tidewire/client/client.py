@@ -281,9 +281,9 @@ class Client:
             except websockets.InvalidStatus as error:
                 if error.response.status_code in (401, 403, 404):
                     self._end(Unauthenticated(_said(error.response.body)))
-                self.problem = (
-                    f"it answered with HTTP status {error.response.status_code}: is it the port of websockets?"
-                )
+                status = error.response.status_code
+                why = _said(error.response.body) if status >= 400 else "is it the port of websockets?"
+                self.problem = f"it answered with HTTP status {status}: {why}"
             except (OSError, websockets.WebSocketException, EOFError, TimeoutError) as error:
                 self.problem = str(error) or type(error).__name__
             finally:
