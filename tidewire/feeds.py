@@ -34,7 +34,7 @@ class Cursor(NamedTuple):
 
 
 def chained(tag: str, position: str) -> str:
-    """The tag of the entry that follows the one with `tag`. The same as in lua/tidewire.lua, link_append."""
+    """The tag of the entry that follows the one with `tag`. The same as in lua/feed.lua, link_append."""
     return hashlib.sha1((tag + position).encode(), usedforsecurity=False).hexdigest()[:10]
 
 

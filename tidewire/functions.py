@@ -1,4 +1,4 @@
-"""The Lua functions of lua/tidewire.lua, each behind one typed method, and what it takes to call them safely.
+"""The Lua functions of lua/*.lua, each behind one typed method, and what it takes to call them safely.
 
 A call may be repeated by the client library after it was done (a reply lost to a time-out): each function gives the
 same answer again, or recognises the repeat. A node that does not know the library gets it, and the call is repeated.
@@ -6,7 +6,7 @@ same answer again, or recognises the repeat. A node that does not know the libra
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
@@ -19,16 +19,25 @@ from tidewire.errors import Fenced
 from tidewire.keys import Home
 from tidewire.records import Position, stream_id
 
-SOURCE = files("tidewire.lua").joinpath("tidewire.lua").read_text(encoding="utf-8")
-_NAME = re.search(r"name=(\w+)", SOURCE)
-assert _NAME
-LIBRARY = _NAME[1]
+PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service")
+"""Files of lua/ in the order in which they are joined: a local function is known from its own line on."""
+
+_TEXT = "\n".join(files("tidewire.lua").joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in PARTS)
+VERSION = hashlib.sha1(_TEXT.encode(), usedforsecurity=False).hexdigest()[:8]
+"""In the names of library and functions: a server refuses a second library that has a function of the same name."""
+LIBRARY = f"tidewire_{VERSION}"
+SOURCE = f"#!lua name={LIBRARY}\n" + _TEXT.replace("@VERSION@", VERSION)
 
 log = structlog.get_logger(__name__)
 
 LOADED = Counter("tidewire_functions_loaded_total", "Times that a node had to be given the function library.")
 
 Arg = bytes | str | int
+
+
+def versioned(function: str) -> str:
+    """The name under which the server knows a function of this release."""
+    return f"{function}_{VERSION}"
 
 
 class Calls(Protocol):
@@ -144,7 +153,7 @@ class Functions:
         await self._redis.function_load(SOURCE, replace=True)
 
     async def _call(self, name: str, keys: Sequence[bytes], *args: Arg, fcall: Any = None) -> Any:
-        fcall = fcall or self._redis.fcall
+        fcall, name = fcall or self._redis.fcall, versioned(name)
         try:
             try:
                 return await fcall(name, len(keys), *keys, *args)

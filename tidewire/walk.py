@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.app import ItemKey
 from tidewire.backend import Backend
+from tidewire.functions import versioned
 from tidewire.keys import sort_value, value_of
 from tidewire.records import ItemRecord, unpack
 
@@ -89,7 +90,7 @@ async def _in_order(backend: Backend, table: str, names: list[bytes], count: int
         value = value_of(name)
         # Not as many as were counted: one may have come since, and would take the place of one that was there.
         range_ = (b"-", b"+", 0, count, size_bytes)
-        calls.append(("FCALL", "page", 2, keys.order(table, value), keys.items(table, value), *range_))
+        calls.append(("FCALL", versioned("page"), 2, keys.order(table, value), keys.items(table, value), *range_))
     found: list[Found] = []
     for name, (cut, *flat) in zip(wanted, await _ask(backend, calls), strict=True):
         found += _found(table, name, zip(flat[::2], flat[1::2], strict=True))

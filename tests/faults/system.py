@@ -36,8 +36,8 @@ SLOTS_MOVED = 3
 COMMANDS = {
     "": b"FCALL",
     "read": b"$5\r\nbatch",
-    "commit": b"$6\r\ncommit",
-    "link": b"$11\r\nlink_append",
+    "commit": b"$15\r\ncommit_",
+    "link": b"$20\r\nlink_append_",
     "note": b'"table":"notes"',
 }
 """What a fault's kind may name, as it is on the wire."""

@@ -56,7 +56,7 @@ STAYING = ALL._replace(reads_s=(60.0, 90.0))
 
 BREAKS = {
     "a link takes again what it has taken": Break(
-        "tidewire/lua/tidewire.lua",
+        "tidewire/lua/feed.lua",
         "    if order < 0 or effect[4] <= after then count = 0 else last = effect end\n",
         "    last, after = effect, ''\n",
         again("swallow_link", "broadcaster", 8),
@@ -72,14 +72,14 @@ BREAKS = {
         partitions=64,
     ),
     "nothing is fenced": Break(
-        "tidewire/lua/tidewire.lua",
+        "tidewire/lua/generation.lua",
         "  return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch\n",
         "  return false\n",
         again("hold_commit", "store", 5, lasts_s=6.0, every_s=8.0),
         {"double", "disorder", "loss", "reset"},  # it depends on whose ids are the greater
     ),
     "what is pending is not read again": Break(
-        "tidewire/lua/tidewire.lua",
+        "tidewire/lua/stream.lua",
         "  for _, id in ipairs({'0', '>'}) do\n",
         "  for _, id in ipairs({'>'}) do\n",
         again("swallow_read", "broadcaster", 6),

@@ -27,7 +27,7 @@ from tests.helpers import LONG, free_port
 from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
 from tidewire.bus import Answers
-from tidewire.functions import Batch, Functions
+from tidewire.functions import VERSION, Batch, Functions
 from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
@@ -66,10 +66,10 @@ class Faulty:
         self.commits: list[tuple[Any, ...]] = []
 
     async def fcall(self, name: str, numkeys: int, *args: Any) -> Any:
-        when = self.plan[1] if self.plan and self.plan[0] == name else None
+        when = self.plan[1] if self.plan and name == f"{self.plan[0]}_{VERSION}" else None
         if when == "before":
             raise Died
-        if name == "commit":
+        if name == f"commit_{VERSION}":
             self.commits.append((name, numkeys, *args))
         if when == "twice":
             await self.redis.fcall(name, numkeys, *args)

@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.feeds import chained
-from tidewire.functions import WHOLE, Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
+from tidewire.functions import VERSION, WHOLE, Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
 from tidewire.keys import Home, Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Position, pack, unpack
@@ -105,9 +105,10 @@ class Gate:
         call is seen; "stray": a second copy, whose answer nobody waits for, arrives when the test says so."""
 
     async def fcall(self, function: str, numkeys: int, *args: Any) -> Any:
+        called, function = function, function.removesuffix(f"_{VERSION}")
         await stop(f"before {function}")
         repeat = self.repeats.pop(function, None)
-        call = functools.partial(self.server.fcall, function, numkeys, *args)
+        call = functools.partial(self.server.fcall, called, numkeys, *args)
         if repeat == "stray":
             self.strays.append(call)
         elif repeat:
@@ -245,7 +246,7 @@ class Model:
         server.flushall()
         server.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
         self.tags = {
-            user: server.fcall("feed_open", 5, *KEYS.home_of(feed), feed, 600_000)[2].decode()
+            user: server.fcall(f"feed_open_{VERSION}", 5, *KEYS.home_of(feed), feed, 600_000)[2].decode()
             for user, feed in FEEDS.items()
         }
         self.workers = [self.another() for _ in range(workers)]
