@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.keys import Home
-from tidewire.records import Position, stream_id
+from tidewire.records import Id, Position, stream_id
 
 PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service")
 """Files of lua/ in the order in which they are joined: a local function is known from its own line on."""
@@ -72,9 +72,13 @@ class Owned(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """Entries of a stream that are pending for a group, the oldest first."""
+
     now: int  # ms since 1970, the server's
-    last: tuple[int, int]  # id of the stream's last entry
-    entries: list[tuple[tuple[int, int], dict[bytes, bytes]]]
+    last: Id  # id of the stream's last entry
+    entries: list[tuple[Id, dict[bytes, bytes]]]
+    at_end: bool = False
+    """Whether the stream had no entry after these when it was asked for more."""
 
 
 class Operation(NamedTuple):
@@ -96,22 +100,53 @@ Confirmed = Callable[[tuple[Arg, ...], Wait], Awaitable[tuple[Any, int]]]
 """Makes a call, then waits on the same connection: (the call's answer, how many confirmed). An error is an answer."""
 
 
-WHOLE = b"~"
-"""Greater than the key of any feed."""
+WHOLE = 1 << 52
+"""Greater than the number of any feed."""
+
+LARGE_BODY_BYTES = 1024
+"""A body above this size may be stored once in its destination, with entries that refer to it."""
+
+
+def feed_number(feed: bytes) -> int:
+    """The number that orders feeds within one effect. The same as `feed_number` in lua/link.lua."""
+    return int(hashlib.sha1(feed, usedforsecurity=False).hexdigest()[:13], 16)
 
 
 class Append(NamedTuple):
-    """What one change says on its way into feeds of one destination partition.
-
-    What goes to a destination of one change may be spread over several calls, by the keys of the feeds: each call has
-    all for the feeds up to `upto`, the last one is WHOLE. So a change that is decided again, and may then find other
-    readers, goes to each of them once.
-    """
+    """An entry on its way into feeds of one destination partition."""
 
     position: Position
-    body: bytes
-    feeds: tuple[bytes, ...]
-    upto: bytes = WHOLE
+    body: bytes  # or a reference to one, as `reference` makes it
+    size_bytes: int  # of the body, also where it is referred to
+    feeds: Sequence[bytes]
+
+
+class Unit(NamedTuple):
+    """Appends that a feed gets together: of one change, or of all changes of a transaction.
+
+    A unit may be spread over several calls, in the order of the feeds' numbers: each call has all for the feeds up to
+    `upto`, the last one is WHOLE. So a unit that is decided again, and may then find other readers, goes to each once.
+    """
+
+    position: Position  # of its last change
+    appends: Sequence[Append]
+    upto: int = WHOLE
+
+
+def body_id(position: Position, body: bytes) -> bytes:
+    """The id of a body that is stored once in a destination: a digest, so that storing it twice does no harm."""
+    digest = hashlib.sha1(str(position).encode() + body, usedforsecurity=False)
+    return digest.hexdigest()[:20].encode()
+
+
+def reference(id_: bytes) -> bytes:
+    """What an entry has in the place of its body."""
+    return b"@" + id_
+
+
+def referred(body: bytes) -> bytes | None:
+    """The id of the body that an entry refers to; None where the entry has its body."""
+    return body[1:] if body[:1] == b"@" else None
 
 
 class FeedBounds(NamedTuple):
@@ -119,6 +154,14 @@ class FeedBounds(NamedTuple):
 
     entries: int
     bytes: int
+
+
+class Stamp(NamedTuple):
+    """A new owner of a source, as it announces itself to destinations."""
+
+    source: str
+    epoch: int
+    fell: tuple[int, ...] = ()  # as in Owned
 
 
 class Effect(NamedTuple):
@@ -139,7 +182,7 @@ class FeedEntry(NamedTuple):
     seq: int
     tag: str
     position: str
-    body: bytes
+    body: bytes  # or a reference to one: see `referred`
 
 
 class Functions:
@@ -189,10 +232,13 @@ class Functions:
 
     # ── the partition's stream ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def batch(self, owned: Owned, count: int) -> Batch:
-        """What is pending for the group, else what is new. Repeating it gives the same."""
-        keys = (*owned.keys, owned.stream)
-        return _batch(await self._call("batch", keys, *owned.fence, owned.group, count))
+    async def batch(self, owned: Owned, count: int, size_bytes: int, after: Id = (0, 0)) -> Batch:
+        """What is pending for the group after an id, then what is new. A repeated call gives the same entries.
+
+        At most `count` entries, and no more of them once they have `size_bytes`.
+        """
+        keys, start = (*owned.keys, owned.stream), f"{after[0]}-{after[1]}"
+        return _batch(await self._call("batch", keys, *owned.fence, owned.group, start, count, size_bytes))
 
     async def commit(
         self,
@@ -203,15 +249,19 @@ class Functions:
         wait: Wait | None = None,
         *,
         count: int,
+        size_bytes: int,
+        after: Id = (0, 0),
     ) -> tuple[bool, Batch]:
-        """All operations and the acknowledgement, once for each call number; and the next batch, as `batch` gives it.
+        """All operations and the acknowledgement, once for each call number; and what comes next, as `batch` gives it.
 
-        False with it when all is done, but what was to be waited for has not confirmed it in time.
+        With `after`, what comes after that id: the caller has the entries up to it. False with it when all is done, but
+        what was to be waited for has not confirmed it in time.
         """
         ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
         keys = [*owned.keys, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
-        args: list[Arg] = [*owned.fence, owned.group, count, number, len(ids), *ids]
+        start = f"{after[0]}-{after[1]}"
+        args: list[Arg] = [*owned.fence, owned.group, start, count, size_bytes, number, len(ids), *ids]
         _declare(operations, keys, index, args)
         if wait is None:
             return True, _batch(await self._call("commit", keys, *args))
@@ -235,19 +285,34 @@ class Functions:
 
     # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def link_stamp(self, to: Home, source: str, epoch: int, fell: Sequence[int] = ()) -> None:
-        """Announce a new owner of the source at a destination, before its first read; and where the source fell to."""
-        await self._call("link_stamp", to, source, epoch, *fell)
+    async def link_stamp(self, to: Home, stamps: Sequence[Stamp]) -> list[bool]:
+        """Announce new owners of sources at a destination, before their first read. False for each that is fenced."""
+        args: list[Arg] = []
+        for stamp in stamps:
+            args += (stamp.source, stamp.epoch, len(stamp.fell), *stamp.fell)
+        return [answer == b"OK" for answer in await self._call("link_stamp", to, *args)]
 
-    async def link_append(self, to: Home, source: str, epoch: int, most: FeedBounds, appends: Iterable[Append]) -> int:
+    async def body_put(self, to: Home, ttl_ms: int, bodies: Iterable[tuple[bytes, bytes]]) -> None:
+        """Store bodies that entries refer to, by id, for that long at most."""
+        args = [part for body in bodies for part in body]
+        await self._call("body_put", to, ttl_ms, *args)
+
+    async def body_get(self, home: Home, ids: Sequence[bytes]) -> list[bytes | None]:
+        """The bodies of these ids; None for each that is gone."""
+        return [body or None for body in await self._call("body_get", home, *ids)]
+
+    async def link_append(self, to: Home, source: str, epoch: int, most: FeedBounds, units: Iterable[Unit]) -> int:
         """Append to the open ones of the feeds what they have not had yet; how many entries that was."""
-        keys, index = list(to), dict[tuple[bytes, ...], int]()
+        keys, index = list(to), dict[int, int]()
         args: list[Arg] = [source, epoch, *most]
-        for append in appends:
-            start = index.setdefault(append.feeds, len(keys) - len(to) + 1)
-            if start > len(keys) - len(to):
-                keys += append.feeds
-            args += (*append.position, append.upto, append.body, start, len(append.feeds))
+        for unit in units:
+            args += (*unit.position[1:], unit.upto, len(unit.appends))
+            for append in unit.appends:
+                # The changes of a transaction mostly go to the same feeds, which the decision keeps in one list.
+                start = index.setdefault(id(append.feeds), len(keys) - len(to) + 1)
+                if start > len(keys) - len(to):
+                    keys += append.feeds
+                args += (str(append.position), append.body, append.size_bytes, start, len(append.feeds))
         return int(await self._call("link_append", keys, *args))
 
     async def link_reset(self, to: Home, source: str, epoch: int, position: Position) -> None:
@@ -272,14 +337,21 @@ class Functions:
         epoch, seq, tag = await self._call("feed_open", (*home, feed), window_ms)
         return FeedState(epoch.decode(), int(seq), tag.decode())
 
-    async def feed_read(self, home: Home, feed: bytes, after: int, count: int) -> tuple[FeedState, list[FeedEntry]]:
-        """The feed's state and, of the same moment, its entries after a seq. A closed feed has the epoch ''."""
-        epoch, seq, tag, raw = await self._call("feed_read", (*home, feed), after, count)
+    async def feed_read(
+        self, home: Home, feed: bytes, after: int, count: int, size_bytes: int
+    ) -> tuple[FeedState, list[FeedEntry]]:
+        """The feed's state and, of the same moment, its entries after a seq. A closed feed has the epoch ''.
+
+        Fewer entries than `count`, though there are more, when their bodies would have more than `size_bytes`.
+        """
+        epoch, seq, tag, raw = await self._call("feed_read", (*home, feed), after, count, size_bytes)
         return FeedState(epoch.decode(), int(seq), tag.decode()), [_entry(id_, fields) for id_, fields in raw]
 
-    async def feeds_sweep(self, home: Home, place: bytes = b"0") -> bytes:
-        """Forget feeds that have closed, from a place on; where to go on, b"0" at the end."""
-        return bytes(await self._call("feeds_sweep", home, place))
+    async def feeds_sweep(self, home: Home) -> None:
+        """Forget feeds that have closed, and bodies whose time is over."""
+        places = [b"0", b"0"]
+        while any(places):
+            places = await self._call("feeds_sweep", home, *places)
 
     # ── the store's reads ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -322,7 +394,7 @@ def _batch(raw: Any) -> Batch:
 
 
 def _fields(raw: Any) -> dict[bytes, bytes]:
-    """An entry's fields; None where it was trimmed while it was pending."""
+    """An entry's fields; {} where it was trimmed while it was pending."""
     return dict(zip(raw[::2], raw[1::2], strict=True)) if raw else {}
 
 
@@ -331,7 +403,7 @@ def _entry(id_: bytes, fields: list[bytes]) -> FeedEntry:
 
 
 def entry_of(id_: bytes, text: bytes) -> FeedEntry:
-    """An entry of a feed by its id, `<epoch>-<seq - 1>`, and what it holds, `<tag> <position>\\n<body>`."""
+    """An entry of a feed by its id, `<epoch>-<seq - 1>`, and what it holds, `<tag> <position> <total>\\n<body>`."""
     head, _, body = text.partition(b"\n")
-    tag, _, position = head.decode().partition(" ")
+    tag, position, _ = head.decode().split(" ")
     return FeedEntry(stream_id(id_)[1] + 1, tag, position, body)

@@ -87,6 +87,11 @@ class Home(NamedTuple):
     changes: bytes
     links: bytes
     feeds: bytes
+    """Hash: the states of the open feeds, by the key of their entries."""
+    bodies: bytes
+    """Hash: large bodies that entries of feeds refer to, by id."""
+    references: bytes
+    """Hash: for each body, until when it is kept at most, and how many entries refer to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +111,12 @@ class Keys:
         return b"%s:{p%d}:%s" % (self.stage.encode(), partition, kind)
 
     def home(self, partition: int) -> Home:
+        kinds = (b"feeds", b"bodies", b"references")
         return Home(
-            self.partition(partition), self.changes(partition), self.links(partition), self._of(partition, b"feeds")
+            self.partition(partition),
+            self.changes(partition),
+            self.links(partition),
+            *(self._of(partition, kind) for kind in kinds),
         )
 
     def home_of(self, key: bytes) -> Home:

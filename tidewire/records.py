@@ -11,6 +11,8 @@ import msgpack
 
 JSON = Any
 Item = dict[str, Any]
+Id = tuple[int, int]
+"""The id of a stream's entry: ms and seq."""
 
 
 def pack(value: Any) -> bytes:
@@ -165,7 +167,7 @@ class Position(NamedTuple):
         return f"{self.partition}-{self.generation}-{self.ms}-{self.seq}"
 
 
-def stream_id(raw: bytes | str) -> tuple[int, int]:
+def stream_id(raw: bytes | str) -> Id:
     """b"1795409459002-3" → (1795409459002, 3)."""
     ms, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")
     return int(ms), int(seq or 0)

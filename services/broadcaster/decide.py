@@ -2,11 +2,14 @@
 
 The members of each group are kept as their changes pass, so that a change goes to who was a member when it was made.
 What is not known yet is named (`Missing`), fetched, and the batch is decided again from the start.
+
+A decision is cut into steps, as a change to 10,000 members takes tens of milliseconds: `deciding` is a generator that
+yields between them. It ends early, with fewer changes consumed, when the batch has grown beyond its bounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,16 +19,20 @@ import structlog
 from tidewire.app import App, ItemKey, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, claim_topic, resolve
 from tidewire.claims import Condition, both, either, unless
-from tidewire.functions import WHOLE, Append, Operation
+from tidewire.functions import Append, Operation
 from tidewire.keys import Home, Keys, Scalar
-from tidewire.records import RECHECK, Change, FeedBody, Item, ItemRecord, Opened, Position, pack
+from tidewire.records import RECHECK, Change, FeedBody, Id, Item, ItemRecord, Opened, Position, pack
 from tidewire.sight import sight
+
+from .route import STEP_FEEDS, Call, Feed, Feeds, Router
 
 log = structlog.get_logger(__name__)
 
-CALL_FEEDS = 2000
-CALL_BYTES = 1 << 20
-"""A call to a destination carries about so much at the most."""
+MAX_BATCH_APPENDS = 20_000
+MAX_BATCH_BYTES = 8 << 20
+"""A batch ends after the change or transaction with which its appends, or the bytes that they write, reach this."""
+MAX_REDONE_APPENDS = 2000
+"""Appends that are decided again when something is missing for a later change. Beyond, the batch ends before it."""
 
 
 # Structs, as named tuples of two kinds are equal when their values are.
@@ -57,8 +64,10 @@ class Missing(Exception):
 
 @dataclass
 class Decision:
+    consumed: int = 0
+    """How many of the changes were decided, from the first on."""
     operations: list[Operation] = field(default_factory=list)
-    links: dict[Home, list[list[Append]]] = field(default_factory=dict)
+    links: dict[Home, list[Call]] = field(default_factory=dict)
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """The groups that changed, as they are after the batch."""
     indexed: list[tuple[Membership, ItemKey, bool]] = field(default_factory=list)
@@ -67,60 +76,83 @@ class Decision:
     """Changes whose audience could not be computed: nobody was told."""
 
 
-def decide(
+Steps = Generator[None, bool | None, Decision | set[Group | GroupsOf]]
+"""Yields between steps. Sent true, it ends after the change or transaction it is at."""
+
+
+def deciding(
     app: App,
     keys: Keys,
     known: Known,
     partition: int,
-    changes: Sequence[tuple[tuple[int, int], Change | None]],
-) -> Decision | set[Group | GroupsOf]:
-    """What a batch of (id, change) comes to, or what must be known first."""
-    batch = _Batch(app, keys, known)
-    missing: set[Group | GroupsOf] = set()
-    for unit in _units(changes):
+    changes: Sequence[tuple[Id, Change | None]],
+    feeds: Feeds | None = None,
+) -> Steps:
+    """Decide a batch of (id, change) in steps. Returns the decision, or what must be known first."""
+    batch = _Batch(app, keys, known, feeds or Feeds(keys))
+    time_is_up = False
+    for end, unit in _units(changes):
         batch.begin()
         for id_, change in unit:
             try:
-                batch.one(Position(partition, change.generation, *id_), change)
+                for _ in batch.one(Position(partition, change.generation, *id_), change):
+                    time_is_up = (yield) or time_is_up
             except Missing as need:
-                missing.add(need.need)
-        batch.send()
-    return missing or batch.done()
+                if batch.router.appends > MAX_REDONE_APPENDS and not batch.has_learned:
+                    return batch.done()
+                batch.missing.add(need.need)
+        if batch.missing:
+            continue  # only to find out what else is missing
+        for _ in batch.send():
+            time_is_up = (yield) or time_is_up
+        batch.decision.consumed = end
+        if time_is_up or batch.is_full():
+            return batch.done()
+    if not batch.missing:
+        batch.decision.consumed = len(changes)
+    return batch.missing or batch.done()
 
 
-def _units(changes: Sequence[tuple[tuple[int, int], Change | None]]) -> Iterator[list[tuple[tuple[int, int], Change]]]:
-    """The changes of a transaction together, any other alone. One that is not whole is as much as there is of it."""
-    unit: list[tuple[tuple[int, int], Change]] = []
-    for id_, change in changes:
+def decide(
+    app: App, keys: Keys, known: Known, partition: int, changes: Sequence[tuple[Id, Change | None]]
+) -> Decision | set[Group | GroupsOf]:
+    """As `deciding`, all steps at once."""
+    steps = deciding(app, keys, known, partition, changes)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Decision | set[Group | GroupsOf] = end.value
+            return found
+
+
+Unit = list[tuple[Id, Change]]
+"""The changes of a transaction, or one change that is in none."""
+
+
+def _units(changes: Sequence[tuple[Id, Change | None]]) -> Iterator[tuple[int, Unit]]:
+    """The units of a batch, each with the number of entries up to its end. One that is cut off is a unit as it is."""
+    unit: Unit = []
+    for end, (id_, change) in enumerate(changes, 1):
         if change is None:
             continue
         if unit and change.transaction != unit[-1][1].transaction:
-            yield unit
+            yield end - 1, unit
             unit = []
         unit.append((id_, change))
         if not change.more:
-            yield unit
+            yield end, unit
             unit = []
     if unit:
-        yield unit
+        yield len(changes), unit
 
 
-def whole(changes: Sequence[tuple[tuple[int, int], Change | None]]) -> int:
-    """How many of the changes make whole transactions; the rest waits for what is still to be read of its own."""
+def whole(changes: Sequence[tuple[Id, Change | None]]) -> int:
+    """How many of the changes make whole transactions. The others wait for the rest of theirs."""
     count = len(changes)
     while count and (last := changes[count - 1][1]) is not None and last.more:
         count -= 1
-    return count or len(changes)
-
-
-class Feed(NamedTuple):
-    """A user's feed, or a topic's."""
-
-    name: str
-    is_topic: bool = False
-
-    def key(self, keys: Keys) -> bytes:
-        return keys.topic_feed(self.name) if self.is_topic else keys.user_feed(self.name)
+    return count
 
 
 class _Image(NamedTuple):
@@ -166,8 +198,9 @@ class _Plain(NamedTuple):
         return self.fields
 
 
-Heard = dict[Feed, list[tuple[str, Condition]]]
-"""For each feed, as what something is told, and to which connections. No connection meets two of the conditions."""
+Told = Sequence[tuple[str, Condition]]
+"""As which events a feed is told of something, and to which connections. No connection meets two of the conditions."""
+Heard = dict[Feed, Told]
 TYPES = {"message": "message", "reset": "reset", RECHECK: RECHECK}
 
 
@@ -180,26 +213,34 @@ class _Delivery(NamedTuple):
 
 
 class _Batch:
-    def __init__(self, app: App, keys: Keys, known: Known) -> None:
+    def __init__(self, app: App, keys: Keys, known: Known, feeds: Feeds) -> None:
         self.app = app
         self.keys = keys
         self.known = known
+        self.feeds = feeds
         self.decision = Decision()
-        self.calls: dict[Home, _Calls] = {}
+        self.router = Router(keys)
+        self.missing: set[Group | GroupsOf] = set()
         self.deliveries: list[_Delivery] = []
         self.transaction: str | None = None
+        self.position: Position | None = None  # of the last change of the unit
+        self.has_learned = False  # whether the unit has changed a group
 
     def begin(self) -> None:
-        """A transaction, or a change that is none."""
+        """A transaction, or a change that is in none."""
         self.deliveries = []
         self.transaction = None
+        self.has_learned = False
+
+    def is_full(self) -> bool:
+        return self.router.appends >= MAX_BATCH_APPENDS or self.router.size_bytes >= MAX_BATCH_BYTES
 
     def done(self) -> Decision:
-        self.decision.links = {to: calls.all for to, calls in self.calls.items()}
+        self.decision.links = self.router.links()
         return self.decision
 
-    def one(self, position: Position, change: Change) -> None:
-        self.transaction = change.transaction
+    def one(self, position: Position, change: Change) -> Iterator[None]:
+        self.transaction, self.position = change.transaction, position
         if change.event == "SEND":
             message = {"from": change.by, "body": change.new and change.new["body"], "at": change.at}
             self.tell(position, _Plain(message), "message", [change.key["user"]])
@@ -213,14 +254,20 @@ class _Batch:
         if isinstance(table, Membership):
             self.learn(table, change)
         after = self.audience(table, change.new)
+        if self.missing:
+            return
+        yield
         image = _Image(table, change.key, change.version, change.new, change.old, change.at, change.by)
-        self.deliveries.append(_Delivery(position, image, heard(change.event, table.name, before, after)))
+        told: Heard = {}
+        yield from heard(self.feeds, change.event, table.name, before, after, told)
+        self.deliveries.append(_Delivery(position, image, told))
         if isinstance(table, Membership):
             self.show(position, table, change)
 
     def tell(self, position: Position, about: _Image | _Plain, event: str, users: Iterable[str]) -> None:
         """The same to some users, on all their connections."""
-        self.deliveries.append(_Delivery(position, about, {Feed(user): [(event, True)] for user in sorted(users)}))
+        told = ((event, True),)
+        self.deliveries.append(_Delivery(position, about, {self.feeds.user(user): told for user in users}))
 
     def audience(
         self, table: Table, image: Item | None, known: Knowledge | None = None, only: str | None = None
@@ -276,7 +323,7 @@ class _Batch:
             if told:
                 key = {name: record.item[name] for name in table.key}
                 image = _Image(table, key, record.version, record.item, None, record.at, record.by)
-                self.deliveries.append(_Delivery(position, image, {Feed(user): told}))
+                self.deliveries.append(_Delivery(position, image, {self.feeds.user(user): told}))
         if not opened.whole:
             rest = {"reason": "too_many", "table": table.name, "key": {table.key[0]: group}}
             self.tell(position, _Plain(rest), "reset", [user])
@@ -308,7 +355,9 @@ class _Batch:
     def learn(self, table: Membership, change: Change) -> None:
         """A membership's change: who is in the group from here on."""
         group, user = change.key[table.key[0]], change.key[table.key[1]]
-        members = dict(self.members(table.name, group))
+        name = Group(table.name, group)
+        # Copied once a batch: the audiences of changes before this one are lists of their own.
+        members = self.decision.groups.get(name) or dict(self.members(table.name, group))
         key = self.keys.members(table.name, group)
         if change.new is None:
             members.pop(user, None)
@@ -316,34 +365,39 @@ class _Batch:
         else:
             members[user] = change.new
             self.decision.operations.append(Operation("HSET", key, (pack(user), pack(change.new))))
-        self.decision.groups[Group(table.name, group)] = members
+        self.decision.groups[name] = members
+        self.has_learned = True
 
     # ── where it goes ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def send(self) -> None:
-        """The deliveries since `begin`. A feed gets those of a transaction one after another, all in one call."""
+    def send(self) -> Iterator[None]:
+        """Route the deliveries since `begin`. A feed gets those of a transaction one after another, all in one call."""
         appends: dict[int, list[Append]] = {}
-        to_come = self.to_come()
-        for delivery in self.deliveries:
+        told = self._told_in_transaction() if self.transaction is not None and len(self.deliveries) > 1 else None
+        for number, delivery in enumerate(self.deliveries):
             # By body, then by destination: a body is encoded once, however many feeds it goes to.
             bodies: dict[tuple[str, bool, Condition], dict[int, list[bytes]]] = {}
-            for feed, told in delivery.heard.items():
-                key = feed.key(self.keys)
-                for event, asks in told:
-                    for more, some in to_come.split(feed, event, asks):
-                        destinations = bodies.setdefault((event, more, some), {})
-                        destinations.setdefault(self.keys.partition_of(feed.name), []).append(key)
+            for count, (feed, events) in enumerate(delivery.heard.items(), 1):
+                if not count % STEP_FEEDS:
+                    yield
+                for event, more, asks in told(number, feed, events) if told else _at_once(events):
+                    destinations = bodies.setdefault((event, more, asks), {})
+                    keys = destinations.get(feed.partition)
+                    if keys is None:
+                        destinations[feed.partition] = [feed.key]
+                    else:
+                        keys.append(feed.key)
             for (event, more, asks), destinations in sorted(bodies.items(), key=_written):
                 body = pack(self.encoded(delivery, event, asks, more=more))
-                for destination, feeds in destinations.items():
-                    appends.setdefault(destination, []).append(Append(delivery.position, body, tuple(feeds)))
-        for destination, some_appends in appends.items():
-            calls = self.calls.setdefault(self.keys.home(destination), _Calls())
-            for together in [some_appends] if self.transaction is not None else split(some_appends):
-                calls.add(together)
+                for destination, keys in destinations.items():
+                    append = Append(delivery.position, body, len(body), keys)
+                    appends.setdefault(destination, []).append(append)
+        assert self.position
+        # Also where the last change has no append at a destination: decided again by a new owner, it may have one.
+        yield from self.router.add(self.position, appends)
 
-    def to_come(self) -> _ToCome:
-        return _ToCome(self.deliveries if self.transaction is not None and len(self.deliveries) > 1 else ())
+    def _told_in_transaction(self) -> _ToldInTransaction:
+        return _ToldInTransaction(self.deliveries)
 
     def encoded(self, delivery: _Delivery, event: str, asks: Condition, *, more: bool) -> FeedBody:
         kind = TYPES.get(event, "change")
@@ -359,27 +413,43 @@ def _written(body: tuple[Any, Any]) -> str:
     return repr(body[0])
 
 
-class _ToCome:
-    """What of a transaction each feed has still to hear: only the last frame that a connection gets is without `more`.
+def _at_once(told: Told) -> Iterator[tuple[str, bool, Condition]]:
+    for event, asks in told:
+        yield event, False, asks
 
-    Which one that is may depend on the connection's claims; then there are two entries, of which each gets one.
+
+class _ToldInTransaction:
+    """What a feed is told of a transaction's changes: only the last frame that a connection gets is without `more`.
+
+    Which one that is may depend on the connection's claims. Then there are two entries, and each connection gets one.
     """
 
     def __init__(self, deliveries: Sequence[_Delivery]) -> None:
-        self._left: dict[Feed, list[Condition]] = {}
-        for delivery in deliveries:
+        self._later: list[dict[Feed, list[Condition]]] = []
+        """For each delivery and feed: which connections hear more after it; one condition for each event."""
+        after: dict[Feed, Condition] = {}
+        for delivery in reversed(deliveries):
+            here: dict[Feed, list[Condition]] = {}
             for feed, told in delivery.heard.items():
-                self._left.setdefault(feed, []).extend(asks for event, asks in told if event not in TYPES)
+                conditions: list[Condition] = []
+                for event, asks in reversed(told):
+                    later = after.get(feed, False)
+                    conditions.append(later)
+                    if event not in TYPES:
+                        after[feed] = asks if later is False else either(asks, later)
+                here[feed] = conditions[::-1]
+            self._later.append(here)
+        self._later.reverse()
 
-    def split(self, feed: Feed, event: str, asks: Condition) -> list[tuple[bool, Condition]]:
-        """The next entry of a feed, as (`more`, condition) of the ones to append."""
-        if not self._left or event in TYPES:
-            return [(False, asks)]
-        left = self._left[feed]
-        left.pop(0)
-        later = either(*left)
-        both_kinds = ((True, both(asks, later)), (False, both(asks, unless(later))))
-        return [one for one in both_kinds if one[1] is not False]
+    def __call__(self, number: int, feed: Feed, told: Told) -> Iterator[tuple[str, bool, Condition]]:
+        """The entries of a feed for one delivery, as (event, `more`, condition)."""
+        for (event, asks), later in zip(told, self._later[number][feed], strict=True):
+            if event in TYPES:
+                yield event, False, asks
+                continue
+            for more, some in ((True, both(asks, later)), (False, both(asks, unless(later)))):
+                if some is not False:
+                    yield event, more, some
 
 
 class _AsIf:
@@ -406,51 +476,47 @@ class _AsIf:
         return self._known.groups(membership, user)
 
 
-def split(appends: list[Append]) -> list[list[Append]]:
-    """What goes to one destination of one change, for so many feeds at a time, in the order of their keys."""
-    if sum(len(append.feeds) for append in appends) <= CALL_FEEDS:
-        return [appends]
-    feeds = sorted({feed for append in appends for feed in append.feeds})
-    found: list[list[Append]] = []
-    for start in range(0, len(feeds), CALL_FEEDS):
-        some = set(feeds[start : start + CALL_FEEDS])
-        upto = WHOLE if start + CALL_FEEDS >= len(feeds) else feeds[start + CALL_FEEDS - 1]
-        parts = (append._replace(feeds=tuple(f for f in append.feeds if f in some), upto=upto) for append in appends)
-        found.append([part for part in parts if part.feeds])
-    return found
-
-
-class _Calls:
-    """Appends for one destination, gathered into calls of about a bounded size. What is added together stays so."""
-
-    def __init__(self) -> None:
-        self.all: list[list[Append]] = []
-        self.feeds = self.bytes = 0
-
-    def add(self, appends: Sequence[Append]) -> None:
-        feeds, size = sum(len(append.feeds) for append in appends), sum(len(append.body) for append in appends)
-        self.feeds += feeds
-        self.bytes += size
-        if not self.all or self.feeds > CALL_FEEDS or self.bytes > CALL_BYTES:
-            self.all.append([])
-            self.feeds, self.bytes = feeds, size
-        self.all[-1] += appends
-
-
-def heard(event: str, table: str, before: Recipients, after: Recipients) -> Heard:
-    """What each feed gets to hear, users by name and then topics."""
-    found: Heard = {}
-    for user in sorted(before.users.keys() | after.users.keys()):
-        if told := variants(event, before.user(user), after.user(user)):
-            found[Feed(user)] = told
+def heard(feeds: Feeds, event: str, table: str, before: Recipients, after: Recipients, found: Heard) -> Iterator[None]:
+    """Add to `found` what each feed gets to hear. Yields between steps."""
+    if before.open is False and after.open is False:
+        yield from _heard_by_users(feeds, event, before.users, after.users, found)
+    else:
+        for count, user in enumerate({**before.users, **after.users}, 1):
+            if not count % STEP_FEEDS:
+                yield
+            if told := variants(event, before.user(user), after.user(user)):
+                found[feeds.user(user)] = told
     topics_before, topics_after = ({**one.topics, **open_topics(table, one.open)} for one in (before, after))
-    for topic in sorted(topics_before.keys() | topics_after.keys()):
+    for topic in {**topics_before, **topics_after}:
         # What everybody saw, the followers of a topic saw.
         saw = before.open is True or topics_before.get(topic, False)
         sees = after.open is True or topics_after.get(topic, False)
         if told := variants(event, saw, sees):
-            found[Feed(topic, is_topic=True)] = told
-    return found
+            found[feeds.topic(topic)] = told
+
+
+def _heard_by_users(
+    feeds: Feeds, event: str, before: Mapping[str, Condition], after: Mapping[str, Condition], found: Heard
+) -> Iterator[None]:
+    """The same for named users. The usual case is a large group whose members all saw the item and see it."""
+    plain = ((event, True),)
+    always = event in ("INSERT", "REMOVE")
+    if event == "REMOVE":
+        after = before
+    for count, (user, sees) in enumerate(after.items(), 1):
+        if not count % STEP_FEEDS:
+            yield
+        if sees is True and (always or before.get(user) is True):
+            found[feeds.user(user)] = plain
+        elif told := variants(event, before.get(user, False), sees):
+            found[feeds.user(user)] = told
+    if always:
+        return
+    for count, (user, saw) in enumerate(before.items(), 1):
+        if not count % STEP_FEEDS:
+            yield
+        if user not in after and (told := variants(event, saw, sees=False)):
+            found[feeds.user(user)] = told
 
 
 def open_topics(table: str, condition: Condition) -> dict[str, Condition]:

@@ -15,16 +15,17 @@ from redis.exceptions import RedisError
 
 from tidewire.app import BY_MEMBER, App, ItemKey, Membership, index_field
 from tidewire.backend import Backend
-from tidewire.functions import Append, Batch, FeedBounds, Operation, Owned
+from tidewire.functions import Batch, FeedBounds, Operation, Owned
 from tidewire.keys import Home, Scalar, value_of
 from tidewire.lifecycle import Service
 from tidewire.partition.gaps import id_of, unbroken
-from tidewire.partition.loop import Outcome
+from tidewire.partition.loop import Incomplete, Outcome
 from tidewire.partition.worker import Worker
-from tidewire.records import Change, ItemRecord, Position, pack, stream_id, unpack
+from tidewire.records import Change, Id, ItemRecord, Position, pack, stream_id, unpack
 from tidewire.walk import Place, walk
 
-from .decide import Decision, Group, GroupsOf, Members, decide, whole
+from .decide import Decision, Group, GroupsOf, Known, Members, deciding, whole
+from .route import AppendUnits, Call, Feeds, StoreBodies
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +33,10 @@ GROUP = "broadcaster"
 GROUPS_KEPT = 10_000
 """Groups whose members a partition's owner keeps in memory; beyond, it forgets all, and fetches what it needs."""
 
+MAX_DECIDE_S = 0.1
+"""A batch whose decision takes longer ends with the change it is at."""
+BODY_GRACE_MS = 60_000
+"""Large bodies outlive the resume window by this time."""
 MEMBERS_AT_A_TIME = 1000
 INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
 SWEEP_S = 60.0
@@ -50,8 +55,9 @@ AGE_SECONDS = Histogram(
 class BroadcasterTenure:
     """The broadcaster's work on one partition while it owns it."""
 
-    def __init__(self, app: App, backend: Backend, partition: int, owned: Owned) -> None:
+    def __init__(self, app: App, backend: Backend, partition: int, owned: Owned, feeds: Feeds) -> None:
         self._app = app
+        self._feeds = feeds
         self._backend = backend
         self._partition = partition
         self._owned = owned
@@ -74,12 +80,16 @@ class BroadcasterTenure:
         sound = unbroken(self._passed, changes)
         if not sound:
             return await self._over_the_gap(*changes[0])
-        changes = changes[: whole(changes[:sound])]
+        count = whole(changes[:sound])
+        if not count and sound == len(changes) and not batch.at_end:
+            raise Incomplete
+        changes = changes[: count or sound]
         known: dict[Group | GroupsOf, Any] = {}
         known |= self._groups.items()
-        while isinstance(decided := decide(self._app, self._backend.keys, known, self._partition, changes), set):
+        while isinstance(decided := await self._decided(known, changes), set):
             for need in decided:
                 known[need] = await (self._members(need) if isinstance(need, Group) else self._groups_of(need))
+        changes = changes[: decided.consumed]
         self._decision = decided
         if len(known) > GROUPS_KEPT:
             known = {}
@@ -91,6 +101,23 @@ class BroadcasterTenure:
         self._written = [change.at for _, change in changes if change]
         self._next_passed = changes[-1][0]
         return Outcome(len(changes), [*decided.operations, self._passes(self._next_passed)], decided.links)
+
+    async def _decided(
+        self, known: Known, changes: Sequence[tuple[Id, Change | None]]
+    ) -> Decision | set[Group | GroupsOf]:
+        """Decide in steps, between which other partitions of this process get their turn."""
+        self._feeds.forget_some()
+        steps = deciding(self._app, self._backend.keys, known, self._partition, changes, self._feeds)
+        until = time.monotonic() + MAX_DECIDE_S
+        step: bool | None = None
+        while True:
+            try:
+                steps.send(step)
+            except StopIteration as end:
+                found: Decision | set[Group | GroupsOf] = end.value
+                return found
+            await asyncio.sleep(0)
+            step = time.monotonic() > until
 
     async def committed(self, *, confirmed: bool) -> None:
         self._passed = self._next_passed
@@ -205,15 +232,20 @@ def build(service: Service, app: App) -> Worker:
     backend = service.backend
 
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
-        return BroadcasterTenure(app, backend, partition, owned)
+        return BroadcasterTenure(app, backend, partition, owned, feeds)
 
+    feeds = Feeds(backend.keys)
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
+    body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 
-    async def link(to: Home, source: str, epoch: int, appends: Sequence[Append] | Reset) -> None:
-        if isinstance(appends, Reset):
-            await backend.functions.link_reset(to, source, epoch, appends.position)
-            return
-        await backend.functions.link_append(to, source, epoch, bounds, appends)
+    async def link(to: Home, source: str, epoch: int, call: Call | Reset) -> None:
+        match call:
+            case AppendUnits(units):
+                await backend.functions.link_append(to, source, epoch, bounds, units)
+            case StoreBodies(bodies):
+                await backend.functions.body_put(to, body_ttl_ms, bodies)
+            case Reset(position=position):
+                await backend.functions.link_reset(to, source, epoch, position)
 
     worker = service.work(
         Worker(
@@ -227,9 +259,7 @@ def build(service: Service, app: App) -> Worker:
             await asyncio.sleep(min(SWEEP_S, service.settings.resume_window_s))
             for partition in worker.partitions:
                 with contextlib.suppress(RedisError, OSError):
-                    place = b"0"
-                    while (place := await backend.functions.feeds_sweep(backend.keys.home(partition), place)) != b"0":
-                        pass
+                    await backend.functions.feeds_sweep(backend.keys.home(partition))
 
     service.run(sweep)
     return worker

@@ -32,7 +32,7 @@ from tidewire.records import RECHECK, Principal
 from tidewire.tasks import end
 
 from .core import Core
-from .feeds import READ, Feed, Frame
+from .feeds import Feed, Frame
 from .peers import Mark, Peer
 
 log = structlog.get_logger(__name__)
@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 IN_FLIGHT = 64
 """Requests of one connection that wait for their answers; beyond, nothing more is read from it."""
 EXPIRING_S = 60.0
+ALL = 1 << 40
+"""More entries than a feed has, and more bytes."""
 NOWHERE = Cursor("0", 0, "0")
 """A cursor that is always refused."""
 MOST_TOPICS = 1000
@@ -227,9 +229,9 @@ class Connection:
             place.cursor = NOWHERE
             return Welcome(place, reset=Reset("cursor_unknown", feed.head))
         # All of it at once, so that `replayed` is known: a feed is bounded.
-        entries, reset = await self.core.feeds.read(feed, parsed, count=100_000)
+        found = await self.core.feeds.read(feed, parsed, ALL, ALL)
         place.cursor = parsed
-        return Welcome(place, frames_of(place, entries), reset, resumed=reset is None)
+        return Welcome(place, frames_of(place, found.entries), found.reset, resumed=found.reset is None)
 
     async def _go_on(self, one: Welcome) -> None:
         """What was missed, then live."""
@@ -243,11 +245,11 @@ class Connection:
         """Read the feed from the place's cursor, as fast as the peer takes it, until it is live."""
         feed = place.feed
         while feed.head != place.cursor:
-            entries, reset = await self.core.feeds.read(feed, place.cursor)
-            if reset:
-                await self.send(*self.begin_anew(place, reset))
-            await self._replay(place, frames_of(place, entries))
-            if feed.head and len(entries) < READ and feed.head != place.cursor:
+            found = await self.core.feeds.read(feed, place.cursor)
+            if found.reset:
+                await self.send(*self.begin_anew(place, found.reset))
+            await self._replay(place, frames_of(place, found.entries))
+            if feed.head and found.at_end and feed.head != place.cursor:
                 await self.core.feeds.mend(feed)  # the stream was ahead of what has been announced
         place.live = True  # no await since the comparison: nothing can have come between
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Protocol
+import functools
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from prometheus_client import Counter
@@ -17,21 +19,36 @@ from redis.exceptions import RedisError
 
 from tidewire.backend import Backend
 from tidewire.feeds import Announcement, Cursor, Reset, follow_on, head_of, resume
-from tidewire.functions import FeedEntry
+from tidewire.functions import LARGE_BODY_BYTES, FeedEntry
 from tidewire.keys import Home
 from tidewire.protocol import feed_frame, json_to_msgpack
 from tidewire.records import FeedBody, unpack
 from tidewire.tasks import end
 
+from .bodies import Bodies
+
 log = structlog.get_logger(__name__)
 
-READ = 500
-"""Entries of a feed that are read at a time."""
+READ_BATCH = 500
+READ_BATCH_BYTES = 1 << 20
+"""Entries of a feed that one call reads, and bytes of their bodies; at least one entry."""
+MAX_WAITING = 1000
+"""Announcements of a feed that are kept while the body of an entry before them is fetched. Beyond, the feed is read."""
 LOOK_S = 10.0
 """Each feed is looked at so often: that keeps it open, and shows what a lost announcement hid."""
 
 MENDED = Counter("tidewire_gateway_feeds_mended_total", "Feeds read because an announcement may have been missed.")
 RESETS = Counter("tidewire_gateway_resets_total", "Resets of whole feeds while they were followed.", ["reason"])
+
+
+@functools.lru_cache(maxsize=32)
+def _large(body: bytes) -> FeedBody:
+    """A large body, which mostly goes to many feeds. A bytes object keeps its hash, so a hit costs no pass over it."""
+    return FeedBody(*unpack(body))
+
+
+def _body(body: bytes) -> FeedBody:
+    return _large(body) if len(body) > LARGE_BODY_BYTES else FeedBody(*unpack(body))
 
 
 class Frame:
@@ -40,7 +57,7 @@ class Frame:
     __slots__ = ("_msgpack", "asks", "cursor", "json", "mark", "type")
 
     def __init__(self, cursor: Cursor, entry: FeedEntry, topic: str | None) -> None:
-        body = FeedBody(*unpack(entry.body))
+        body = _body(entry.body)
         self.cursor = cursor
         self.mark = (topic, str(cursor))
         self.type = body.type
@@ -84,6 +101,7 @@ class Feed:
         self.ready: asyncio.Task[None] | None = None
         self.stale = False  # something was announced that the head does not know
         self.mending = asyncio.Lock()
+        self.waiting: list[Announcement] = []  # behind an entry whose body is being fetched
 
     def advance(self, cursor: Cursor, entry: FeedEntry) -> None:
         self.head = cursor
@@ -100,6 +118,14 @@ class Feed:
             follower.start_over(reset)
 
 
+class Reading(NamedTuple):
+    """What one read of a feed has found."""
+
+    entries: list[FeedEntry]  # with their bodies
+    reset: Reset | None
+    at_end: bool  # whether there was nothing more at that moment
+
+
 class Feeds:
     """All of them, and the one subscriber behind them."""
 
@@ -107,6 +133,8 @@ class Feeds:
         self._backend = backend
         self._window_ms = int(window_s * 1000)
         self._feeds: dict[bytes, Feed] = {}
+        self._bodies = Bodies(backend)
+        self._fetching: dict[bytes, list[Feed]] = {}  # by id of a body: feeds whose entry refers to it
         self._subscriber = backend.subscriber(self._heard)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -139,28 +167,36 @@ class Feeds:
             with contextlib.suppress(RedisError, OSError):
                 await self._subscriber.unsubscribe(feed.key)
 
-    async def read(self, feed: Feed, cursor: Cursor, count: int = READ) -> tuple[list[FeedEntry], Reset | None]:
-        """What follows on the cursor, as far as it can be proven to be all; else the reset."""
-        state, entries = await self._backend.functions.feed_read(feed.home, feed.key, cursor.seq, count)
+    async def read(
+        self, feed: Feed, cursor: Cursor, count: int = READ_BATCH, size_bytes: int = READ_BATCH_BYTES
+    ) -> Reading:
+        """Entries after the cursor, as far as they can be proven to be all; else the reset."""
+        state, entries = await self._backend.functions.feed_read(feed.home, feed.key, cursor.seq, count, size_bytes)
         if not state.epoch:  # it closed while nobody looked
             state = await self._backend.functions.feed_open(feed.home, feed.key, self._window_ms)
             entries = []
         reset = resume(cursor, state, entries)
-        return ([] if reset else entries), reset
+        whole = [] if reset else await self._bodies.all_whole(feed.home, entries)
+        if None in whole:
+            reset = Reset("feed_trimmed", head_of(state))
+        if reset:
+            return Reading([], reset, at_end=True)
+        at_end = not entries or entries[-1].seq == state.seq
+        return Reading([entry for entry in whole if entry], None, at_end)
 
     async def mend(self, feed: Feed) -> None:
         """Read what follows on the head, and give it to the live followers."""
         async with feed.mending:
             while feed.head:
                 feed.stale = False
-                entries, reset = await self.read(feed, feed.head)
-                if reset:
-                    feed.reset(reset)
-                for entry in entries:
+                found = await self.read(feed, feed.head)
+                if found.reset:
+                    feed.reset(found.reset)
+                for entry in found.entries:
                     cursor = follow_on(feed.head, entry)
                     assert cursor  # `read` has followed the chain
                     feed.advance(cursor, entry)
-                if len(entries) < READ and not feed.stale:
+                if found.at_end and not feed.stale:
                     return
 
     async def hear(self) -> None:
@@ -193,17 +229,58 @@ class Feeds:
             feed.subscribed.set()
 
     def _announced(self, feed: Feed, announcement: Announcement) -> None:
-        head = feed.head
-        if head is None or feed.mending.locked():
-            feed.stale = True  # whoever is reading reads once more
-            return
-        if announcement.epoch == head.epoch and announcement.entry.seq <= head.seq:
-            return  # it was read already
-        cursor = follow_on(head, announcement.entry) if announcement.epoch == head.epoch else None
-        if cursor:
-            feed.advance(cursor, announcement.entry)
+        if feed.head is None or feed.mending.locked():
+            feed.stale = True  # the task that is reading reads once more
+        elif not feed.waiting:
+            self._take(feed, announcement)
+        elif len(feed.waiting) < MAX_WAITING:
+            feed.waiting.append(announcement)
         else:
+            feed.waiting.clear()
             self._mend_soon(feed)
+
+    def _take(self, feed: Feed, announcement: Announcement) -> None:
+        """Advance by the announced entry, when it is the very next one and its body is here."""
+        head, entry = feed.head, announcement.entry
+        assert head
+        if announcement.epoch == head.epoch and entry.seq <= head.seq:
+            return  # it was read already
+        cursor = follow_on(head, entry) if announcement.epoch == head.epoch else None
+        if cursor is None:
+            self._mend_soon(feed)
+        elif whole := self._bodies.whole(entry):
+            feed.advance(cursor, whole)
+        else:
+            feed.waiting.append(announcement)
+            self._fetch_soon(feed, entry)
+
+    def _fetch_soon(self, feed: Feed, entry: FeedEntry) -> None:
+        """Fetch the body of an entry, once for all feeds that wait for it; then go on with each of them."""
+
+        async def fetch() -> None:
+            while True:
+                try:
+                    await self._bodies.all_whole(feed.home, [entry])
+                    break
+                except (RedisError, OSError) as error:
+                    log.warning("body_not_fetched", error=str(error))
+                    await asyncio.sleep(0.2)
+            for waiting in self._fetching.pop(entry.body):
+                self._go_on(waiting)
+
+        if feeds := self._fetching.get(entry.body):
+            feeds.append(feed)
+            return
+        self._fetching[entry.body] = [feed]
+        self._spawn(fetch(), "bodies")
+
+    def _go_on(self, feed: Feed) -> None:
+        waiting, feed.waiting = feed.waiting, []
+        if waiting and self._bodies.whole(waiting[0].entry) is None:
+            self._mend_soon(feed)  # the body is gone: the read finds that out, and resets
+            return
+        for announcement in waiting:
+            self._announced(feed, announcement)
 
     def _mend_soon(self, feed: Feed) -> None:
         async def mend() -> None:
@@ -219,7 +296,10 @@ class Feeds:
             feed.stale = True  # whoever is reading reads once more
             return
         MENDED.inc()
-        task = asyncio.create_task(mend(), name="mend")
+        self._spawn(mend(), "mend")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -22,9 +22,9 @@ from tidewire.app import App, ItemKey, index_field, index_key
 from tidewire.backend import Backend
 from tidewire.functions import Batch, Effect, Operation, Owned
 from tidewire.keys import Home, Keys
-from tidewire.partition.gaps import Id, id_of, unbroken
+from tidewire.partition.gaps import id_of, unbroken
 from tidewire.partition.loop import Outcome
-from tidewire.records import Change, Item, ItemRecord, Position, pack, unpack
+from tidewire.records import Change, Id, Item, ItemRecord, Position, pack, unpack
 from tidewire.walk import Place, walk
 
 log = structlog.get_logger(__name__)

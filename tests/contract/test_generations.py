@@ -11,7 +11,7 @@ import pytest
 
 from tidewire.backend import Backend, connect
 from tidewire.errors import Fenced
-from tidewire.functions import Append, FeedBounds, Operation, Owned
+from tidewire.functions import Append, FeedBounds, Operation, Owned, Stamp, Unit
 from tidewire.keys import Keys
 from tidewire.records import FeedBody, Position, pack
 from tidewire.testing import Stage
@@ -45,9 +45,9 @@ async def went_back(backend: Backend, partition: int) -> None:
     await backend.commands.hset(backend.keys.partition(partition), "server", "0" * 40)
 
 
-def change(partition: int, generation: int, seq: int, feed: bytes) -> Append:
-    body = pack(FeedBody("change", b'{"n":%d}' % seq))
-    return Append(Position(partition, generation, 1000, seq), body, (feed,))
+def change(partition: int, generation: int, seq: int, feed: bytes) -> Unit:
+    body, position = pack(FeedBody("change", b'{"n":%d}' % seq)), Position(partition, generation, 1000, seq)
+    return Unit(position, [Append(position, body, len(body), (feed,))])
 
 
 async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence(backend: Backend) -> None:
@@ -58,12 +58,12 @@ async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence
     await backend.commands.xadd(stream, {"r": "x"}, id="1000-7")
     await went_back(backend, 0)
     with pytest.raises(Fenced):  # what was decided before is not committed after
-        await backend.functions.commit(mine, 1, [], [Operation("SET", stream + b"x", ("1",))], count=1)
+        await backend.functions.commit(mine, 1, [], [Operation("SET", stream + b"x", ("1",))], count=1, size_bytes=1)
     assert not await backend.commands.exists(stream + b"x")
     again = await owned(backend)
     assert again.fence.generation > 1_000_000_000_000
     assert again.fell == (again.fence.generation, 1000, 7), "what was left of the changes is noted"
-    await backend.functions.batch(again, 1)
+    await backend.functions.batch(again, 1, 1 << 20)
     await backend.commands.xadd(stream, {"r": "x"}, id="1000-9")
     await went_back(backend, 0)
     last = await owned(backend)
@@ -79,20 +79,20 @@ async def test_a_destination_that_took_more_than_its_source_has_begins_its_feeds
     for seq in (1, 2, 3):
         assert await functions.link_append(home, "g:0", 10, MOST, [change(0, 0, seq, feed)]) == 1
     # The source has all of it: nothing happens.
-    await functions.link_stamp(home, "g:0", 11, (50, 1000, 3))
-    state, entries = await functions.feed_read(home, feed, 0, 100)
+    await functions.link_stamp(home, [Stamp("g:0", 11, (50, 1000, 3))])
+    state, entries = await functions.feed_read(home, feed, 0, 100, 1 << 20)
     assert (state.epoch, [entry.seq for entry in entries]) == (before.epoch, [1, 2, 3])
     # It fell back to the second change: the third never was.
-    await functions.link_stamp(home, "g:0", 12, (60, 1000, 2))
-    state, entries = await functions.feed_read(home, feed, 0, 100)
+    await functions.link_stamp(home, [Stamp("g:0", 12, (60, 1000, 2))])
+    state, entries = await functions.feed_read(home, feed, 0, 100, 1 << 20)
     assert (int(state.epoch) > int(before.epoch), state.seq, entries) == (True, 0, [])
     assert (await functions.feed_open(home, feed, 60_000)).epoch == state.epoch, "once"
-    await functions.link_stamp(home, "g:0", 13, (60, 1000, 2))
+    await functions.link_stamp(home, [Stamp("g:0", 13, (60, 1000, 2))])
     assert (await functions.feed_open(home, feed, 60_000)).epoch == state.epoch, "also when it is said again"
     # What it sends again, of before, was taken; what is new has a place in the new order, though its id is an old one.
-    appends = [change(0, 0, 2, feed), change(0, 60, 3, feed)]
-    assert await functions.link_append(home, "g:0", 13, MOST, appends) == 1
-    state, entries = await functions.feed_read(home, feed, 0, 100)
+    units = [change(0, 0, 2, feed), change(0, 60, 3, feed)]
+    assert await functions.link_append(home, "g:0", 13, MOST, units) == 1
+    state, entries = await functions.feed_read(home, feed, 0, 100, 1 << 20)
     assert [(entry.seq, entry.position) for entry in entries] == [(1, "0-60-1000-3")]
 
 
@@ -168,7 +168,7 @@ async def test_an_open_connection_whose_feed_went_back_is_reset(open_stage: Open
         await stage.backend.commands.delete(entries)
         await stage.backend.commands.xadd(entries, fields, id=id_)
         state: Any = await stage.backend.commands.hget(feeds, entries)
-        await stage.backend.commands.hset(feeds, entries, state[:26] + tag)
+        await stage.backend.commands.hset(feeds, entries, state[:26] + tag + state[36:])
         reset = await alice.next(type="reset")
         assert reset["reason"] == "cursor_unknown"
         assert reset["cursor"].split(".")[1:] == ["1", tag.decode()]

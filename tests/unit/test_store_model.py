@@ -27,7 +27,7 @@ from tests.helpers import LONG, free_port
 from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
 from tidewire.bus import Answers
-from tidewire.functions import VERSION, Batch, Functions
+from tidewire.functions import VERSION, Batch, Functions, Stamp
 from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
@@ -277,7 +277,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.functions, owned, tenure, source=f"{group}:{partition}", idle=idle, batch=256, link=link
         )
         for to in tenure.destinations():
-            await self.functions.link_stamp(to, f"{group}:{partition}", owned.fence.epoch)
+            await self.functions.link_stamp(to, [Stamp(f"{group}:{partition}", owned.fence.epoch)])
         self.workers[group, partition] = made
         return made
 

@@ -30,16 +30,16 @@ BROKEN = {
         WRONG,
     ),
     "dedupe": (
-        "if order < 0 or effect[4] <= after then count = 0 else last = effect end",
-        "last, after = effect, ''",
+        "local is_new = order > 0 or (order == 0 and effect[4] > after)",
+        "local is_new = true; after = NOTHING",
         WRONG,
     ),
     "stamp": (
-        "redis.call('HSET', keys[3], args[1], link_text(tonumber(args[2]), taken))\n  return 'OK'",
-        "return 'OK'",
+        "redis.call('HSET', links, source, link_text(epoch, taken))\n      answers[#answers + 1] = 'OK'",
+        "answers[#answers + 1] = 'OK'",
         "of an earlier owner, after",
     ),
-    "repeatable read": ("for _, id in ipairs({'0', '>'}) do", "for _, id in ipairs({'>'}) do", WRONG),
+    "repeatable read": ("local from = after", "local from = '>'", WRONG),
 }
 """Of each guard: the text it stands in, that text without it, and what is then seen."""
 WHO = st.integers(0, 3)

@@ -21,9 +21,24 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.feeds import chained
-from tidewire.functions import VERSION, WHOLE, Append, Batch, FeedBounds, Functions, Operation, Owned, entry_of
+from tidewire.functions import (
+    VERSION,
+    WHOLE,
+    Append,
+    Batch,
+    FeedBounds,
+    Functions,
+    Operation,
+    Owned,
+    Unit,
+    body_id,
+    entry_of,
+    feed_number,
+    reference,
+    referred,
+)
 from tidewire.keys import Home, Keys
-from tidewire.partition.loop import Outcome, PartitionLoop
+from tidewire.partition.loop import Incomplete, Outcome, PartitionLoop
 from tidewire.records import Position, pack, unpack
 
 KEYS = Keys("t", 3)
@@ -94,6 +109,15 @@ def unless_fenced(call: Callable[[], Any]) -> None:
             raise
 
 
+def transactions(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+    unit: list[Entry] = []
+    for entry in entries:
+        unit.append(entry)
+        if entry[1][b"more"] == b"0":
+            yield unit
+            unit = []
+
+
 class Gate:
     """Between a worker and Redis: `fcall` in steps, and sometimes made twice."""
 
@@ -123,12 +147,30 @@ class Gate:
         raise AssertionError("the functions are there")
 
 
-async def append(functions: Functions, to: Home, source: str, epoch: int, appends: Iterable[Append]) -> None:
-    await functions.link_append(to, source, epoch, FeedBounds(1000, 1 << 20), appends)
+class Call(NamedTuple):
+    """Bodies that are stored, then units that may refer to them."""
+
+    bodies: list[tuple[bytes, bytes]]
+    units: list[Unit]
+
+
+async def append(functions: Functions, to: Home, source: str, epoch: int, call: Call) -> None:
+    if call.bodies:
+        await functions.body_put(to, 600_000, call.bodies)
+    await functions.link_append(to, source, epoch, FeedBounds(1000, 1 << 20), call.units)
+
+
+def feeds_of(partition: int, chance: random.Random) -> list[bytes]:
+    """The readers of a change at a destination, in the order in which a unit is cut."""
+    passing = [FEEDS[user] for user in PASSING[partition] if chance.random() < 0.5]
+    return sorted(EFFECTS[partition] + passing, key=feed_number)
 
 
 class ModelTenure:
-    """Each entry goes to everyone, in the order of the stream; how many at a time, and in how many calls, varies."""
+    """Each entry goes to everyone, in the order of the stream; how many at a time, and in how many calls, varies.
+
+    Two entries of which the first has `more` are a transaction: each feed gets both in one call.
+    """
 
     def __init__(self, owned: Owned, chance: random.Random) -> None:
         self.owned = owned
@@ -140,23 +182,39 @@ class ModelTenure:
     async def decide(self, batch: Batch) -> Outcome | None:
         if not batch.entries:
             return None
-        taken = batch.entries[: self.chance.randint(1, len(batch.entries))]
+        count = self.chance.randint(1, len(batch.entries))
+        while batch.entries[count - 1][1][b"more"] == b"1":
+            count += 1
+            if count > len(batch.entries):
+                assert not batch.at_end, "both entries of a transaction are appended at once"
+                raise Incomplete
+        taken = batch.entries[:count]
         links = {KEYS.home(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
         return Outcome(len(taken), [Operation("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
 
-    def calls(self, partition: int, taken: Iterable[Entry]) -> list[list[Append]]:
-        calls: list[list[Append]] = [[]]
-        for id_, fields in taken:
-            body = pack([int(fields[b"n"]), self.owned.fence.epoch])
-            passing = [FEEDS[user] for user in PASSING[partition] if self.chance.random() < 0.5]
-            feeds = sorted(EFFECTS[partition] + passing)
+    def calls(self, partition: int, taken: list[Entry]) -> list[Call]:
+        calls = [Call([], [])]
+        for entries in transactions(taken):
+            position = Position(SOURCE, 0, *entries[-1][0])
+            made = [self.made(id_, fields) for id_, fields in entries]
+            feeds = feeds_of(partition, self.chance)
             cut = self.chance.randint(1, len(feeds))
-            for part, upto in ((feeds[:cut], feeds[cut - 1] if cut < len(feeds) else WHOLE), (feeds[cut:], WHOLE)):
-                if calls[-1] and self.chance.random() < 0.5:
-                    calls.append([])
+            last = feed_number(feeds[cut - 1]) if cut < len(feeds) else WHOLE
+            for part, upto in ((feeds[:cut], last), (feeds[cut:], WHOLE)):
+                if calls[-1].units and self.chance.random() < 0.5:
+                    calls.append(Call([], []))
                 if part:
-                    calls[-1].append(Append(Position(SOURCE, 0, *id_), body, tuple(part), upto))
-        return [appends for appends in calls if appends]
+                    calls[-1].bodies.extend(body for _, body in made if body)
+                    calls[-1].units.append(Unit(position, [one._replace(feeds=part) for one, _ in made], upto))
+        return [call for call in calls if call.units]
+
+    def made(self, id_: tuple[int, int], fields: dict[bytes, bytes]) -> tuple[Append, tuple[bytes, bytes] | None]:
+        """An append to no feed yet, and its body where that is stored once."""
+        position, body = Position(SOURCE, 0, *id_), pack([int(fields[b"n"]), self.owned.fence.epoch])
+        if self.chance.random() < 0.7:
+            return Append(position, body, len(body), ()), None
+        name = body_id(position, body)
+        return Append(position, reference(name), len(body), ()), (name, body)
 
     async def committed(self, *, confirmed: bool) -> None:
         pass
@@ -246,7 +304,9 @@ class Model:
         server.flushall()
         server.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
         self.tags = {
-            user: server.fcall(f"feed_open_{VERSION}", 5, *KEYS.home_of(feed), feed, 600_000)[2].decode()
+            user: server.fcall(f"feed_open_{VERSION}", len(KEYS.home_of(feed)) + 1, *KEYS.home_of(feed), feed, 600_000)[
+                2
+            ].decode()
             for user, feed in FEEDS.items()
         }
         self.workers = [self.another() for _ in range(workers)]
@@ -256,8 +316,13 @@ class Model:
         return Worker(self, f"w{self.names}")
 
     def append(self) -> None:
-        id_: Any = self.server.xadd(STREAM, {"n": len(self.positions)})
-        self.positions.append(f"{SOURCE}-0-{id_.decode()}")
+        """Another entry, or two that are a transaction."""
+        first, count = len(self.positions), 1 + (self.chance.random() < 0.3)
+        pipeline = self.server.pipeline()
+        for number in range(count):
+            pipeline.xadd(STREAM, {"n": first + number, "more": int(number < count - 1)})
+        ids: list[Any] = pipeline.execute()
+        self.positions += [f"{SOURCE}-0-{id_.decode()}" for id_ in ids]
 
     def owner(self) -> Worker:
         """The one that took the lease last, as far as it knows."""
@@ -300,10 +365,13 @@ class Model:
             assert entry.seq == seq, f"the feed of {user} has a hole before {id_!r}"
             tag = chained(tag, entry.position)
             assert entry.tag == tag, f"the tags of {user} do not chain at {seq}"
-            got = Got(*unpack(entry.body))
+            name = referred(entry.body)
+            body = entry.body if name is None else self.server.hget(KEYS.home_of(FEEDS[user]).bodies, name)
+            assert body, f"{user} cannot read {entry.position}: its body is gone"
+            got = Got(*unpack(body))
             assert entry.position == self.positions[got.number], f"{user} got {got.number} as {entry.position}"
             found.append(got)
-        assert state.endswith(tag.encode()), f"the state of {user}'s feed is not that of its last entry"
+        assert state[26:36] == tag.encode(), f"the state of {user}'s feed is not that of its last entry"
         return found
 
     def check(self) -> None:

@@ -1,26 +1,39 @@
--- What is pending for the group, then what is new, so that a call that is repeated gives the same entries again:
--- {now in ms, id of the stream's last entry, entries}.
-local function read(stream, group, count)
-  local entries = {}
-  for _, id in ipairs({'0', '>'}) do
-    if #entries < count then
-      local some = count - #entries
-      local reply = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', some, 'STREAMS', stream, id)
-      local found = {}
-      if reply then
-        if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis: the second
-      end
-      for i = 1, #found do entries[#entries + 1] = found[i] end
+-- What is pending for the group after an id, then what is new: {now in ms, id of the stream's last entry, entries}.
+-- A call that is repeated gives the same entries again. At most `count` entries, and no more once they have `most_bytes`.
+local function read(stream, group, after, count, most_bytes)
+  local entries, size, some = {}, 0, 4
+  local from = after
+  while #entries < count and size < most_bytes do
+    some = math.min(2 * some, count - #entries)
+    local reply = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', some, 'STREAMS', stream, from)
+    local found = {}
+    if reply then
+      if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis: the second
+    end
+    for i = 1, #found do
+      entries[#entries + 1] = found[i]
+      local fields = found[i][2] -- none where the entry was trimmed
+      size = size + (fields and fields[2] and #fields[2] or 0)
+    end
+    if #found == some then
+      if from ~= '>' then from = found[#found][1] end
+    elseif from == '>' then
+      break
+    else
+      from = '>'
     end
   end
   local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', '1')
   return {now_ms(), last[1] and last[1][1] or last_id(stream), entries}
 end
 
--- keys: partition, changes, lease, stream. args: epoch, generation, group, count. Returns what is to be done, as `read`.
+-- keys: partition, changes, lease, stream.
+-- args: epoch, generation, group; after which id to read, most entries, most bytes.
+-- Returns what is to be done, as `read`.
 register('batch', function(keys, args)
-  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  return read(keys[4], args[3], tonumber(args[4]))
+  local epoch, known, group, after = args[1], args[2], args[3], args[4]
+  if fenced(keys, epoch, known) then return redis.error_reply(FENCED) end
+  return read(keys[4], group, after, tonumber(args[5]), tonumber(args[6]))
 end, 'allow-oom')
 
 -- Plain commands, one after another: for each the number of its arguments, command, index of its key, arguments.
@@ -39,21 +52,23 @@ register('enqueue', function(keys, args)
   return math.max(room, 0)
 end, 'allow-oom')
 
--- keys: partition, changes, lease, stream, then those of the operations. args: epoch, generation, group, count, call number (1,
--- 2, 3… under this epoch), number of ids, ids to acknowledge, then the operations. All of it or, when fenced or done
--- before, nothing. Returns what is to be done next, as `read`.
+-- keys: partition, changes, lease, stream, then those of the operations.
+-- args: epoch, generation, group; after which id to read on, most entries and most bytes to read; call number (1, 2, 3…
+-- under this epoch), how many ids follow, ids to acknowledge, then the operations (as `operate` takes them).
+-- All of it or, when fenced or done before, nothing. Returns what is to be done next, as `read`.
 register('commit', function(keys, args)
-  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
-  local call = redis.call('HGET', keys[3], 'call')
-  if tonumber(args[5]) <= tonumber(call) then
-    redis.call('HSET', keys[3], 'call', call) -- WAIT and WAITAOF look at what this connection wrote last
+  local lease, stream = keys[3], keys[4]
+  local epoch, known, group, after = args[1], args[2], args[3], args[4]
+  local count, most_bytes, call, acknowledged = tonumber(args[5]), tonumber(args[6]), args[7], tonumber(args[8])
+  if fenced(keys, epoch, known) then return redis.error_reply(FENCED) end
+  local done = redis.call('HGET', lease, 'call')
+  if tonumber(call) <= tonumber(done) then
+    redis.call('HSET', lease, 'call', done) -- WAIT and WAITAOF look at what this connection wrote last
   else
-    local acknowledged = 6 + tonumber(args[6])
-    operate(keys, args, acknowledged + 1, #args)
-    for i = 7, acknowledged, 1000 do
-      redis.call('XACK', keys[4], args[3], unpack(args, i, math.min(i + 999, acknowledged)))
-    end
-    redis.call('HSET', keys[3], 'call', args[5])
+    local last = 8 + acknowledged
+    operate(keys, args, last + 1, #args)
+    for i = 9, last, 1000 do redis.call('XACK', stream, group, unpack(args, i, math.min(i + 999, last))) end
+    redis.call('HSET', lease, 'call', call)
   end
-  return read(keys[4], args[3], tonumber(args[4]))
+  return read(stream, group, after, count, most_bytes)
 end, 'allow-oom')

@@ -10,12 +10,22 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tidewire.functions import Batch, Functions, Operation, Owned, Wait
+from redis.exceptions import RedisError
+
+from tidewire.errors import Fenced
+from tidewire.functions import Batch, Functions, Operation, Owned, Stamp, Wait
 from tidewire.keys import Home
+
+MAX_BATCH_BYTES = 4 << 20
+"""Bytes of entries that one batch holds. It always holds one entry, and a whole transaction whatever its size."""
+
+
+class Incomplete(Exception):
+    """The batch ends within its first transaction: it must be extended before it can be decided."""
 
 
 class Outcome(NamedTuple):
-    """What was decided about the first `consumed` entries of a batch; the others come again with the next."""
+    """The decision on the first `consumed` entries of a batch. The next batch begins with the others."""
 
     consumed: int
     operations: Sequence[Operation]
@@ -34,7 +44,9 @@ class Tenure(Protocol):
     async def decide(self, batch: Batch) -> Outcome | None:
         """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing.
 
-        A batch may be empty: then it is asked for what time brings, and None is nothing.
+        A long decision awaits something between its steps, so that other partitions of the process get their turn.
+        A batch may be empty: then the tenure is asked for timed work, and None means that there is none.
+        Raises Incomplete to be asked again with a longer batch, unless the batch is `at_end`.
         """
 
     async def committed(self, *, confirmed: bool) -> None:
@@ -44,6 +56,8 @@ class Tenure(Protocol):
 Idle = Callable[[tuple[int, int]], Awaitable[None]]
 Link = Callable[[Home, str, int, Any], Awaitable[Any]]
 """Sends one call to a destination: (it, source, epoch, what the tenure gave for it)."""
+SendStamp = Callable[[Home, Stamp], Awaitable[bool]]
+"""Announces a new owner at a destination; False when a later owner was there before."""
 Together = Callable[[Iterable[Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
 
@@ -59,7 +73,11 @@ async def concurrently(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
 
 
 class PartitionLoop:
-    """Runs until cancelled or fenced. `idle` waits until the stream may have an entry after that id."""
+    """Runs until cancelled or fenced.
+
+    `idle` waits until the stream may have an entry after an id, `link` sends effects to other partitions. `stamp` is by
+    default one call for each destination; a process that takes several partitions combines them (`Stamps`).
+    """
 
     def __init__(
         self,
@@ -71,6 +89,7 @@ class PartitionLoop:
         idle: Idle,
         batch: int,
         link: Link | None = None,
+        stamp: SendStamp | None = None,
         together: Together = concurrently,
     ) -> None:
         self._functions = functions
@@ -80,37 +99,108 @@ class PartitionLoop:
         self._idle = idle
         self._batch = batch
         self._link = link
+        self._stamp = stamp or self._stamp_alone
         self._together = together
         self._next: Batch | None = None
         self.commits = 0
 
     async def run(self) -> None:
-        epoch = self._owned.fence.epoch
-        # Before the first read: what a predecessor, paused between reading and writing, may still send comes too late.
-        await self._together(
-            self._functions.link_stamp(to, self._source, epoch, self._owned.fell) for to in self._tenure.destinations()
-        )
+        # Before the first read. A predecessor that was paused between reading and sending may still send: from now on
+        # those calls are refused.
+        await self._together(self._announce(to) for to in self._tenure.destinations())
         while True:
             await self.turn()
 
     async def turn(self) -> None:
-        """One batch, which the commit before it has brought, or an idle while."""
-        batch, self._next = self._next or await self._functions.batch(self._owned, self._batch), None
-        outcome = await self._tenure.decide(batch)
+        """Work on one batch, which the commit before has brought; or wait for one."""
+        batch, self._next = self._next or await self._read(), None
+        while True:
+            try:
+                outcome = await self._tenure.decide(batch)
+                break
+            except Incomplete:
+                batch = await self._extended(batch)
         if outcome is None:
             await self._idle(batch.last)
             return
-        # Before the acknowledgement: an effect may be sent twice, and is taken once; it is never forgotten.
+        # Before the acknowledgement: an effect may be sent twice and is taken once, but is never forgotten.
         await self._together(self._send(to, calls) for to, calls in outcome.links.items())
+        self._next = await self._commit(batch, outcome)
+
+    async def _read(self) -> Batch:
+        return await self._functions.batch(self._owned, self._batch, MAX_BATCH_BYTES)
+
+    async def _extended(self, batch: Batch) -> Batch:
+        more = await self._functions.batch(self._owned, self._batch, MAX_BATCH_BYTES, batch.entries[-1][0])
+        return more._replace(entries=batch.entries + more.entries, at_end=not more.entries)
+
+    async def _commit(self, batch: Batch, outcome: Outcome) -> Batch:
+        """Commit, and return the next batch: entries that were not consumed, then entries that the commit has read."""
         self.commits += 1
         acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
+        held = batch.entries[outcome.consumed :]
+        left_bytes = MAX_BATCH_BYTES - sum(len(value) for _, fields in held for value in fields.values())
         confirmed, following = await self._functions.commit(
-            self._owned, self.commits, acknowledged, outcome.operations, outcome.wait, count=self._batch
+            self._owned,
+            self.commits,
+            acknowledged,
+            outcome.operations,
+            outcome.wait,
+            count=max(self._batch - len(held), 0),
+            size_bytes=max(left_bytes, 0),
+            after=held[-1][0] if held else (0, 0),
         )
         await self._tenure.committed(confirmed=confirmed)
-        self._next = following
+        return following._replace(entries=held + following.entries)
+
+    async def _announce(self, to: Home) -> None:
+        if not await self._stamp(to, Stamp(self._source, self._owned.fence.epoch, self._owned.fell)):
+            raise Fenced(f"{self._source}: a later owner was at {to.partition.decode()} before")
+
+    async def _stamp_alone(self, to: Home, stamp: Stamp) -> bool:
+        (taken,) = await self._functions.link_stamp(to, [stamp])
+        return taken
 
     async def _send(self, to: Home, calls: Sequence[Any]) -> None:
         assert self._link or not calls
         for call in calls:
             await self._link(to, self._source, self._owned.fence.epoch, call)  # type: ignore[misc]
+
+
+class Stamps:
+    """Stamps of all partitions that a process takes, combined by destination.
+
+    A process that takes P partitions at once would make P calls to each of P destinations. While one call to a
+    destination is under way, the stamps that arrive for it gather, and go with the next.
+    """
+
+    def __init__(self, functions: Functions) -> None:
+        self._functions = functions
+        self._gathered: dict[Home, list[tuple[Stamp, asyncio.Future[bool]]]] = {}
+        self._sending: dict[Home, asyncio.Task[None]] = {}
+
+    async def __call__(self, to: Home, stamp: Stamp) -> bool:
+        taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._gathered.setdefault(to, []).append((stamp, taken))
+        if to not in self._sending:
+            self._sending[to] = asyncio.create_task(self._send(to), name="stamps")
+        return await taken
+
+    async def _send(self, to: Home) -> None:
+        try:
+            while gathered := self._gathered.pop(to, None):
+                await self._send_some(to, gathered)
+        finally:
+            del self._sending[to]
+
+    async def _send_some(self, to: Home, gathered: list[tuple[Stamp, asyncio.Future[bool]]]) -> None:
+        try:
+            answers = await self._functions.link_stamp(to, [stamp for stamp, _ in gathered])
+        except (RedisError, OSError) as error:
+            for _, taken in gathered:
+                if not taken.done():
+                    taken.set_exception(error)
+            return
+        for (_, taken), answer in zip(gathered, answers, strict=True):
+            if not taken.done():
+                taken.set_result(answer)

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from tidewire.backend import Backend, Waiter
 from tidewire.errors import Fenced
 from tidewire.functions import Owned
-from tidewire.partition.loop import Link, PartitionLoop, Tenure
+from tidewire.partition.loop import Link, PartitionLoop, Stamps, Tenure
 from tidewire.registry import Registry
 from tidewire.settings import Settings
 from tidewire.tasks import end
@@ -57,6 +57,7 @@ class Worker:
         self._stream = stream
         self._tenure = tenure
         self._link = link
+        self._stamps = Stamps(backend.functions)
         self._loops: dict[int, PartitionLoop] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
@@ -134,6 +135,7 @@ class Worker:
             idle=idle,
             batch=self._settings.batch,
             link=self._link,
+            stamp=self._stamps,
         )
         self._owned[partition], self._loops[partition] = owned, loop
         self._tasks[partition] = asyncio.create_task(_run(loop, idle), name=f"{self.group}:{partition}")

@@ -1,0 +1,206 @@
+"""From deliveries to calls that append them to feeds, each bounded in appends and bytes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from typing import NamedTuple
+
+from tidewire.functions import LARGE_BODY_BYTES, WHOLE, Append, Unit, body_id, feed_number, reference
+from tidewire.keys import Home, Keys
+from tidewire.records import Position
+
+MAX_CALL_APPENDS = 2000
+MAX_CALL_BYTES = 1 << 20
+"""Appends of one call to a destination, and bytes that they write there.
+
+A feed gets all of a transaction in one call, also where that exceeds them.
+"""
+MAX_COPIED_BYTES = 65536
+"""Bytes that the copies of one body may take at a destination. Beyond, it is stored once, and entries refer to it."""
+MAX_FEEDS_KEPT = 200_000
+"""Feeds whose key and partition a process remembers."""
+STEP_FEEDS = 1000
+"""Feeds that are handled between two points at which other work of the process gets its turn: about 1 ms."""
+
+
+class Feed:
+    """A user's feed, or a topic's. There is one object for each, so that it is compared by identity."""
+
+    __slots__ = ("is_topic", "key", "name", "partition")
+
+    def __init__(self, name: str, *, is_topic: bool, partition: int, key: bytes) -> None:
+        self.name = name
+        self.is_topic = is_topic
+        self.partition = partition
+        self.key = key
+
+    def __repr__(self) -> str:
+        return f"<{'topic' if self.is_topic else 'user'} {self.name}>"
+
+
+class Feeds:
+    """All feeds that a process has met. A key costs more to make than to remember."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._users: dict[str, Feed] = {}
+        self._topics: dict[str, Feed] = {}
+
+    def forget_some(self) -> None:
+        """Stay within the bound. Called between batches: within one, a feed is one object."""
+        if len(self._users) + len(self._topics) > MAX_FEEDS_KEPT:
+            self._users.clear()
+            self._topics.clear()
+
+    def user(self, name: str) -> Feed:
+        feed = self._users.get(name)
+        if feed is None:
+            key = self._keys.user_feed(name)
+            feed = Feed(name, is_topic=False, partition=self._keys.partition_of(name), key=key)
+            self._users[name] = feed
+        return feed
+
+    def topic(self, name: str) -> Feed:
+        feed = self._topics.get(name)
+        if feed is None:
+            key = self._keys.topic_feed(name)
+            feed = Feed(name, is_topic=True, partition=self._keys.partition_of(name), key=key)
+            self._topics[name] = feed
+        return feed
+
+
+class StoreBodies(NamedTuple):
+    """Bodies that appends of later calls to the same destination refer to."""
+
+    bodies: list[tuple[bytes, bytes]]  # (id, body)
+
+
+class AppendUnits(NamedTuple):
+    """Units that one call appends."""
+
+    units: list[Unit]
+
+
+Call = StoreBodies | AppendUnits
+
+
+class Calls:
+    """The calls to one destination, in the order in which they are made."""
+
+    def __init__(self) -> None:
+        self._rounds: list[tuple[dict[bytes, bytes], list[Unit]]] = []  # bodies, then the units that refer to them
+        self._appends = self._bytes = 0
+
+    def add(self, unit: Unit, bodies: Mapping[bytes, bytes]) -> None:
+        """Add a unit to the last call, or begin another where that one would grow beyond its bounds."""
+        appends = sum(len(append.feeds) for append in unit.appends)
+        size_bytes = sum(len(append.feeds) * len(append.body) for append in unit.appends)
+        self._appends += appends
+        self._bytes += size_bytes
+        if not self._rounds or self._appends > MAX_CALL_APPENDS or self._bytes > MAX_CALL_BYTES:
+            self._rounds.append(({}, []))
+            self._appends, self._bytes = appends, size_bytes
+        known, units = self._rounds[-1]
+        known |= bodies
+        units.append(unit)
+
+    def all(self) -> list[Call]:
+        found: list[Call] = []
+        for bodies, units in self._rounds:
+            found += _stored(bodies)
+            found.append(AppendUnits(units))
+        return found
+
+
+def _stored(bodies: Mapping[bytes, bytes]) -> Iterable[StoreBodies]:
+    some: list[tuple[bytes, bytes]] = []
+    size_bytes = 0
+    for id_, body in bodies.items():
+        if some and size_bytes + len(body) > MAX_CALL_BYTES:
+            yield StoreBodies(some)
+            some, size_bytes = [], 0
+        some.append((id_, body))
+        size_bytes += len(body)
+    if some:
+        yield StoreBodies(some)
+
+
+class Router:
+    """Gathers the appends of a batch, by destination."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._calls: dict[int, Calls] = {}
+        self.appends = 0
+        self.size_bytes = 0
+        """Bytes that the appends write, bodies that are stored once included."""
+
+    def links(self) -> dict[Home, list[Call]]:
+        return {self._keys.home(partition): calls.all() for partition, calls in self._calls.items()}
+
+    def add(self, position: Position, appends: Mapping[int, list[Append]]) -> Generator[None, None, None]:
+        """Add a unit, by destination. Its last change stands at `position`; appends are in the order of changes."""
+        for partition, some in appends.items():
+            shortened, bodies = refer(some)
+            self.appends += sum(len(append.feeds) for append in shortened)
+            self.size_bytes += sum(len(append.feeds) * len(append.body) for append in shortened)
+            self.size_bytes += sum(map(len, bodies.values()))
+            calls = self._calls.setdefault(partition, Calls())
+            for unit in split(position, shortened):
+                calls.add(unit, bodies)
+                yield
+
+
+def refer(appends: list[Append]) -> tuple[list[Append], dict[bytes, bytes]]:
+    """The appends to one destination with references to bodies whose copies would take too much, and those bodies."""
+    # The more changes a transaction has, the less each may take: a feed gets all of them in one call.
+    most_bytes = MAX_COPIED_BYTES // (1 + len(appends) // 16)
+    found: list[Append] = []
+    bodies: dict[bytes, bytes] = {}
+    for append in appends:
+        if append.size_bytes > LARGE_BODY_BYTES and append.size_bytes * len(append.feeds) > most_bytes:
+            id_ = body_id(append.position, append.body)
+            bodies[id_] = append.body
+            append = append._replace(body=reference(id_))  # noqa: PLW2901 - the same append, shortened
+        found.append(append)
+    return found, bodies
+
+
+def split(position: Position, appends: list[Append]) -> Iterable[Unit]:
+    """Cut a unit into pieces of a bounded size, by the numbers of the feeds. Each feed has its appends in one piece."""
+    total = sum(len(append.feeds) for append in appends)
+    total_bytes = sum(len(append.feeds) * len(append.body) for append in appends)
+    if total <= MAX_CALL_APPENDS and total_bytes <= MAX_CALL_BYTES:
+        yield Unit(position, appends)
+        return
+    costs: dict[bytes, list[int]] = {}  # by feed: appends, and their bytes
+    for append in appends:
+        for feed in append.feeds:
+            cost = costs.setdefault(feed, [0, 0])
+            cost[0] += 1
+            cost[1] += len(append.body)
+    numbers = sorted((feed_number(feed), feed) for feed in costs)
+    some: set[bytes] = set()
+    count = size_bytes = 0
+    previous = -1
+    for number, feed in numbers:
+        more, more_bytes = costs[feed]
+        is_full = count + more > MAX_CALL_APPENDS or size_bytes + more_bytes > MAX_CALL_BYTES
+        if some and is_full and number != previous:  # equal numbers are never parted
+            yield Unit(position, _for(some, appends), previous)
+            some, count, size_bytes = set(), 0, 0
+        some.add(feed)
+        count += more
+        size_bytes += more_bytes
+        previous = number
+    yield Unit(position, _for(some, appends), WHOLE)
+
+
+def _for(feeds: set[bytes], appends: list[Append]) -> list[Append]:
+    """What of the appends goes to these feeds. Equal lists of feeds are one list, which a call has once."""
+    lists: dict[tuple[bytes, ...], list[bytes]] = {}
+    found = []
+    for append in appends:
+        if some := tuple(feed for feed in append.feeds if feed in feeds):
+            found.append(append._replace(feeds=lists.setdefault(some, list(some))))
+    return found

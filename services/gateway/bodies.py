@@ -1,0 +1,69 @@
+"""Large bodies of feed entries, which lie once in their partition: fetched once for all connections of this gateway."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from prometheus_client import Counter
+
+from tidewire.backend import Backend
+from tidewire.functions import FeedEntry, referred
+from tidewire.keys import Home
+
+MAX_KEPT_BYTES = 32 << 20
+"""Bodies that a gateway keeps in memory. The one used longest ago is evicted first."""
+
+FETCHED = Counter("tidewire_gateway_bodies_fetched_total", "Large bodies fetched for entries that refer to them.")
+GONE = Counter("tidewire_gateway_bodies_gone_total", "Large bodies that were gone when a reader needed them.")
+
+
+class Bodies:
+    """The bodies of this gateway. A body's id is made of its content, so a kept one is never out of date."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._kept: OrderedDict[bytes, bytes] = OrderedDict()
+        self._size_bytes = 0
+
+    def whole(self, entry: FeedEntry) -> FeedEntry | None:
+        """The entry with its body; None where the body must be fetched first."""
+        id_ = referred(entry.body)
+        if id_ is None:
+            return entry
+        body = self._kept.get(id_)
+        if body is None:
+            return None
+        self._kept.move_to_end(id_)
+        return entry._replace(body=body)
+
+    async def all_whole(self, home: Home, entries: list[FeedEntry]) -> list[FeedEntry | None]:
+        """The entries with their bodies; None for each whose body is gone. Raises redis-py's errors."""
+        bodies: dict[bytes, bytes | None] = {}
+        for entry in entries:
+            id_ = referred(entry.body)
+            if id_ is not None:
+                bodies[id_] = self._kept.get(id_)
+        if missing := [id_ for id_, body in bodies.items() if body is None]:
+            found = await self._backend.functions.body_get(home, missing)
+            for id_, body in zip(missing, found, strict=True):
+                bodies[id_] = body
+                if body is None:
+                    GONE.inc()
+                else:
+                    FETCHED.inc()
+                    self._keep(id_, body)
+        whole: list[FeedEntry | None] = []
+        for entry in entries:
+            id_ = referred(entry.body)
+            body = entry.body if id_ is None else bodies[id_]
+            whole.append(None if body is None else entry._replace(body=body))
+        return whole
+
+    def _keep(self, id_: bytes, body: bytes) -> None:
+        if id_ in self._kept:
+            return  # another fetch was under way
+        self._kept[id_] = body
+        self._size_bytes += len(body)
+        while self._size_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
+            _, evicted = self._kept.popitem(last=False)
+            self._size_bytes -= len(evicted)
