@@ -71,13 +71,12 @@ async def test_topics_are_looked_at_again_after_a_reset_which_may_have_hidden_th
         await alice.do("follow", topic="room:r")
         feed, append = stage.backend.keys.user_feed("alice"), Functions.link_append
 
-        async def lost(self: Functions, to: Any, source: str, epoch: int, most: Any, appends: Any) -> int:
+        async def lost(self: Functions, to: Any, source: str, epoch: int, most: Any, units: Any) -> int:
             """As if Redis had gone back: the entries are not there, and all feeds begin anew."""
-            appends = list(appends)
-            if any(feed in one.feeds for one in appends):
-                await self.link_reset(to, source, epoch, appends[-1].position)
+            if any(feed in one.feeds for unit in units for one in unit.appends):
+                await self.link_reset(to, source, epoch, units[-1].position)
                 return 0
-            return await append(self, to, source, epoch, most, appends)
+            return await append(self, to, source, epoch, most, units)
 
         monkeypatch.setattr(Functions, "link_append", lost)
         await admin.do("delete", table="members", key={"room": "r", "user": "alice"})

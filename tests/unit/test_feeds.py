@@ -111,4 +111,4 @@ def test_an_entry_that_is_not_the_very_next_does_not_follow() -> None:
 
 def test_an_announcement_carries_the_entry_with_any_body() -> None:
     entry = FeedEntry(3, "abc", "1-0-5-0", b"two\nlines \x00")
-    assert Announcement.parse(b"7-2 abc 1-0-5-0\ntwo\nlines \x00") == Announcement("7", entry)
+    assert Announcement.parse(b"7-2 abc 1-0-5-0 99\ntwo\nlines \x00") == Announcement("7", entry)
