@@ -59,6 +59,7 @@ class Gateway:
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.direct.deliver = self._deliver
+        core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_doubt
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -170,18 +171,18 @@ class Gateway:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def watch_heartbeat(self) -> None:
-        """Paused for longer than its word, it has been counted dead: its clients must connect anew."""
+    def _on_swept(self) -> None:
+        """Another gateway found this one dead and removed its connections: the clients must connect again."""
         registry = self.core.registry
-        while True:
-            await asyncio.sleep(self.settings.lease_ms / 6000)
-            if registry.lapsed:
-                log.warning("heartbeat_lapsed", gateway=registry.id, connections=len(self.connections))
-                registry.become_new()
-                for connection in list(self.connections.values()):
-                    self._close_soon(connection, 1012, "this gateway was paused")
-                with contextlib.suppress(RedisError, OSError):
-                    await registry.beat()
+        log.warning("gateway_swept", gateway=registry.id, connections=len(self.connections))
+        registry.become_new()
+        for connection in list(self.connections.values()):
+            self._close_soon(connection, 1012, "this gateway was paused")
+
+    def _on_doubt(self) -> None:
+        """Redis was away, or fell back: sockets stay open, and their items are put again in case they were lost."""
+        log.warning("registry_was_away", gateway=self.core.registry.id, connections=len(self.connections))
+        self.presence.restore(self.connections.values())
 
     async def drain(self) -> None:
         """Ask all to go elsewhere, a few at a time, and take their items away."""
@@ -257,7 +258,6 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.feeds.hear)
     service.run(core.feeds.look)
     service.run(gateway.presence.run)
-    service.run(gateway.watch_heartbeat)
     service.at_drain(gateway.drain)
     service.tell(
         lambda: {
