@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -140,33 +140,54 @@ class Keeper:
         await backend.reach()
         await self._beat()  # a service whose first beat fails does not start
         self._tell(_settle, self._begun, None)
-        tasks = [asyncio.create_task(work(), name="keeper") for work in (self._beats, self._renewals)]
+        rounds = asyncio.create_task(self._rounds(), name="keeper")
         stop = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([rounds, stop], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await end([*tasks, stop])
-        for task in tasks:
-            if not task.cancelled() and (error := task.exception()):
-                raise error
+            await end([rounds, stop])
+        if not rounds.cancelled():
+            rounds.result()
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the service's loop is closed: nobody is left to hear it
             self._main.call_soon_threadsafe(what, *arguments)
 
-    async def _beats(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._interval_s):
-                    await self._wake.wait()
-            self._wake.clear()
-            if self._given_up or self._left:
-                continue
+    async def _rounds(self) -> None:
+        """Beat and renew at a third of a lease. All calls of a round leave in one write.
+
+        Each handover of the interpreter between two threads costs the busy one a wait: so few turns are wanted here.
+        """
+        under_way: set[object] = set()
+
+        async def guarded(call: object, work: Coroutine[Any, Any, None], **where: str) -> None:
             try:
                 async with asyncio.timeout(self._lease_ms / 1000):
-                    await self._beat()
+                    await work
             except (RedisError, OSError) as error:
-                log.warning("beat_failed", error=str(error) or type(error).__name__)
+                log.warning("not_kept", error=str(error) or type(error).__name__, **where)
+            finally:
+                under_way.discard(call)
+
+        seen, blocked_s = 0, 0.0
+        async with asyncio.TaskGroup() as calls:  # what one of them dies of ends the keeper
+            while True:
+                # Counted in own rounds, not by the clock: a process that was paused as a whole is not blocked.
+                blocked_s = blocked_s + self._interval_s if self._turns == seen else 0.0
+                seen = self._turns
+                # A call that still waits for its answer is not made again, and keeps no other waiting.
+                if self._main_turns(blocked_s):
+                    if not self._left and "beat" not in under_way:
+                        under_way.add("beat")
+                        calls.create_task(guarded("beat", self._beat(), what="beat"))
+                    for owned, lost in self._registry.leases.held():
+                        if owned not in under_way:
+                            under_way.add(owned)
+                            calls.create_task(guarded(owned, self._renew(owned, lost), what=owned.lease.decode()))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        await self._wake.wait()
+                self._wake.clear()
 
     async def _beat(self) -> None:
         async with self._word:
@@ -193,39 +214,19 @@ class Keeper:
         async with asyncio.timeout(self._lease_ms / 1000), self._word:
             await self._kept.commands.hdel(self._kept.keys.services(), self._registry.id)
 
-    async def _renewals(self) -> None:
-        renewing: set[Owned] = set()
+    async def _renew(self, owned: Owned, lost: Callable[[], None]) -> None:
+        try:
+            await self._kept.functions.lease_renew(owned, self._lease_ms)
+        except Fenced:
+            self._tell(lost)
 
-        async def renew(owned: Owned, lost: Callable[[], None]) -> None:
-            try:
-                async with asyncio.timeout(self._lease_ms / 1000):
-                    await self._kept.functions.lease_renew(owned, self._lease_ms)
-            except Fenced:
-                self._tell(lost)
-            except (RedisError, OSError) as error:
-                reason = str(error) or type(error).__name__
-                log.warning("lease_not_renewed", group=owned.group, lease=owned.lease.decode(), error=reason)
-            finally:
-                renewing.discard(owned)
-
-        async with asyncio.TaskGroup() as renewals:  # what one of them dies of ends the keeper
-            seen, blocked_s = self._turns, 0.0
-            while True:
-                # Counted in own rounds, not by the clock: a process that was paused as a whole is not blocked.
-                blocked_s = blocked_s + self._interval_s if self._turns == seen else 0.0
-                seen = self._turns
-                self._judge_loop(blocked_s)
-                for owned, lost in [] if self._given_up else self._registry.leases.held():
-                    if owned not in renewing:  # one whose node is away keeps no other waiting
-                        renewing.add(owned)
-                        renewals.create_task(renew(owned, lost), name="renew")
-                await asyncio.sleep(self._interval_s)
-
-    def _judge_loop(self, blocked_s: float) -> None:
+    def _main_turns(self, blocked_s: float) -> bool:
+        """Whether the service's event loop turns, or has been blocked for too short a time to give it up."""
         given_up = blocked_s > MAX_BLOCKED_S
         if given_up and not self._given_up:
             log.critical("event_loop_blocked", service=self._registry.kind, limit_s=MAX_BLOCKED_S)
         self._given_up = given_up
+        return not given_up
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:

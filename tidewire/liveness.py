@@ -15,7 +15,7 @@ CONTACT_LEASES = 1.0
 INTERRUPTED_LEASES = 1 / 2
 """A beat that took longer than this, or came later than this after the one before, interrupts the contact."""
 CONFIRMED_LEASES = 1 / 3
-"""Leases between the first look that finds a word expired and the one that confirms the death."""
+"""Leases between the beats of the first look that finds a word expired and of the one that confirms the death."""
 
 
 class Verdict(NamedTuple):
@@ -55,13 +55,13 @@ class Liveness:
                 self._suspected.pop(service, None)
             elif certain:
                 self._seen.discard(service)  # so that a later stall does not bring it back
-                self._suspected.setdefault(service, ended_s)
+                self._suspected.setdefault(service, begun_s)
         self._seen &= expired.keys()
         self._suspected = {service: at for service, at in self._suspected.items() if service in expired}
         return Verdict(
             frozenset(service for service, gone in expired.items() if not gone or service in self._seen),
             frozenset(
-                service for service, at in self._suspected.items() if ended_s - at >= CONFIRMED_LEASES * self._lease_s
+                service for service, at in self._suspected.items() if begun_s - at >= CONFIRMED_LEASES * self._lease_s
             ),
             interrupted,
         )
