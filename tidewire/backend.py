@@ -79,6 +79,8 @@ class Waiter:
 class Backend:
     """One stage on one Redis, as a process sees it. An async context manager."""
 
+    url: str | None = None
+
     def __init__(self, commands: Redis, blocking: Redis, keys: Keys, wire: Wire | None = None) -> None:
         self.commands = commands
         self._blocking = blocking
@@ -88,6 +90,10 @@ class Backend:
 
     async def __aenter__(self) -> Backend:
         return self
+
+    def another(self) -> Backend | None:
+        """A second backend to the same place, not reached yet, for another thread; None where there can be none."""
+        return backend_at(self.url, self.keys) if self.url else None
 
     async def reach(self) -> None:
         """Find whoever is needed before the first command; of a cluster, its nodes."""
@@ -416,6 +422,12 @@ def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str,
 
 def backend_at(url: str, keys: Keys) -> Backend:
     """A backend that has not been reached yet. Raises ConfigurationError for an address that is none of ours."""
+    backend = _backend_at(url, keys)
+    backend.url = url
+    return backend
+
+
+def _backend_at(url: str, keys: Keys) -> Backend:
     scheme = url.partition("://")[0]
     if scheme == "redis+cluster":
         return ClusterBackend(Cluster.parse(url), keys)

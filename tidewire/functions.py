@@ -178,6 +178,15 @@ class FeedState(NamedTuple):
     tag: str
 
 
+class Beat(NamedTuple):
+    """The answer to a service's beat."""
+
+    swept: bool
+    now: int  # ms since 1970, the server's
+    server: bytes  # its replication id, which changes when it restarts or fails over; empty where there is no INFO
+    services: dict[str, tuple[int, bytes]]  # expiry in ms and information, of dead ones too
+
+
 class FeedEntry(NamedTuple):
     seq: int
     tag: str
@@ -365,11 +374,21 @@ class Functions:
     # ── live services ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def service_beat(
-        self, services: bytes, service: str, ttl_ms: int, information: bytes
-    ) -> tuple[int, dict[str, tuple[int, bytes]]]:
-        """Say that a service lives; server time and all services: (expiry in ms, information), dead ones too."""
-        now, *flat = await self._call("service_beat", (services,), service, ttl_ms, information)
-        return int(now), {id_.decode(): split_beat(value) for id_, value in zip(flat[::2], flat[1::2], strict=True)}
+        self, services: bytes, swept: bytes, service: str, length_ms: int, information: bytes
+    ) -> Beat:
+        """Renew a service's word, unless it was swept, and list all services."""
+        raw = await self._call("service_beat", (services, swept), service, length_ms, information)
+        marked, now, server, *flat = raw
+        words = {id_.decode(): split_beat(word) for id_, word in zip(flat[::2], flat[1::2], strict=True)}
+        return Beat(bool(marked), int(now), server, words)
+
+    async def service_sweep(self, services: bytes, swept: bytes, service: str, kept_ms: int) -> bool:
+        """Mark a gateway as swept, before its connections are removed; False when its word is valid again."""
+        return bool(await self._call("service_sweep", (services, swept), service, kept_ms))
+
+    async def service_forget(self, services: bytes, service: str) -> None:
+        """Take a service off the list, unless its word is valid again."""
+        await self._call("service_forget", (services,), service)
 
 
 def _declare(operations: Iterable[Operation], keys: list[bytes], index: dict[bytes, int], args: list[Arg]) -> None:

@@ -236,6 +236,10 @@ class Keys:
         """Hash: every live service process, with the time its word expires."""
         return self._global(b"stage", b"services")
 
+    def swept(self) -> bytes:
+        """Hash with a TTL: gateways whose connections another one has removed, with the time it began."""
+        return self._global(b"stage", b"swept")
+
     def replies(self, gateway: str) -> bytes:
         """Stream with a TTL: answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")

@@ -16,6 +16,7 @@ import structlog
 from tidewire import telemetry
 from tidewire.backend import Backend
 from tidewire.errors import ConfigurationError
+from tidewire.keeper import Keeper
 from tidewire.partition.worker import Worker
 from tidewire.registry import Registry
 from tidewire.settings import Settings
@@ -34,7 +35,8 @@ class Service:
         self.kind = kind
         self.backend = backend
         self.settings = settings
-        self.registry = Registry(backend, kind, settings.lease_ms, self._describe)
+        self.registry = Registry(kind, self._describe)
+        self.keeper = Keeper(backend, self.registry, settings.lease_ms)
         self.stopping = asyncio.Event()
         self.worker: Worker | None = None
         self._runs: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -84,19 +86,19 @@ class Service:
         """Run all that is registered; leave the block to drain. Raises what a task died of."""
         for step in self._starts:
             await step()
-        await self.registry.beat()
-        tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.registry.run, *self._runs)]
-        watch = asyncio.create_task(self._watch(tasks))
-        try:
-            yield
-        finally:
-            watch.cancel()
-            self.stopping.set()
+        async with self.keeper:  # it ends last: leases are renewed while partitions are handed over
+            tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.keeper.run, *self._runs)]
+            watch = asyncio.create_task(self._watch(tasks))
             try:
-                for leave in reversed(self._drains):
-                    await leave()
+                yield
             finally:
-                await end([*tasks, watch], ask_again_s=1.0)
+                watch.cancel()
+                self.stopping.set()
+                try:
+                    for leave in reversed(self._drains):
+                        await leave()
+                finally:
+                    await end([*tasks, watch], ask_again_s=1.0)
         for task in tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error

@@ -1,39 +1,52 @@
-"""Who is alive: every service process says so each second, and hears of all others in the same call."""
+"""The registry: every service process keeps a word in it that expires, and hears of all others with each beat."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-import structlog
-from redis.exceptions import RedisError
-
 from tidewire.backend import Backend
-from tidewire.functions import split_beat
+from tidewire.functions import Owned, split_beat
+from tidewire.liveness import Verdict
 from tidewire.records import pack, text, unpack
 
-log = structlog.get_logger(__name__)
-
 FORGET_AFTER_MS = 60_000
-"""For so long a dead service is still listed, unless something of it must be cleaned up first."""
+"""How long a dead service stays listed, in ms. A gateway is forgotten by the one that swept it."""
 
 
 class Service(NamedTuple):
     """One process, as registered."""
 
     id: str
-    alive: bool
+    alive: bool  # its word is valid; whether it is dead is for `Liveness` to judge
     silent_ms: int  # since its word expired; negative while it is alive
     info: dict[str, Any]
 
     @property
     def kind(self) -> str:
         return str(self.info.get("kind"))
+
+
+class Heard(NamedTuple):
+    """What the keeper heard with one beat."""
+
+    id: str
+    """The id that the beat renewed."""
+    at_s: float
+    """When the answer came, on the monotonic clock."""
+    now_ms: int
+    """The server's time then."""
+    services: dict[str, Service]
+    verdict: Verdict
+    swept: bool
+    """Another gateway has removed this one's connections."""
+    doubtful: bool
+    """Writes may be lost, or this process may have looked dead: contact was interrupted, or the server is another."""
 
 
 def new_id() -> str:
@@ -46,17 +59,51 @@ def listed(now: int, raw: dict[str, tuple[int, bytes]]) -> dict[str, Service]:
     return {id_: Service(id_, expiry > now, now - expiry, unpack(info)) for id_, (expiry, info) in raw.items()}
 
 
-class Registry:
-    """This process's word, renewed at a third of its length, and the last known list of the others."""
+class Leases:
+    """The leases that the keeper renews. The event loop adds and removes them, the keeper's thread reads them."""
 
-    def __init__(self, backend: Backend, kind: str, ttl_ms: int, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[Owned, Callable[[], None]] = {}
+
+    def hold(self, owned: Owned, lost: Callable[[], None]) -> None:
+        """Have a lease renewed. The event loop calls `lost` when a renewal is fenced."""
+        with self._lock:
+            self._held[owned] = lost
+
+    def let_go(self, owned: Owned) -> None:
+        with self._lock:
+            self._held.pop(owned, None)
+
+    def held(self) -> list[tuple[Owned, Callable[[], None]]]:
+        with self._lock:
+            return list(self._held.items())
+
+
+async def _not_kept() -> None:
+    raise RuntimeError("no keeper runs for this registry")
+
+
+class Registry:
+    """What this process says of itself, and what it last heard of the others.
+
+    It belongs to the event loop of the service. A `Keeper` sends its beats, renews its leases, and gives it what it
+    hears.
+    """
+
+    def __init__(self, kind: str, describe: Callable[[], dict[str, Any]]) -> None:
         self.id = new_id()
         self.kind = kind
         self.services: dict[str, Service] = {}
         self.heard_at = 0.0  # monotonic; of the last answer
-        self.lapsed = False  # its word expired before it was renewed: others have counted it dead
-        self._backend = backend
-        self._ttl_ms = ttl_ms
+        self.leases = Leases()
+        self.on_swept: Callable[[], None] = lambda: None
+        """Called when another gateway has removed this one's connections: it needs another id."""
+        self.on_doubt: Callable[[], None] = lambda: None
+        """Called when items that this process wrote may be gone."""
+        self.on_new_id: Callable[[], None] = lambda: None
+        self.on_leave: Callable[[], Awaitable[None]] = _not_kept
+        self._verdict = Verdict(frozenset(), frozenset(), interrupted=False)
         self._describe = describe
         self._clock_offset_ms = 0.0
         self._fixed = {"kind": kind, "host": platform.node(), "pid": os.getpid()}
@@ -66,48 +113,44 @@ class Registry:
         return int(time.monotonic() * 1000 + self._clock_offset_ms)
 
     def live(self, kind: str) -> list[str]:
-        """Ids of the live services of a kind, sorted."""
-        return sorted(id_ for id_, service in self.services.items() if service.alive and service.kind == kind)
+        """Ids of the live services of a kind, sorted. While the registry was away, nobody is taken off."""
+        return sorted(service.id for service in self._of(self._verdict.live) if service.kind == kind)
 
-    async def beat(self) -> None:
-        """Say it once, and hear of the others."""
-        information = pack(self._fixed | self._describe())
-        begun = time.monotonic()
-        now, raw = await self._backend.functions.service_beat(
-            self._backend.keys.services(), self.id, self._ttl_ms, information
-        )
-        if self.heard_at and (begun - self.heard_at) * 1000 > self._ttl_ms:
-            self.lapsed = True
-        self.heard_at = time.monotonic()
-        self._clock_offset_ms = now - self.heard_at * 1000
-        self.services = listed(now, raw)
-        for service in self.services.values():
-            if service.silent_ms > FORGET_AFTER_MS and service.kind != "gateway":  # those are swept first
-                await self.forget(service.id)
+    def dead(self, kind: str) -> list[Service]:
+        """Services of a kind whose death is confirmed."""
+        return [service for service in self._of(self._verdict.dead) if service.kind == kind]
 
-    async def forget(self, service: str) -> None:
-        await self._backend.commands.hdel(self._backend.keys.services(), service)
+    def information(self) -> bytes:
+        """What this process tells the others, packed."""
+        return pack(self._fixed | self._describe())
+
+    def take(self, heard: Heard) -> None:
+        """Take what the keeper heard."""
+        self.heard_at = heard.at_s
+        self._clock_offset_ms = heard.now_ms - heard.at_s * 1000
+        self.services, self._verdict = heard.services, heard.verdict
+        if heard.id != self.id:
+            return  # a beat under the id before
+        if heard.swept:
+            self.on_swept()
+        elif heard.doubtful:
+            self.on_doubt()
 
     def become_new(self) -> None:
         """Go on under another id: the old one counts as dead, and stays so."""
-        self.id, self.lapsed = new_id(), False
+        self.id = new_id()
+        self.on_new_id()
 
     async def leave(self) -> None:
-        """Take the word back: others need not wait until it expires."""
-        await self.forget(self.id)
+        """Take the word back, for good: others need not wait until it expires."""
+        await self.on_leave()
 
-    async def run(self) -> None:
-        """Beat until cancelled; a Redis that does not answer is tried again."""
-        while True:
-            try:
-                await self.beat()
-            except (RedisError, OSError) as error:
-                log.warning("beat_failed", error=str(error))
-            await asyncio.sleep(self._ttl_ms / 3000)
+    def _of(self, ids: frozenset[str]) -> list[Service]:
+        return [service for id_, service in self.services.items() if id_ in ids]
 
 
 async def all_services(backend: Backend) -> dict[str, Service]:
-    """The list for one who is no service."""
+    """The list, for a process that is no service itself."""
     now = await backend.now_ms()
     raw = await backend.commands.hgetall(backend.keys.services())
     beats = {text(id_): split_beat(value) for id_, value in raw.items()}

@@ -19,6 +19,7 @@ _LEAST = {
     "changes_retention_s": 0,
     "changes_max": 0,
     "commands_max": 1,
+    "welcome_timeout_s": 0.1,
 }
 
 _ONE_OF = {
@@ -60,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     resume_bytes: int = 4194304
     auth_cache_s: float = 5.0
     first_frame_auth_s: float = 5.0
+    welcome_timeout_s: float = 10.0
     limit_frame_bytes: int = 1048576
     limit_item_bytes: int = 262144
     limit_queued_bytes: int = 1048576

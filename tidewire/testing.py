@@ -35,6 +35,9 @@ class FakeBackend(Backend):
         clients: list[Redis] = [fakeredis.FakeAsyncRedis(server=server) for _ in range(2)]
         super().__init__(clients[0], clients[1], keys)
 
+    def another(self) -> None:
+        """None: a fake server wakes its blocked readers on the event loop of whoever writes, so it has one thread."""
+
     async def _wait(self, read: Callable[[], Awaitable[list[T]]]) -> list[T]:
         # fakeredis does not block on a stream that exists and is empty: look again, ever less often.
         pause_s, deadline = 0.001, time.monotonic() + BLOCK_MS / 1000

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from redis.exceptions import RedisError
 from websockets.exceptions import ConnectionClosed
 
 from tidewire.claims import holds
-from tidewire.errors import BadRequest, Internal, NotFound, PermissionDenied, RequestError, Unauthenticated
+from tidewire.errors import BadRequest, Internal, NotFound, Overloaded, PermissionDenied, RequestError, Unauthenticated
 from tidewire.feeds import Cursor, Reset, follow_on
 from tidewire.functions import FeedEntry
 from tidewire.protocol import (
@@ -32,6 +33,7 @@ from tidewire.records import RECHECK, Principal
 from tidewire.tasks import end
 
 from .core import Core
+from .deadline import Deadline
 from .feeds import Feed, Frame
 from .peers import Mark, Peer
 
@@ -46,6 +48,8 @@ NOWHERE = Cursor("0", 0, "0")
 """A cursor that is always refused."""
 MOST_TOPICS = 1000
 """That one connection follows."""
+CLEARING_S = 60.0
+"""Time, in seconds, that a refused handshake has to leave its feeds. Calls to Redis give up long before."""
 
 
 @dataclass(eq=False)
@@ -67,6 +71,8 @@ class Place:
                 self.connection.write(frame.encoded(binary=self.connection.binary), frame.mark)
 
     def start_over(self, reset: Reset) -> None:
+        if self.feed.topic is None:
+            self.connection.on_reset()
         if self.connection.full():
             self.fall_behind()  # it finds the reset for itself
         else:
@@ -91,10 +97,16 @@ class Welcome:
 class Connection:
     """Lives as long as `run` does."""
 
-    def __init__(self, core: Core, peer: Peer, principal: Principal) -> None:
+    def __init__(self, core: Core, peer: Peer, principal: Principal, deadline: Deadline) -> None:
         self.core = core
         self.peer = peer
         self.principal = principal
+        self.begun = asyncio.Event()
+        """Set when the connection is welcomed, or refused."""
+        self.refused: RequestError | None = None
+        self.on_reset: Callable[[], None] = lambda: None
+        """Called when the user's own feed starts over: its partition may have lost this connection's item too."""
+        self._deadline = deadline
         self.id = f"{core.id}-{secrets.token_hex(6)}"
         self.binary = peer.binary
         self.connected_at = core.now_ms()
@@ -108,17 +120,24 @@ class Connection:
 
     async def run(self, cursor: str | None, topics: dict[str, str]) -> None:
         """From the welcome to the end of the connection."""
+        beginning = asyncio.create_task(self._begin(cursor, topics), name="begin")
         try:
-            await self._begin(cursor, topics)
+            own, followed, refused = await self._deadline.bound(beginning)
+            await self._go_on_with(own, followed, refused)
             self._watch_expiry()
             await self.peer.receive(self._received)
         except ConnectionClosed:
             pass
-        except (RedisError, OSError) as error:
+        except Unauthenticated as error:
+            await self._refuse(error, 4401, error.message)
+        except (RequestError, RedisError, OSError) as error:
             log.warning("connection_failed", connection=self.id, error=str(error))
-            await self.close(1013, "try again later")
+            await self._refuse(error, 1013, "try again later")
         finally:
             self.open = False
+            self.begun.set()
+            # A refused handshake has told its peer by now. It still leaves the feeds that it was about to follow.
+            await end([beginning], ask_again_s=CLEARING_S)
             for task in self._tasks:
                 task.cancel()
             places = list(self._places.values())
@@ -147,6 +166,11 @@ class Connection:
     async def close(self, code: int, reason: str) -> None:
         await self.peer.close(code, reason)
 
+    async def _refuse(self, error: Exception, code: int, reason: str) -> None:
+        self.refused = error if isinstance(error, RequestError) else Overloaded("Redis does not answer: connect again")
+        self.begun.set()
+        await self.close(code, reason)
+
     def spawn(self, work: Any) -> asyncio.Task[None] | None:
         """A task that ends with the connection, and ends it when it fails."""
 
@@ -172,8 +196,13 @@ class Connection:
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _begin(self, cursor: str | None, topics: dict[str, str]) -> None:
-        """Open, subscribe, read what was missed, then `welcome`, then what was missed, then live."""
+    async def _begin(
+        self, cursor: str | None, topics: dict[str, str]
+    ) -> tuple[Welcome, list[Welcome], list[RequestError]]:
+        """Open, subscribe, read what was missed, then `welcome`.
+
+        The user's own feed, the topics', and why others are not followed.
+        """
         keys = self.core.backend.keys
         refused: list[RequestError] = []
         own = await self._place(keys.user_feed(self.principal.user), None, cursor)
@@ -181,12 +210,14 @@ class Connection:
         followed = [await self._place(keys.topic_feed(topic), topic, topics.get(topic)) for topic in given]
         for topic in sorted(topics.keys() - given):
             try:
+                self._deadline.step = f"the store to say who may follow {topic[:200]!r}"
                 await self.core.topics.check(self.principal, topic)
                 followed.append(await self._place(keys.topic_feed(topic), topic, topics[topic]))
             except (BadRequest, NotFound, PermissionDenied) as error:
                 error.details = error.details | {"topic": topic}
                 refused.append(error)
         self.core.gatekeeper.check(self.principal)  # it may have been revoked since
+        self._deadline.step = "the peer to read its welcome"
         await self.send(
             {
                 "type": "welcome",
@@ -200,6 +231,11 @@ class Connection:
             *((one.place.feed.topic, str(one.place.cursor)) for one in (own, *followed)),
         )
         self.welcomed = True
+        self.begun.set()
+        return own, followed, refused
+
+    async def _go_on_with(self, own: Welcome, followed: list[Welcome], refused: list[RequestError]) -> None:
+        """After the welcome: what was missed, then live."""
         for refusal in refused:
             await self.send(refusal.as_frame(None))
         for one in followed:
@@ -207,6 +243,7 @@ class Connection:
         await self._go_on(own)
 
     async def _place(self, feed_key: bytes, topic: str | None, cursor: str | None) -> Welcome:
+        self._deadline.step = f"the feed {feed_key.decode(errors='replace')[:200]} to be opened and subscribed to"
         feed = await self.core.feeds.follow(feed_key, topic)
         assert feed.head
         place = Place(self, feed, feed.head)
@@ -228,6 +265,7 @@ class Connection:
         if parsed is None:
             place.cursor = NOWHERE
             return Welcome(place, reset=Reset("cursor_unknown", feed.head))
+        self._deadline.step = f"the feed {feed.key.decode(errors='replace')[:200]} to be read"
         # All of it at once, so that `replayed` is known: a feed is bounded.
         found = await self.core.feeds.read(feed, parsed, ALL, ALL)
         place.cursor = parsed

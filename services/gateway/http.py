@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import Receive, Scope
+from starlette.types import Send as SendToClient
 
 from tidewire.errors import (
     BadRequest,
@@ -31,6 +33,7 @@ from tidewire.tasks import end
 from . import handshake
 from .connection import Connection
 from .core import Core
+from .deadline import Deadline
 from .peers import EventStream, read_event_id
 
 log = structlog.get_logger(__name__)
@@ -44,6 +47,20 @@ class _Static(StaticFiles):
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
+
+
+class _Events(StreamingResponse):
+    """The events of a connection. The connection ends with the response, also where its body was never begun."""
+
+    def __init__(self, peer: EventStream, serving: asyncio.Task[None], headers: dict[str, str]) -> None:
+        super().__init__(peer.events(), headers=headers, media_type="text/event-stream")
+        self._serving = serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: SendToClient) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await end([self._serving])
 
 
 Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
@@ -100,27 +117,37 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
         raise Unauthenticated(
             "a credential is needed: header auth_key, Authorization: Bearer, or auth_key in the query"
         )
-    principal = await core.gatekeeper.authorize(asked.auth_key)
+    deadline = Deadline(core.settings.welcome_timeout_s)
+    principal = await deadline.bound(core.gatekeeper.authorize(asked.auth_key))
     peer = EventStream(
         request.client.host if request.client else "",
         request.headers.get("User-Agent", ""),
         core.settings.limit_queued_bytes,
     )
-    connection = Connection(core, peer, principal)
+    connection = Connection(core, peer, principal, deadline)
 
-    async def events() -> AsyncIterator[bytes]:
-        serving = asyncio.ensure_future(serve(connection, cursor or asked.cursor, asked.topics | topics))
-        serving.add_done_callback(lambda _: peer.end())
+    async def serve_it() -> None:
         try:
-            async for event in peer.events():
-                yield event
+            await serve(connection, cursor or asked.cursor, asked.topics | topics)
         finally:
-            await end([serving])
+            peer.end()
+            connection.begun.set()
 
+    serving = asyncio.create_task(serve_it(), name="events")
+    try:
+        await connection.begun.wait()
+    except asyncio.CancelledError:
+        await end([serving])
+        raise
+    if (refused := connection.refused) is not None:
+        # It is answered at once; its feeds are left in the background, which may take as long as Redis is silent.
+        response = _json(refused.as_frame(None), refused.status)
+        response.background = BackgroundTask(asyncio.wait, {serving})
+        return response
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if (origin := request.headers.get("Origin")) is not None:
         headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    return StreamingResponse(events(), headers=headers, media_type="text/event-stream")
+    return _Events(peer, serving, headers)
 
 
 async def _perform(core: Core, request: Request, action: str) -> Any:

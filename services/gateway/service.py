@@ -36,6 +36,7 @@ from tidewire.telemetry import serve_http
 from . import handshake
 from .connection import Connection
 from .core import Core
+from .deadline import Deadline
 from .http import http_app
 from .peers import Websocket
 from .presence import Presence
@@ -45,6 +46,8 @@ log = structlog.get_logger(__name__)
 CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams of events.")
 HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
 CLOSE_AT_A_TIME = 200
+OPENING_S = 5.0
+"""Time, in seconds, that a peer has for its part of a handshake, beside what the gateway needs for the welcome."""
 
 
 class Gateway:
@@ -59,6 +62,7 @@ class Gateway:
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.direct.deliver = self._deliver
+        core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_doubt
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,7 +74,7 @@ class Gateway:
             return self._refuse(ws, HTTPStatus(error.status), error.message)
         if self.core.service.stopping.is_set():
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
-        ws.opening = opening = _Opening(asked)  # type: ignore[attr-defined]
+        ws.opening = opening = _Opening(asked, self.deadline())  # type: ignore[attr-defined]
         if asked.auth_key is None and self.settings.first_frame_auth_s > 0:
             return None  # it comes with the first frame
         return await self._admit(ws, opening)
@@ -80,7 +84,8 @@ class Gateway:
         try:
             if opening.handshake.auth_key is None:
                 raise Unauthenticated("a credential is needed in the handshake")
-            opening.principal = await self.core.gatekeeper.authorize(opening.handshake.auth_key)
+            authorized = self.core.gatekeeper.authorize(opening.handshake.auth_key)
+            opening.principal = await opening.deadline.bound(authorized)
         except Unauthenticated as error:
             if not opening.handshake.browser:
                 return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
@@ -97,32 +102,35 @@ class Gateway:
             await ws.close(*opening.refused)
             return
         cursor, topics = opening.handshake.cursor, opening.handshake.topics
-        principal = opening.principal
+        principal, deadline = opening.principal, opening.deadline
         if principal is None:
             first = await self._first_frame(ws)
             if first is None:
                 HANDSHAKES.labels("refused").inc()
                 return
-            principal, cursor, topics = first
-        await self.serve(Connection(self.core, Websocket(ws), principal), cursor, topics)
+            principal, cursor, topics, deadline = first
+        await self.serve(Connection(self.core, Websocket(ws), principal, deadline), cursor, topics)
+
+    def deadline(self) -> Deadline:
+        """Of a handshake that begins now."""
+        return Deadline(self.settings.welcome_timeout_s)
 
     async def serve(self, connection: Connection, cursor: str | None, topics: dict[str, str]) -> None:
         """One connection of somebody who may come in, to its end."""
         HANDSHAKES.labels("accepted").inc()
         self.connections[connection.id] = connection
         CONNECTED.inc()
+        connection.on_reset = lambda: self.presence.restore([connection])
         self.presence.connected(connection)
         try:
             await connection.run(cursor, topics)
-        except Unauthenticated as error:
-            await connection.close(4401, error.message)
         finally:
             connection.open = False
             self.connections.pop(connection.id, None)
             CONNECTED.dec()
             self.presence.disconnected(connection)
 
-    async def _first_frame(self, ws: ServerConnection) -> tuple[Principal, str | None, dict[str, str]] | None:
+    async def _first_frame(self, ws: ServerConnection) -> tuple[Principal, str | None, dict[str, str], Deadline] | None:
         frame: dict[str, Any] = {}
         try:
             async with asyncio.timeout(self.settings.first_frame_auth_s):
@@ -131,7 +139,9 @@ class Gateway:
             request = parse_request(frame)
             if not isinstance(request, Auth):
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
-            return await self.core.gatekeeper.authorize(request.auth_key), request.cursor, request.topics
+            deadline = self.deadline()  # from here on it is the peer who waits
+            principal = await deadline.bound(self.core.gatekeeper.authorize(request.auth_key))
+            return principal, request.cursor, request.topics, deadline
         except TimeoutError:
             await ws.close(4408, "no credential in time")
         except (BadRequest, UnsupportedAction, Unauthenticated) as error:
@@ -170,18 +180,18 @@ class Gateway:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def watch_heartbeat(self) -> None:
-        """Paused for longer than its word, it has been counted dead: its clients must connect anew."""
+    def _on_swept(self) -> None:
+        """Another gateway found this one dead and removed its connections: the clients must connect again."""
         registry = self.core.registry
-        while True:
-            await asyncio.sleep(self.settings.lease_ms / 6000)
-            if registry.lapsed:
-                log.warning("heartbeat_lapsed", gateway=registry.id, connections=len(self.connections))
-                registry.become_new()
-                for connection in list(self.connections.values()):
-                    self._close_soon(connection, 1012, "this gateway was paused")
-                with contextlib.suppress(RedisError, OSError):
-                    await registry.beat()
+        log.warning("gateway_swept", gateway=registry.id, connections=len(self.connections))
+        registry.become_new()
+        for connection in list(self.connections.values()):
+            self._close_soon(connection, 1012, "this gateway was paused")
+
+    def _on_doubt(self) -> None:
+        """Redis was away, or fell back: sockets stay open, and their items are put again in case they were lost."""
+        log.warning("registry_was_away", gateway=self.core.registry.id, connections=len(self.connections))
+        self.presence.restore(self.connections.values())
 
     async def drain(self) -> None:
         """Ask all to go elsewhere, a few at a time, and take their items away."""
@@ -217,6 +227,7 @@ class Gateway:
                 select_subprotocol=_select_subprotocol,
                 compression=None,
                 max_size=self.settings.limit_frame_bytes or None,
+                open_timeout=self.settings.welcome_timeout_s + OPENING_S,  # the deadline comes first, with an answer
                 close_timeout=1,
                 server_header=None,
             ) as server,
@@ -228,8 +239,9 @@ class Gateway:
 class _Opening:
     """What a handshake came to, for the handler."""
 
-    def __init__(self, asked: handshake.Handshake) -> None:
+    def __init__(self, asked: handshake.Handshake, deadline: Deadline) -> None:
         self.handshake = asked
+        self.deadline = deadline
         self.principal: Principal | None = None
         self.refused: tuple[int, str] | None = None
 
@@ -257,7 +269,6 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.feeds.hear)
     service.run(core.feeds.look)
     service.run(gateway.presence.run)
-    service.run(gateway.watch_heartbeat)
     service.at_drain(gateway.drain)
     service.tell(
         lambda: {

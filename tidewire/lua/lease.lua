@@ -11,9 +11,11 @@ register('lease_take', function(keys, args)
   return {epoch, known, args[1], length, redis.call('HGET', keys[1], 'fell') or ''}
 end, 'allow-oom')
 
--- keys: partition, changes, lease. args: epoch, generation, length in ms. Keeps the epoch.
+-- keys: partition, changes, lease. args: epoch, generation, length in ms. Keeps the epoch. A renewal that arrives after
+-- the release, from the keeper's connection, must not bring the lease back.
 register('lease_renew', function(keys, args)
-  if fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
+  local released = redis.call('HGET', keys[3], 'expires') == '0'
+  if released or fenced(keys, args[1], args[2]) then return redis.error_reply(FENCED) end
   redis.call('HSET', keys[3], 'expires', text(now_ms() + tonumber(args[3])))
   return 'OK'
 end, 'allow-oom')

@@ -61,6 +61,7 @@ class Worker:
         self._loops: dict[int, PartitionLoop] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
+        self._lost: list[tuple[int, Owned]] = []
         self._retry_at: dict[int, float] = {}
         self._commits_before = 0
         self._draining = False
@@ -77,18 +78,15 @@ class Worker:
 
     async def run(self) -> None:
         """Own the fair share until `drain`. A fault of the code, as against Redis's, ends it with that error."""
-        renewed = time.monotonic()
         try:
             while not self._draining:
                 try:
                     await self._reap()
+                    await self._stop_lost()
                     await self._balance()
-                    if time.monotonic() - renewed >= self._settings.lease_ms / 3000:
-                        renewed = time.monotonic()
-                        await self._renew()
                 except (RedisError, OSError) as error:
                     log.warning("partitions_unreachable", group=self.group, error=str(error))
-                # A sixth of a lease: two looks for each renewal.
+                # A sixth of a lease: two looks for each beat.
                 await asyncio.sleep(self._settings.lease_ms / 6000)
         finally:
             await asyncio.gather(*(self._stop(partition) for partition in self.partitions))
@@ -138,20 +136,19 @@ class Worker:
             stamp=self._stamps,
         )
         self._owned[partition], self._loops[partition] = owned, loop
+        self._registry.leases.hold(owned, lambda: self._lost.append((partition, owned)))
         self._tasks[partition] = asyncio.create_task(_run(loop, idle), name=f"{self.group}:{partition}")
         TAKEN.labels(self.group).inc()
         GENERATION.labels(partition).set(owned.fence.generation)
         log.info("partition_taken", group=self.group, partition=partition, epoch=owned.fence.epoch)
 
-    async def _renew(self) -> None:
-        async def renew(partition: int, owned: Owned) -> None:
-            try:
-                await self._backend.functions.lease_renew(owned, self._settings.lease_ms)
-            except Fenced:
+    async def _stop_lost(self) -> None:
+        """Stop work on partitions whose lease the keeper could not renew, as another worker has it."""
+        while self._lost:
+            partition, owned = self._lost.pop()
+            if self._owned.get(partition) is owned:
                 await self._stop(partition)
                 log.warning("partition_lost", group=self.group, partition=partition)
-
-        await asyncio.gather(*(renew(partition, owned) for partition, owned in list(self._owned.items())))
 
     async def _reap(self) -> None:
         """Clear away loops that ended by themselves."""
@@ -184,7 +181,7 @@ class Worker:
         if task is None:
             return  # somebody else is at it: a drain, a lost lease, the end of the service
         loop = self._loops.pop(partition)
-        del self._owned[partition]
+        self._registry.leases.let_go(self._owned.pop(partition))
         self._commits_before += loop.commits
         await end([task])
 
