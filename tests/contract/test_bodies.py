@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Any
 
+import pytest
+
+from tidewire.services.gateway import bodies
 from tidewire.testing import Stage
 
 from .conftest import Open, Wire, as_user, eventually, wire
@@ -26,13 +29,13 @@ async def members(stage: Stage, stack: AsyncExitStack, room: str, count: int = R
 
 async def kept(stage: Stage) -> tuple[int, int]:
     """How many bodies there are in all partitions, and how many references to them are counted."""
-    bodies = references = 0
+    count = references = 0
     for partition in range(stage.backend.keys.partitions):
         home = stage.backend.keys.home(partition)
-        bodies += await stage.backend.commands.hlen(home.bodies)
+        count += await stage.backend.commands.hlen(home.bodies)
         counts: Any = await stage.backend.commands.hvals(home.references)
         references += sum(int(value.split()[1]) for value in counts)
-    return bodies, references
+    return count, references
 
 
 def text_of(n: int) -> str:
@@ -66,13 +69,14 @@ async def test_a_large_body_is_in_what_a_reader_missed(open_stage: Open, stack: 
         await writer.next(type="change", table="messages")
         async with wire(stage, key, cursor=cursor) as reader:
             assert reader.welcome["replayed"] == 1
-            assert (await reader.next(type="change"))["new"]["text"] == text_of(1)
+            assert (await reader.next(type="change", table="messages"))["new"]["text"] == text_of(1)
         await stack.aclose()
 
 
 async def test_a_body_that_is_gone_is_a_reset_and_never_a_partial_replay(
-    open_stage: Open, stack: AsyncExitStack
+    open_stage: Open, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bodies, "MAX_KEPT_BYTES", 0)  # the gateway keeps the newest body alone
     async with open_stage() as stage:
         writer, *_ = await members(stage, stack, "r")
         key = await stage.key("u1")
@@ -89,7 +93,7 @@ async def test_a_body_that_is_gone_is_a_reset_and_never_a_partial_replay(
             assert reader.welcome["resumed"] is False
             assert (await reader.next(type="reset"))["reason"] == "feed_trimmed"
             await writer.do("put", table="messages", item={"room": "r", "id": 3, "text": text_of(3)})
-            assert (await reader.next(type="change"))["key"]["id"] == 3
+            assert (await reader.next(type="change", table="messages"))["key"]["id"] == 3
         await stack.aclose()
 
 
@@ -101,9 +105,9 @@ async def test_a_body_is_removed_with_the_last_entry_that_refers_to_it(open_stag
         for reader in readers:
             for n in range(40):
                 assert (await reader.next(type="change", table="messages"))["key"]["id"] == n
-        bodies, references = await kept(stage)
+        count, references = await kept(stage)
         partitions = stage.backend.keys.partitions
-        assert bodies <= 13 * partitions, "a feed keeps ten bodies of this size, and trims at every eighth of that"
+        assert count <= 13 * partitions, "a feed keeps ten bodies of this size, and trims at every eighth of that"
         assert references <= 13 * READERS
         await stack.aclose()
 
