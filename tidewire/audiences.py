@@ -24,6 +24,9 @@ class Knowledge(Protocol):
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         """The membership item of that user, or None."""
 
+    def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
+        """Whether the user is a member of one of the groups. What must be fetched for it is asked for at once."""
+
     def members(self, membership: str, group: Scalar) -> Mapping[str, Item]:
         """All membership items of the group, by user."""
 
@@ -202,7 +205,7 @@ class Peers(Audience):
             return NO_RECIPIENTS
         groups = known.groups(self.membership, named)
         if only is not None:
-            shared = any(known.member(self.membership, group, only) is not None for group in groups)
+            shared = known.any_member(self.membership, groups, only)
             return Recipients({only: True} if shared else {})
         return Recipients(
             {u: True for group in groups for u in known.members(self.membership, group) if isinstance(u, str)}

@@ -24,6 +24,7 @@ from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
     MovedError,
+    OutOfMemoryError,
     RedisClusterException,
     RedisError,
     ResponseError,
@@ -184,6 +185,11 @@ class Backend:
         """Create the consumer group, from the stream's beginning, unless it is there."""
         try:
             await self.commands.xgroup_create(stream, group, id="0", mkstream=True)
+        except OutOfMemoryError:
+            # A full server refuses the command also where the group is there: a partition must still be taken over.
+            groups: list[Any] = await self.commands.xinfo_groups(stream)
+            if group.encode() not in {found["name"] for found in groups}:
+                raise
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise

@@ -273,9 +273,9 @@ def is_traceparent(text: str) -> bool:
     return _TRACEPARENT.fullmatch(text) is not None
 
 
-def fault_in(item: Any) -> str | None:
+def fault_in(item: Any, depth: int = MAX_DEPTH) -> str | None:
     """What in an item neither JSON nor our records can hold, and where; None when all is well."""
-    return _fault(item, "$", MAX_DEPTH)
+    return _fault(item, "$", depth)
 
 
 def encode_json(frame: Any) -> bytes:

@@ -18,6 +18,12 @@ _LEAST = {
     "resume_bytes": 1,
     "changes_retention_s": 0,
     "changes_max": 0,
+    "changes_bytes": 0,
+    "command_rounds": 0,
+    "command_facts": 0,
+    "command_evaluations": 0,
+    "command_bytes": 0,
+    "command_ms": 0,
     "commands_max": 1,
     "welcome_timeout_s": 0.1,
 }
@@ -50,7 +56,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     changes_retention_s: float = 86400.0
     changes_max: int = 1_000_000
+    changes_bytes: int = 67108864
     commands_max: int = 10_000
+    command_rounds: int = 32
+    command_facts: int = 20_000
+    command_evaluations: int = 50_000
+    command_bytes: int = 33554432
+    command_ms: int = 1000
 
     lease_ms: int = 3000
     batch: int = 256

@@ -342,6 +342,9 @@ class _Batch:
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         return self.members(membership, group).get(user)
 
+    def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
+        return any(self.member(membership, group, user) is not None for group in groups)
+
     def vacant(self, membership: str, group: Scalar) -> bool:
         return not self.members(membership, group)
 
@@ -468,6 +471,9 @@ class _AsIf:
 
     def members(self, membership: str, group: Scalar) -> Members:
         return self._known.members(membership, group)
+
+    def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
+        return any(self.member(membership, group, user) is not None for group in groups)
 
     def vacant(self, membership: str, group: Scalar) -> bool:
         return self._known.vacant(membership, group)

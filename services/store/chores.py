@@ -7,34 +7,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from tidewire.app import CONNECTIONS, ItemKey
 from tidewire.functions import Operation
 from tidewire.keys import Scalar, name_of
 
 from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
-from .view import EXPIRY, View, expiry_of, keep_expiry, member_of
+from .view import EXPIRY, Gaps, View, expiry_of, keep_expiry, member_of
 
 
 def expire(view: View) -> bool:
     """Remove items whose time has come; whether there may be more of them."""
     due: list[ItemKey] = view.know(DueFact(view.situation.now))
     view.need(ItemFact(key) for key in due)
+    gaps = Gaps()
     for key in due:
         table = view.app.tables.get(key.table)
         record = view.record(key)
         if table and record and record.item is not None and table.is_expired(record.item, view.situation.now):
-            view.write(EXPIRY, table, key, None)
+            with gaps:
+                view.write(EXPIRY, table, key, None)
         elif key not in view.written:  # of a table that has named another attribute since, or none
             at = expiry_of(table, record.item) if table and record else None
             view.effects.operations.append(keep_expiry(view.keys.expiries(view.situation.partition), key, at))
+    gaps.close()
     return len(due) == AT_A_TIME
 
 
-def trim(view: View) -> dict[str, int]:
-    """Trim the change stream behind its slowest reader and the time to keep; (group: changes it never read).
+class Trimmed(NamedTuple):
+    lost: dict[str, int]
+    """By group: changes that it never read."""
+    more: bool
+    """Whether the stream still takes too much memory: the next trim should be soon."""
 
-    That is nothing, unless the stream is longer than its limit: then the limit counts, whatever it costs.
+
+def trim(view: View) -> Trimmed:
+    """Trim the change stream behind its slowest reader and the time to keep.
+
+    Beyond its bound in entries, or beyond four times its bound in bytes, unread changes are trimmed too, and counted.
     """
     situation = view.situation
     stream: Stream = view.know(ChangesFact())
@@ -43,13 +54,42 @@ def trim(view: View) -> dict[str, int]:
     oldest = min(situation.keep_since, stream.read_by_all)
     if oldest > stream.first:
         view.effects.operations.append(Operation("XTRIM", changes, ("MINID", "=", f"{oldest[0]}-{oldest[1]}")))
-    most = situation.keep_changes
-    if not most or stream.length <= most:
-        return {}
-    view.effects.operations.append(Operation("XTRIM", changes, ("MAXLEN", "=", most)))
+    keep, more = stream.length, False
+    if situation.keep_bytes and stream.size_bytes > situation.keep_bytes:
+        keep = kept_by_bytes(stream, situation.keep_bytes)
+        more = keep < stream.length
+    if situation.keep_changes:
+        keep = min(keep, situation.keep_changes)
+    if keep >= stream.length:
+        return Trimmed({}, more=False)
+    # What this commit has appended so far stays as well: it is not part of what the stream was when it was looked at.
+    view.effects.operations.append(Operation("XTRIM", changes, ("MAXLEN", "=", keep + view.appended)))
     # What was trimmed before is still counted as unread by the server; it was told then.
     unread = {group: min(count, stream.length) for group, count in stream.unread.items()}
-    return {group: count - most for group, count in unread.items() if count > most}
+    return Trimmed({group: count - keep for group, count in unread.items() if count > keep}, more)
+
+
+UNREAD_FACTOR = 4
+"""Unread changes may take this many times the memory of a change stream's bound."""
+STEPS = 4, 64
+"""A trim removes a quarter of what is too much on average, and a 64th of the stream at least.
+
+Entries differ in size. Trimming in steps, with a look at the memory after each, keeps about as many as fit.
+"""
+
+
+def kept_by_bytes(stream: Stream, most_bytes: int) -> int:
+    """How many entries one trim keeps of a stream that takes more memory than `most_bytes`."""
+    length, size_bytes = stream.length, stream.size_bytes
+    part, least = STEPS
+    fit = length * most_bytes // size_bytes
+    keep = length - max((length - fit) // part, length // least, 1)
+    unread = min(max(stream.unread.values(), default=0), length) if stream.counted else length
+    if keep >= unread:
+        return keep
+    # Whatever was read goes. Unread entries go when the stream is many times too large, down to that.
+    fit_unread = length * UNREAD_FACTOR * most_bytes // size_bytes
+    return min(unread, max(fit_unread, keep))
 
 
 def purge(view: View) -> tuple[int, bool]:
@@ -62,7 +102,8 @@ def purge(view: View) -> tuple[int, bool]:
     situation, floor = view.situation, view.situation.floor
     stream: Stream = view.know(ChangesFact())
     assert situation.keep_since is not None
-    before = min(situation.keep_since, stream.read_by_all)[0]
+    # Older than the oldest change that is kept, whichever bound has trimmed those before it.
+    before = max(min(situation.keep_since, stream.read_by_all), stream.first)[0]
     dead: list[ItemKey] = view.know(TombstonesFact(before))
     busy = {(key.table, key.partition) for key in (*view.written, *view.effects.items)}
     may_be_more = len(dead) == AT_A_TIME

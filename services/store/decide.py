@@ -5,22 +5,20 @@ The store decides in order and in memory; a later command sees what an earlier o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import structlog
 
-from tidewire.app import CONNECTIONS, App, ItemKey, Table, index_field
-from tidewire.errors import BadRequest, Internal, PermissionDenied, RequestError, Timeout, TooLarge
+from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.errors import BadRequest, Internal, Overloaded, PermissionDenied, RequestError, Timeout
 from tidewire.functions import Operation
-from tidewire.keys import Keys, Scalar, prefix_bytes, sort_bytes, tuple_bytes
+from tidewire.keys import Keys
 from tidewire.protocol import (
     WRITES,
     Check,
     Delete,
-    Edge,
     Follow,
     Get,
     Put,
@@ -28,24 +26,21 @@ from tidewire.protocol import (
     Send,
     Transact,
     Update,
-    fault_in,
     parse_operations,
     parse_request,
     within_operation,
 )
-from tidewire.records import Command, Item, ItemRecord, Reply, pack
+from tidewire.records import Command, Item, Reply, pack
 
 from . import chores
-from .facts import PAGE_BYTES, AskedFact, ConnectedFact, Fact, ItemFact, KindFact, Page, PageFact, RequestFact, Value
+from .budget import MAX_BATCH_CPU_S, Account, Clock, Exhausted
+from .facts import AskedFact, ConnectedFact, Fact, ItemFact, RequestFact, Value
+from .reading import reading_of
 from .rights import Rights
-from .updates import apply_update, touched
-from .view import Author, Effects, Missing, Situation, View, same
+from .updates import apply_update, check_values, touched
+from .view import Author, Effects, Gaps, Missing, Situation, View, same
 
 log = structlog.get_logger(__name__)
-
-MOST_SCANNED = 10_000
-SCAN_AT_A_TIME = 1000
-"""A query goes on over so many items that its caller may not read, so many at a time."""
 
 COMMIT_BYTES = 4 << 20
 """A commit larger than this is cut: the rest of the batch comes with the next."""
@@ -56,6 +51,14 @@ SWEEP, LOAD = "sweep", "load"
 
 class NextBatch(Exception):
     """This command must be decided after what goes before it is committed."""
+
+
+class Detached(NamedTuple):
+    """An expensive read that is acknowledged here without a reply, and decided beside the partition."""
+
+    command: Command
+    last: tuple[int, int]
+    """Id of the partition's last change at this point. The read begins after the commit, so it contains that change."""
 
 
 @dataclass
@@ -71,15 +74,34 @@ class Decision:
     lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
     more_to_expire: bool = False
     more_to_forget: bool = False
+    more_to_trim: bool = False
     asked: dict[str, int] = field(default_factory=dict)  # by gateway: its last command, for those of the batch
+    kinds: dict[str, str] = field(default_factory=dict)  # of the sort keys of tables, settled by these writes
+    detached: list[Detached] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
 
 
+Needs = dict[int, set[Fact]]
+"""The facts that are missing, by the number of the command in its batch; those of chores under CHORES."""
+CHORES = -1
+
+
 def decide(
-    app: App, keys: Keys, facts: dict[Fact, Value], commands: Sequence[Command | None], situation: Situation
-) -> Decision | set[Fact]:
-    """The decision, or the facts that are missing for it. A command of None (unreadable) is skipped."""
-    return _Batch(View(app, keys, facts, situation)).decide(commands)
+    app: App,
+    keys: Keys,
+    facts: dict[Fact, Value],
+    commands: Sequence[Command | None],
+    situation: Situation,
+    accounts: Sequence[Account] = (),
+    detached: Collection[int] = (),
+    clock: Clock = lambda: 0.0,
+) -> Decision | Needs:
+    """The decision, or the facts that are missing for it. A command of None (unreadable) is skipped.
+
+    What a command costs is charged to its account; one whose budget is exceeded is answered `too_large`. The reads
+    whose numbers are in `detached` are acknowledged without a reply.
+    """
+    return _Batch(View(app, keys, facts, situation), accounts, detached, clock).decide(commands)
 
 
 def _request(command: Command, request: str) -> RequestFact:
@@ -109,40 +131,48 @@ def foresee(app: App, commands: Iterable[Command | None], situation: Situation) 
 
 
 class _Batch:
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, accounts: Sequence[Account], detached: Collection[int], clock: Clock) -> None:
         self.view = view
         self.app = view.app
         self.keys = view.keys
         self.situation = view.situation
+        self.accounts = accounts
+        self.detached = detached
+        self.clock = clock
         self.decision = Decision(floor=view.situation.floor)
         self.answered: dict[RequestFact, Reply] = {}
         self.deadlines: dict[str, int] = {}
 
-    def decide(self, commands: Sequence[Command | None]) -> Decision | set[Fact]:
-        missing: set[Fact] = set()
-        for command in commands:
+    def decide(self, commands: Sequence[Command | None]) -> Decision | Needs:
+        begun_s, needs = self.clock(), Needs()
+        for number, command in enumerate(commands):
+            account = self.accounts[number] if self.accounts else Account(clock=self.clock)
+            account.begin()
             try:
                 if command is not None:
-                    self.one(command)
+                    self.one(command, account, detached=number in self.detached)
             except Missing as need:
-                # Whoever asks for the kind of a table's keys settles it: not before all that goes before is decided.
-                missing |= need.facts if not missing else {f for f in need.facts if not isinstance(f, KindFact)}
+                needs[number] = need.facts
+                account.must_not_share |= need.expensive
             except NextBatch:
                 break
+            finally:
+                account.pause()
             self.decision.consumed += 1
-            if self.decision.size_bytes > COMMIT_BYTES:
+            if self.decision.size_bytes > COMMIT_BYTES or self.clock() - begun_s > MAX_BATCH_CPU_S:
                 break
         for chore in self.chores():
             self.view.begin()
             try:
                 chore()
             except Missing as need:
-                missing |= need.facts
+                needs.setdefault(CHORES, set()).update(need.facts)
             else:
                 self.keep(self.view.accept())
         self.remember()
         self.decision.last = self.view.last
-        return missing or self.decision
+        self.decision.kinds = dict(self.view.settled)
+        return needs or self.decision
 
     def remember(self) -> None:
         """Whose commands are done, up to where: for as long as one that comes again might still be done."""
@@ -162,15 +192,23 @@ class _Batch:
         self.decision.more_to_expire = chores.expire(self.view)
 
     def trim(self) -> None:
-        self.decision.lost = chores.trim(self.view)
+        trimmed = chores.trim(self.view)
+        self.decision.lost, self.decision.more_to_trim = trimmed
         self.decision.floor, self.decision.more_to_forget = chores.purge(self.view)
 
     # ── one command ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def one(self, command: Command) -> None:
-        self.view.begin()
+    def one(self, command: Command, account: Account, *, detached: bool) -> None:
+        self.view.begin(account)
         if command.number <= self.last_of(command.reply_to):
             return  # the client library has sent it twice: it is done, and answered
+        if detached:
+            self.done_with(command)
+            self.decision.detached.append(Detached(command, self.view.last))
+        else:
+            self.answer(command)
+
+    def answer(self, command: Command) -> None:
         repeat = _request(command, command.request) if command.request is not None else None
         if repeat:
             first = self.first_reply(repeat)
@@ -179,21 +217,22 @@ class _Batch:
                 self.reply(command, first._replace(number=command.number))
                 return
         try:
-            if command.deadline < self.situation.now:
+            if command.deadline < self.situation.now + self.situation.waited_ms:
                 raise Timeout("the request waited longer than its time, and was not done")
+            self.view.account.check()
             reply = Reply(command.number, self.perform(command), None)
         except RequestError as error:
             self.view.begin()
-            reply = Reply(command.number, None, _error(error))
+            reply = Reply(command.number, None, wire_error(error))
             self.decision.errors.append(error.code)
-            if error.retry:
+            if error.retry or isinstance(error, Exhausted):
                 repeat = None  # what may be tried again must be done when it is
         except (Missing, NextBatch):
             raise
         except Exception:  # the edge of one command: the next ones must not suffer
             log.exception("command_failed", action=command.action, table=command.body.get("table"))
             self.view.begin()
-            reply = Reply(command.number, None, _error(Internal("something went wrong on the server")))
+            reply = Reply(command.number, None, wire_error(Internal("something went wrong on the server")))
             repeat = None
         effects = self.view.accept()
         if effects.changes or (reply.result is not None and command.action in WRITES):
@@ -232,10 +271,14 @@ class _Batch:
         decision.changes += len(effects.changes)
 
     def reply(self, command: Command, reply: Reply) -> None:
+        self.done_with(command)
+        self.decision.replies.setdefault(command.reply_to, []).append(reply)
+
+    def done_with(self, command: Command) -> None:
+        """Nothing is done for this command if it comes again."""
         gateway = command.reply_to
         self.decision.asked[gateway] = command.number
         self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
-        self.decision.replies.setdefault(gateway, []).append(reply)
 
     def perform(self, command: Command) -> Any:  # noqa: PLR0911 - one for each kind of request
         if command.action == SWEEP:
@@ -243,16 +286,16 @@ class _Batch:
         if command.action == LOAD:
             return self.load(command)
         request, rights = parse_request(command.body), Rights(self.view, command)
+        if self.situation.full and grows(request):
+            raise Overloaded(self.situation.full)
         author = Author(command.user, command.connection, command.request, command.trace)
         match request:
             case Put() | Update() | Delete():
                 return self.write(author, rights, request)
             case Transact():
                 return self.transact(author, rights, request)
-            case Get():
-                return self.get(rights, request)
-            case Query():
-                return self.query(rights, request)
+            case Get() | Query():
+                return self.read(rights, request)
             case Follow():
                 rights.may_follow(request.topic)
                 return {}
@@ -292,10 +335,9 @@ class _Batch:
         old = rights.readable(table, key)
         rights.keep_hidden(table, touched(request))
         new = apply_update(old, request)
+        check_values(request)
         if table.key_of(new) != key:
             raise BadRequest(f"update: the key of an item cannot change: {_differing(table, new, key)}")
-        if fault := fault_in(new):
-            raise BadRequest(f"update: the item would hold {fault}")
         rights.may_write(table, old, new)
         rights.check(table, key, request.condition)
         table.validate(new)
@@ -331,13 +373,23 @@ class _Batch:
                     f"{key.partition!r}; all must have the same"
                 )
         self.view.need(ItemFact(key) for key in keys)
+        gaps = Gaps()
+        for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
+            # Before images are built: no other operation is about this item, so its condition cannot begin to hold.
+            # Of a client's write, the right to write is looked at before.
+            if isinstance(operation, Check) or rights.all:
+                with gaps, within_operation(number):
+                    rights.check_if_readable(self.app[operation.table], key, operation.condition)
+        gaps.close()
         results = []
         for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
-            with within_operation(number):
+            with gaps, within_operation(number):
+                self.view.account.check()
                 if isinstance(operation, Check):
                     results.append(self.checked(rights, operation, key))
                 else:
                     results.append(self.write(author, rights, operation))
+        gaps.close()
         return {"results": results}
 
     def checked(self, rights: Rights, request: Check, key: ItemKey) -> dict[str, Any]:
@@ -361,79 +413,16 @@ class _Batch:
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def get(self, rights: Rights, request: Get) -> dict[str, Any]:
-        table = self.app[request.table]
-        key = table.parse_key(request.key)
-        item = rights.readable(table, key)
-        record = self.view.record(key)
-        assert record
-        return self.shown(rights, table, item, record) | {"position": self.view.position(self.view.last)}
-
-    def query(self, rights: Rights, request: Query) -> dict[str, Any]:
-        table = self.app[request.table]
-        attributes: tuple[str, str] | None
-        if request.index is None:
-            partition = table.parse_partition_key(request.key)
-            found, attributes = self.scan(table, partition, request), None
-            position = self.view.position(self.view.last)
-        else:
-            attributes = table.index(request.index)
-            rights.keep_hidden(table, attributes)
-            value = table.parse_index_key(request.index, request.key)
-            order, items = self.keys.index(table.name, attributes, value)[::-1]
-            found = self.pages(order, items, _Bounds(request, table, attributes))
-            # It follows the tables of other partitions, by and by: of none of them it contains all.
-            position = self.view.position((0, 0))
-        shown: list[dict[str, Any]] = []
-        last: Item | None = None
-        following, size_bytes = None, 0
-        try:
-            for record in found:
-                item = self.view.alive(table, record)
-                if item is None or not rights.may_read(table, item):
-                    continue
-                entry = self.shown(rights, table, item, record)
-                size_bytes += len(msgspec.json.encode(entry))
-                if last is not None and (len(shown) == request.limit or size_bytes > PAGE_BYTES):
-                    # Of items that are shown, and only because there is one more to show: it tells of no other.
-                    following = _next(table, attributes, last, item)
-                    break
-                shown.append(entry)
-                last = item
-        except _TooFar:
-            if last is None:
-                raise
-            following = _next(table, attributes, last, last)
-        return {"items": shown, "next": following, "position": position, "key": list(table.key)}
-
-    def scan(self, table: Table, partition: Scalar, request: Query) -> Iterator[ItemRecord]:
-        """The items of a partition-key value, in the order asked for."""
-        if not table.sorted:
-            record = self.view.record(ItemKey(table.name, partition, None))
-            return iter([record] if record else [])
-        if any((key.table, key.partition) == (table.name, partition) for key in self.view.written):
-            raise NextBatch  # a page is read as it was committed; it must have what went before
-        order, items = self.keys.order(table.name, partition), self.keys.items(table.name, partition)
-        return self.pages(order, items, _Bounds(request, table, None))
-
-    def pages(self, order: bytes, items: bytes, bounds: _Bounds) -> Iterator[ItemRecord]:
-        """Page by page. Raises _TooFar when it goes on and on over what is not shown."""
-        limit, scanned = bounds.request.limit + 1, 0
-        while True:
-            low, high = bounds.range()
-            page: Page = self.view.know(PageFact(order, items, low, high, limit, bounds.request.reverse))
-            yield from page.records
-            scanned += len(page.records)
-            if not page.more:
-                return
-            if scanned > MOST_SCANNED:
-                raise _TooFar("too many items lie between those that you may read: narrow the query by its bounds")
-            bounds.go_on_from(page.records[-1])
-            limit = SCAN_AT_A_TIME
-
-    def shown(self, rights: Rights, table: Table, item: Item, record: ItemRecord) -> dict[str, Any]:
-        visible = table.visible(item, "service" if rights.all else "client")
-        return {"item": visible, "version": record.version, "at": record.at, "by": record.by}
+    def read(self, rights: Rights, request: Get | Query) -> dict[str, Any]:
+        reading = reading_of(request, self.view, rights, serial=True)
+        if isinstance(request, Query) and request.index is None:
+            table = self.app[request.table]
+            place = (table.name, table.parse_partition_key(request.key))
+            if table.sorted and any((key.table, key.partition) == place for key in self.view.written):
+                raise NextBatch  # a page is read as it was committed; it must have what went before
+        while not reading.done:
+            reading.step(self.view, rights)
+        return reading.result(self.view)
 
     # ── what gateways and the import ask for ────────────────────────────────────────────────────────────────────────
 
@@ -444,11 +433,14 @@ class _Batch:
         connected: list[tuple[str, str]] = self.view.know(ConnectedFact(gateway))
         keys = [ItemKey(CONNECTIONS, user, connection) for user, connection in connected]
         self.view.need(ItemFact(key) for key in keys)
+        gaps = Gaps()
         for key in keys:
-            if self.view.item(table, key):
-                self.view.write(Author(command.user), table, key, None)
-            else:
-                self.view.forget_connection(gateway, key)
+            with gaps:
+                if self.view.item(table, key):
+                    self.view.write(Author(command.user), table, key, None)
+                else:
+                    self.view.forget_connection(gateway, key)
+        gaps.close()
         return len(connected)
 
     def load(self, command: Command) -> int:
@@ -457,6 +449,8 @@ class _Batch:
         Errors name the item by its place in `items`, a list of [table, item].
         """
         _service_only(command)
+        if self.situation.full:
+            raise Overloaded(self.situation.full)
         author, rights, keys = Author(command.user), Rights(self.view, command), []
         rows: list[tuple[str, Item]] = command.body["items"]
         for number, (name, item) in enumerate(rows):
@@ -466,20 +460,18 @@ class _Batch:
                 keys.append(self.app[name].key_of(item))
         self.view.need(ItemFact(key) for key in keys)
         self.view.open_items = False  # each of a thousand members would carry the same items
+        gaps = Gaps()
         try:
             for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
-                with _place(number):
+                with gaps, _place(number):
                     table = self.app[name]
                     rights.may_write(table, None, item)
                     table.validate(item)
                     self.view.write(author, table, key, item)
         finally:
             self.view.open_items = True
+        gaps.close()
         return len(rows)
-
-
-class _TooFar(TooLarge):
-    """A query has looked at so many items that it ends there."""
 
 
 class _place:  # noqa: N801 - a context manager
@@ -496,64 +488,21 @@ class _place:  # noqa: N801 - a context manager
             error.details = error.details | {"item": self._number}
 
 
-class _Bounds:
-    """The range that a query asks for, in the bytes of a table's order or of an index, page by page."""
-
-    def __init__(self, request: Query, table: Table, attributes: tuple[str, str] | None) -> None:
-        """Raises BadRequest for a bound that is none of a table."""
-        self.request = request
-        self._table = table
-        self._attributes = attributes
-        after, before = ((name, getattr(request, name)) for name in ("after", "before"))
-        low = [] if after[1] is None else [b"(" + self._edge(*after, past=True)]
-        high = [] if before[1] is None else [b"(" + self._edge(*before, past=False)]
-        if request.prefix:
-            start = sort_bytes(request.prefix) if attributes is None else prefix_bytes(request.prefix)
-            low.append(b"[" + start)
-            high.append(b"(" + start + b"\xff")  # beyond all of UTF-8
-        self._low = max(low, key=lambda bound: bound[1:], default=b"-")
-        self._high = min(high, key=lambda bound: bound[1:], default=b"+")
-
-    def range(self) -> tuple[bytes, bytes]:
-        """As ZRANGEBYLEX has it."""
-        return self._low, self._high
-
-    def go_on_from(self, record: ItemRecord) -> None:
-        assert record.item is not None, "tombstones have no place in the order"
-        key = self._table.key_of(record.item)
-        edge = b"(" + (key.field if self._attributes is None else index_field(key, record.item, self._attributes))
-        if self.request.reverse:
-            self._high = edge
-        else:
-            self._low = edge
-
-    def _edge(self, name: str, edge: Edge, *, past: bool) -> bytes:
-        if isinstance(edge, list):
-            if self._attributes is None:
-                raise BadRequest(f"query: {name} is a sort-key value, not a list")
-            parts = (self._attributes[1], *self._table.key)
-            if len(edge) != len(parts):
-                raise BadRequest(f"query: {name} as a list has the values of {', '.join(map(repr, parts))}")
-            return tuple_bytes(*edge)
-        assert edge is not None
-        if self._attributes is None:
-            return sort_bytes(edge)
-        return tuple_bytes(edge) + (b"\xff" if past else b"")  # past all entries of that value
-
-
-def _next(table: Table, attributes: tuple[str, str] | None, last: Item, following: Item) -> Any:
-    """The sort value of a page's end; in an index that goes on with the same value, together with the item's key."""
-    if attributes is None:
-        return last[table.key[1]]
-    attribute = attributes[1]
-    if not same(last[attribute], following[attribute]):
-        return last[attribute]
-    return [last[attribute], *(last[name] for name in table.key)]
-
-
 def _differing(table: Table, item: Item, key: ItemKey) -> str:
     """The first key attribute that is another one in the item."""
     return next(repr(name) for name, value in table.key_object(key).items() if not same(item[name], value))
+
+
+def grows(request: object) -> bool:
+    """Whether the request makes Redis hold more: any write but a delete, and what gateways note of connections."""
+    match request:
+        case Put(table=table) | Update(table=table):
+            return table != CONNECTIONS
+        case Transact(operations=operations):
+            return any(operation.get("action") in ("put", "update") for operation in operations)
+        case Send():
+            return True
+    return False
 
 
 def _service_only(command: Command) -> None:
@@ -561,5 +510,5 @@ def _service_only(command: Command) -> None:
         raise PermissionDenied(f"{command.action} is for service keys alone")
 
 
-def _error(error: RequestError) -> dict[str, Any]:
+def wire_error(error: RequestError) -> dict[str, Any]:
     return {"code": error.code, "message": error.message, "details": error.details}

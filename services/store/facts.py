@@ -13,7 +13,7 @@ from tidewire.app import ItemKey
 from tidewire.backend import Backend
 from tidewire.functions import Arg
 from tidewire.keys import Keys, Scalar
-from tidewire.records import ItemRecord, Reply, stream_id, unpack
+from tidewire.records import ItemRecord, Reply, stream_id, text, unpack
 
 PAGE_BYTES = 1 << 20
 """A page of a query ends here, with a `next`."""
@@ -36,7 +36,7 @@ class CountFact(Struct, frozen=True):
 
 
 class PageFact(Struct, frozen=True):
-    """Up to `limit` records between two bounds of ZRANGEBYLEX, and whether there are more."""
+    """Records between two bounds of ZRANGEBYLEX, at most `limit` and about `size_bytes`; and whether there are more."""
 
     order: bytes
     items: bytes
@@ -44,6 +44,7 @@ class PageFact(Struct, frozen=True):
     high: bytes
     limit: int
     reverse: bool
+    size_bytes: int = PAGE_BYTES
 
 
 class Page(NamedTuple):
@@ -71,10 +72,9 @@ class ConnectedFact(Struct, frozen=True):
 
 
 class KindFact(Struct, frozen=True):
-    """Of what kind a table's sort keys are, in all partitions: "s" or "n". Where no item came before, this kind."""
+    """Of what kind a table's sort keys are, in all partitions: "s" or "n"; None before the first item."""
 
     table: str
-    kind: str
 
 
 class DueFact(Struct, frozen=True):
@@ -96,6 +96,8 @@ class Stream(NamedTuple):
     first: tuple[int, int]  # id of its first entry
     read_by_all: tuple[int, int]  # every group has acknowledged what is before that; NEVER, where that is all
     unread: dict[str, int]  # by group: entries that it has not acknowledged
+    size_bytes: int = 0  # memory that it takes; 0 where the server cannot say
+    counted: bool = True  # whether the server could count for each group what it has not read
 
 
 class TombstonesFact(Struct, frozen=True):
@@ -127,24 +129,50 @@ Fact = (
 Value = ItemRecord | int | str | Page | Reply | Stream | list[tuple[str, str]] | list[ItemKey] | None
 
 
-async def fetch(backend: Backend, partition: int, facts: Iterable[Fact]) -> dict[Fact, Value]:
-    """All of them, concurrently: simple ones in one round trip, the others in calls of their own."""
+MAX_FETCH = 512
+"""Facts that are fetched in one round trip. Other work gets its turn between two."""
+Sizes = dict[Fact, int]
+"""The bytes of facts as they lie in Redis."""
+
+
+async def fetch(
+    backend: Backend, partition: int, facts: Iterable[Fact], sizes: Sizes | None = None, *, most_bytes: int = 0
+) -> dict[Fact, Value]:
+    """All of them, concurrently: simple ones in few round trips, the others in calls of their own.
+
+    `sizes` is told the bytes of each. With `most_bytes`, fetching stops soon after so many: then not all are returned.
+    """
     simple: list[Fact] = []
     others: list[Fact] = []
     for fact in facts:
-        (others if isinstance(fact, PageFact | KindFact | ChangesFact) else simple).append(fact)
-    if not others:
-        return await _simple(backend, partition, simple)
-    known, *found = await asyncio.gather(
-        _simple(backend, partition, simple), *(_other(backend, partition, fact) for fact in others)
-    )
-    return {**known, **dict(zip(others, found, strict=True))}
+        (others if isinstance(fact, PageFact | ChangesFact) else simple).append(fact)
+    sizes = {} if sizes is None else sizes
+    known: dict[Fact, Value] = {}
+    fetched_bytes = 0
+    for begin in range(0, max(len(simple), len(others)), MAX_FETCH):
+        some = simple[begin : begin + MAX_FETCH]
+        pages = others[begin : begin + MAX_FETCH] if not most_bytes else []
+        found, *values = await asyncio.gather(
+            _simple(backend, partition, some, sizes), *(_other(backend, partition, fact, sizes) for fact in pages)
+        )
+        known |= {**found, **dict(zip(pages, values, strict=True))}
+        fetched_bytes += sum(sizes.get(fact, 0) for fact in some)
+        if most_bytes and fetched_bytes > most_bytes:
+            return known
+    if most_bytes:
+        for fact in others:  # one at a time: each may have a page of bytes
+            known[fact] = await _other(backend, partition, fact, sizes)
+            fetched_bytes += sizes.get(fact, 0)
+            if fetched_bytes > most_bytes:
+                break
+    return known
 
 
-async def _simple(backend: Backend, partition: int, facts: Sequence[Fact]) -> dict[Fact, Value]:
+async def _simple(backend: Backend, partition: int, facts: Sequence[Fact], sizes: Sizes) -> dict[Fact, Value]:
     if not facts:
         return {}
     raw = await backend.calls([_command(backend.keys, partition, fact) for fact in facts])
+    sizes.update((fact, len(answer)) for fact, answer in zip(facts, raw, strict=True) if isinstance(answer, bytes))
     return {fact: _value(fact, answer) for fact, answer in zip(facts, raw, strict=True)}
 
 
@@ -156,6 +184,8 @@ def _command(keys: Keys, partition: int, fact: Fact) -> tuple[Arg, ...]:  # noqa
             return "GET", keys.request(partition, user, request)
         case AskedFact(gateway):
             return "GET", keys.asked(partition, gateway)
+        case KindFact(table):
+            return "HGET", keys.sort_kinds(), table
         case CountFact(table, value):
             return "ZCARD", keys.order(table, value)
         case FieldsFact(table, value):
@@ -178,23 +208,28 @@ def _value(fact: Fact, raw: Any) -> Value:
         return [ItemKey(*unpack(member)) for member in raw]
     if raw is None:
         return None
+    if isinstance(fact, KindFact):
+        return text(raw)
     return Reply(*unpack(raw)) if isinstance(fact, RequestFact) else ItemRecord(*unpack(raw))
 
 
-async def _other(backend: Backend, partition: int, fact: Fact) -> Value:
+async def _other(backend: Backend, partition: int, fact: Fact, sizes: Sizes) -> Value:
     if isinstance(fact, PageFact):
-        return await _page(backend, fact)
-    return await _kind(backend, fact) if isinstance(fact, KindFact) else await _stream(backend, partition)
+        return await _page(backend, fact, sizes)
+    return await _stream(backend, partition)
 
 
-async def _kind(backend: Backend, fact: KindFact) -> str:
-    # The first one who asks decides, for all partitions: nothing but this is written to know it.
+async def settle_kind(backend: Backend, table: str, kind: str) -> str:
+    """The kind of a table's sort keys, which is this one unless another partition has settled it before.
+
+    Nothing is undone when the write that wanted it is not committed: it was a valid one.
+    """
     kinds = backend.keys.sort_kinds()
-    _, kind = await backend.calls([("HSETNX", kinds, fact.table, fact.kind), ("HGET", kinds, fact.table)])
-    return str(kind.decode())
+    _, settled = await backend.calls([("HSETNX", kinds, table, kind), ("HGET", kinds, table)])
+    return text(settled)
 
 
-async def _page(backend: Backend, fact: PageFact) -> Page:
+async def _page(backend: Backend, fact: PageFact, sizes: Sizes) -> Page:
     found, cut = await backend.functions.page(
         fact.order,
         fact.items,
@@ -202,8 +237,9 @@ async def _page(backend: Backend, fact: PageFact) -> Page:
         fact.high,
         reverse=fact.reverse,
         count=fact.limit + 1,
-        size_bytes=PAGE_BYTES,
+        size_bytes=fact.size_bytes,
     )
+    sizes[fact] = sum(len(record) for _, record in found)
     records = [ItemRecord(*unpack(record)) for _, record in found]
     return Page(records[: fact.limit], cut or len(found) > fact.limit)
 
@@ -223,7 +259,16 @@ async def _stream(backend: Backend, partition: int) -> Stream:
     read = [await _read_by(backend, stream, group, last) for group in groups]
     if "broadcaster" not in unread:
         read.append((0, 0))  # it has not begun
-    return Stream(int(info["length"]), first, min(read), unread)
+    counted = "broadcaster" in unread and all(group.get("lag") is not None for group in groups)
+    size_bytes = await _memory_of(backend, stream)
+    return Stream(int(info["length"]), first, min(read), unread, size_bytes, counted)
+
+
+async def _memory_of(backend: Backend, key: bytes) -> int:
+    try:
+        return int(await backend.commands.memory_usage(key, samples=0) or 0)  # of all entries, not a sample
+    except (ResponseError, NotImplementedError):
+        return 0  # fakeredis
 
 
 async def _read_by(backend: Backend, stream: bytes, group: Any, last: tuple[int, int]) -> tuple[int, int]:

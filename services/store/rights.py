@@ -28,6 +28,7 @@ class Rights:
     def may_read(self, table: Table, item: Item) -> bool:
         if self.all:
             return True
+        self._view.account.evaluate()
         try:
             audience = resolve(table.readers, item)
         except Exception as error:  # the application's function: what it cannot say yes to, nobody reads
@@ -56,6 +57,7 @@ class Rights:
             _check_readers(table, new)
         if self.all:
             return
+        self._view.account.evaluate()
         audience: Audience | bool
         try:
             if isinstance(table.writers, Audience):
@@ -80,6 +82,19 @@ class Rights:
         """Raises PermissionDenied where a client names a hidden attribute: its answers would tell what is in it."""
         if not self.all and (hidden := table.hidden.intersection(names)):
             raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
+
+    def check_if_readable(self, table: Table, key: ItemKey, condition: Condition | None) -> None:
+        """`if`, of an item that the user may read as it is, or that is not there; else nothing.
+
+        So nothing is told that `get` would not tell.
+        """
+        if condition is None:
+            return
+        item = self._view.item(table, key)
+        if item is None and not self.all and not condition.absent:
+            self.readable(table, key)
+        if item is not None and self.may_read(table, item):
+            self.check(table, key, condition)
 
     def check(self, table: Table, key: ItemKey, condition: Condition | None) -> None:
         """`if`. Raises Conflict, with the item's version for who may read it."""

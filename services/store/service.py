@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import structlog
 from prometheus_client import Counter, Histogram
@@ -20,11 +21,14 @@ from tidewire.partition.worker import Worker
 from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
 from tidewire.settings import Settings
 
-from .decide import Decision, decide, foresee
+from .batches import Deciding
+from .budget import Limits
+from .decide import Decision
 from .expiries import Expiries
-from .facts import KindFact, fetch
 from .indexer import GROUP as INDEXER
 from .indexer import IndexerTenure, is_needed
+from .memory import Memory
+from .reads import Read, Reads
 from .view import Situation
 
 log = structlog.get_logger(__name__)
@@ -35,6 +39,8 @@ GATEWAYS_KEPT = 1000
 EXPIRE_EVERY_S = 1.0
 TRIM_EVERY_S = 10.0
 """Or ten times within the time that changes are kept, if that is shorter."""
+EARLY_PART = 4
+"""Changes are also trimmed when this part of their bound in bytes was appended since the last time."""
 
 COMMANDS = Counter("tidewire_store_commands_total", "Commands decided.")
 CHANGES = Counter("tidewire_store_changes_total", "Changes appended.")
@@ -49,7 +55,16 @@ class StoreTenure:
     """The store's work on one partition while it owns it. It alone writes there, so what it fetched stays true."""
 
     def __init__(
-        self, app: App, backend: Backend, settings: Settings, answers: Answers, partition: int, owned: Owned
+        self,
+        app: App,
+        backend: Backend,
+        settings: Settings,
+        answers: Answers,
+        partition: int,
+        owned: Owned,
+        *,
+        memory: Memory | None = None,
+        reads: Reads | None = None,
     ) -> None:
         self._app = app
         self._backend = backend
@@ -62,6 +77,12 @@ class StoreTenure:
         self._kinds: dict[str, str] = {}
         self._asked: dict[str, int] = {}
         self._decision = Decision()
+        self._memory = memory or Memory(backend)
+        self._reads = reads or Reads(app, backend, settings, answers)
+        self._limits = Limits.of(settings)
+        self._situation: Situation | None = None
+        self._begun_s = 0.0
+        self._appended_bytes = 0  # to the changes, about, since they were last trimmed
         self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
         self._expiries = Expiries(app, backend, partition)
@@ -74,7 +95,8 @@ class StoreTenure:
 
     async def decide(self, batch: Batch) -> Outcome | None:
         begun = time.perf_counter()
-        expire, trim = self._expires and begun >= self._expire_at, begun >= self._trim_at
+        expire = self._expires and begun >= self._expire_at
+        trim = begun >= self._trim_at or self._appended_bytes > self._settings.changes_bytes / EARLY_PART > 0
         noted = await self._expiries.step()
         if not (batch.entries or expire or trim or noted):
             return None
@@ -93,17 +115,19 @@ class StoreTenure:
             expire=expire,
             keep_since=(batch.now - int(1000 * self._settings.changes_retention_s), 0) if trim else None,
             keep_changes=self._settings.changes_max,
+            keep_bytes=self._settings.changes_bytes,
         )
         commands = [_command(fields) for _, fields in batch.entries]
-        facts = await fetch(self._backend, self._partition, foresee(self._app, commands, situation))
-        while isinstance(decided := decide(self._app, self._backend.keys, facts, commands, situation), set):
-            facts |= await fetch(self._backend, self._partition, decided)
-        self._decision = decided
-        self._kinds |= {fact.table: str(kind) for fact, kind in facts.items() if isinstance(fact, KindFact)}
+        deciding = Deciding(self._app, self._backend, self._memory, commands, situation, self._limits)
+        self._situation, self._begun_s = situation, time.monotonic()
+        self._decision = decided = await deciding.decision()
+        self._kinds |= deciding.kinds
         if expire and not decided.more_to_expire:
             self._expire_at = begun + self._expire_every_s
         if trim:
-            self._trim_at = begun + (0 if decided.more_to_forget else self._trim_every_s)
+            self._trim_at = begun + (0 if decided.more_to_forget or decided.more_to_trim else self._trim_every_s)
+            self._appended_bytes = 0
+        self._appended_bytes += decided.size_bytes
         operations = [*noted, *decided.operations]
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]
@@ -128,6 +152,10 @@ class StoreTenure:
         for code in decision.errors:
             ERRORS.labels(code).inc()
         self._answers.send(decision.replies if confirmed else unconfirmed(decision))
+        for command, last in decision.detached:
+            assert self._situation
+            situation = replace(self._situation, last=last, keep_since=None, expire=False)
+            self._reads.add(Read(command, situation, self._owned, self._begun_s))
 
     async def _last_change(self) -> tuple[int, int]:
         try:
@@ -176,9 +204,12 @@ def build(service: Service, app: App) -> Worker:
     backend, settings = service.backend, service.settings
     answers = Answers(backend)
     service.at_drain(answers.sent)
+    memory, reads = Memory(backend), Reads(app, backend, settings, answers)
+    service.run(memory.run)
+    service.at_drain(reads.drain)
 
     def tenure(partition: int, owned: Owned) -> StoreTenure:
-        return StoreTenure(app, backend, settings, answers, partition, owned)
+        return StoreTenure(app, backend, settings, answers, partition, owned, memory=memory, reads=reads)
 
     def indexer(partition: int, owned: Owned) -> IndexerTenure:
         return IndexerTenure(app, backend, partition, owned)

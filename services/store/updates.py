@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from typing import Any
 
 from tidewire.errors import BadRequest
-from tidewire.protocol import Assignments, Path, Update
+from tidewire.protocol import MAX_DEPTH, Assignments, Path, Update, fault_in
 from tidewire.records import Item
 
 
 def apply_update(item: Item, update: Update) -> Item:
-    """A new item: first set, then remove, then add. Raises BadRequest naming the path that does not fit."""
-    new = deepcopy(item)
+    """A new item: first set, then remove, then add. Raises BadRequest naming the path that does not fit.
+
+    The new item shares what the update does not touch with the old one, which stays as it is. Nobody may change either
+    in place. The cost is that of the paths, whatever the size of the item.
+    """
+    new = dict(item)
+    own = {id(new): new}  # objects that were made here, and can be changed
     for path, value in _pairs(update.set):
-        parent, name = _parent(new, path, make=True)
-        parent[name] = deepcopy(value)  # a decision may be made again from the same request
+        parent, name = _parent(new, path, own, make=True)
+        parent[name] = value  # shared with the request, from which a decision may be made again
     for path in update.remove:
         try:
-            parent, name = _parent(new, path, make=False)
+            parent, name = _parent(new, path, own, make=False)
         except KeyError:
             continue  # what is not there needs no removing
         parent.pop(name, None)
     for path, value in _pairs(update.add):
         if not _number(value):
             raise BadRequest(f"update: add {_shown(path)}: a number is needed")
-        parent, name = _parent(new, path, make=True)
+        parent, name = _parent(new, path, own, make=True)
         before = parent.get(name, 0)
         if not _number(before):
             raise BadRequest(f"update: add {_shown(path)}: what is there is not a number")
@@ -35,6 +39,16 @@ def apply_update(item: Item, update: Update) -> Item:
             raise BadRequest(f"update: add {_shown(path)}: the sum is beyond what a number holds")
         parent[name] = total
     return new
+
+
+def check_values(update: Update) -> None:
+    """Raises BadRequest for a value whose item neither JSON nor our records could hold: above all, nested too deep.
+
+    The rest of the item was checked when it was written, and a sum by `apply_update`.
+    """
+    for path, value in _pairs(update.set):
+        if fault := fault_in(value, depth=MAX_DEPTH - len(_names(path))):
+            raise BadRequest(f"update: set {_shown(path)}: the item would hold {fault}")
 
 
 def touched(update: Update) -> set[str]:
@@ -47,18 +61,25 @@ def _pairs(assignments: Assignments) -> Iterable[tuple[Path, Any]]:
     return assignments.items() if isinstance(assignments, dict) else assignments
 
 
-def _parent(item: Item, path: Path, *, make: bool) -> tuple[dict[str, Any], str]:
-    """The object that holds the path's last name. Raises KeyError where one is missing and not to be made."""
-    *names, last = path.split(".") if isinstance(path, str) else path or [""]
+def _names(path: Path) -> list[str]:
+    return path.split(".") if isinstance(path, str) else path or [""]
+
+
+def _parent(item: Item, path: Path, own: dict[int, Item], *, make: bool) -> tuple[Item, str]:
+    """The object that holds the path's last name, made here. Raises KeyError where one is missing and not `make`."""
+    *names, last = _names(path)
     if not last or not all(names):
         raise BadRequest(f"update: the path {_shown(path)} has an empty name")
     if len(names) > 31:
         raise BadRequest(f"update: the path {_shown(path)[:100]} is deeper than 32 names")
     parent = item
     for name in names:
-        inner = parent.setdefault(name, {}) if make else parent[name]
+        inner = parent.get(name, {}) if make else parent[name]
         if not isinstance(inner, dict):
             raise BadRequest(f"update: path {_shown(path)}: {name!r} is not an object")
+        if id(inner) not in own:
+            inner = parent[name] = dict(inner)
+            own[id(inner)] = inner
         parent = inner
     return parent, last
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tidewire.app import BY_MEMBER, CONNECTIONS, App, ItemKey, Membership, Table
-from tidewire.errors import BadRequest, TooLarge
+from tidewire.errors import BadRequest, RequestError, TooLarge
 from tidewire.functions import Operation
 from tidewire.keys import Keys, Scalar, name_of
 from tidewire.records import Change, Item, ItemRecord, Opened, pack
 from tidewire.sight import sight
 
+from .budget import Account
 from .facts import CountFact, Fact, ItemFact, KindFact, Page, PageFact, Value
 
 MOST_GROUPS = 1000
@@ -31,8 +32,36 @@ OPENED_BYTES = 65536
 class Missing(Exception):
     """These facts must be fetched before a command can be decided."""
 
-    def __init__(self, facts: Iterable[Fact]) -> None:
+    def __init__(self, facts: Iterable[Fact], *, expensive: bool = False) -> None:
         self.facts = set(facts)
+        self.expensive = expensive
+        """Whether the command has proven too expensive for the partition's serial path."""
+
+
+class Gaps:
+    """A context manager for steps that do not depend on each other: collects what they miss, to ask for it at once.
+
+    When a step fails after another one missed a fact, the failure may be due to that: then the facts come first.
+    """
+
+    def __init__(self) -> None:
+        self._facts: set[Fact] = set()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if isinstance(error, Missing):
+            self._facts |= error.facts
+            return True
+        if isinstance(error, RequestError):
+            self.close()
+        return False
+
+    def close(self) -> None:
+        """Raises Missing if any step missed a fact."""
+        if self._facts:
+            raise Missing(self._facts) from None
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,9 @@ class Situation:
     expire: bool = False  # it is time to look for expired items
     keep_since: tuple[int, int] | None = None  # it is time to trim what is older than this change id…
     keep_changes: int = 0  # … and what is beyond so many; 0: no limit
+    keep_bytes: int = 0  # … and what is beyond this memory, in bytes; 0: no limit
+    waited_ms: int = 0  # how long ago `now` was
+    full: str | None = None  # why nothing may be written that makes Redis hold more
 
 
 class Author(NamedTuple):
@@ -71,6 +103,7 @@ class Effects:
     items: dict[ItemKey, ItemRecord] = field(default_factory=dict)
     changes: list[tuple[tuple[int, int], Change]] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)  # of sort keys, by table, where these writes settle them
 
 
 class View:
@@ -86,7 +119,9 @@ class View:
         self.open_items = True  # whether memberships carry what they open, or tell their members to query
         self._place = f"{situation.partition}-{situation.generation}"  # how each Position of it begins
         self._facts = facts
-        self._kinds: dict[str, str] = {}
+        self.account = Account()  # of the present command
+        self.settled: dict[str, str] = {}  # kinds of sort keys, by table, that this batch settles
+        self.appended = 0  # changes of the batch so far
         self._counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
 
     # ── what is known ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -133,6 +168,12 @@ class View:
     def members(self, membership: str, group: Scalar) -> dict[str, Item]:
         raise NotImplementedError("the store asks of one user at a time")
 
+    def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
+        table = self.app[membership]
+        keys = [ItemKey(membership, group, user) for group in groups]
+        self.need(ItemFact(key) for key in keys)  # all at once
+        return any(self.item(table, key) is not None for key in keys)
+
     def vacant(self, membership: str, group: Scalar) -> bool:
         count: int = self.know(CountFact(membership, group))
         count += self._counted.get((membership, group), 0)
@@ -154,9 +195,10 @@ class View:
 
     # ── what will be written ────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self) -> None:
-        """Forget what the command before would have done."""
+    def begin(self, account: Account | None = None) -> None:
+        """Forget what the command before would have done; from now on, costs go to this account."""
         self.effects = Effects()
+        self.account = account or self.account
 
     def accept(self) -> Effects:
         """What the present command would do is done: the next ones see it."""
@@ -165,6 +207,8 @@ class View:
             group = (key.table, key.partition)
             self._counted[group] = self._counted.get(group, 0) + self._grown(key)
         self.written |= done.items
+        self.settled |= done.kinds
+        self.appended += len(done.changes)
         if done.changes:
             self.last = done.changes[-1][0]
         self.effects = Effects()
@@ -208,10 +252,12 @@ class View:
             opens=self._opens(table, key, old, new) if isinstance(table, Membership) else None,
         )
         written = ItemRecord(version, now, author.user, new)
+        packed = pack(written)
+        self.account.add_bytes(len(packed))
         self.effects.changes.append((id_, change))
         self.effects.items[key] = written
         self.effects.operations.append(
-            Operation("HSET", self.keys.items(key.table, key.partition), (key.field, pack(written)))
+            Operation("HSET", self.keys.items(key.table, key.partition), (key.field, packed))
         )
         if event != "MODIFY":
             self._keep_order(table, key, record, id_, live=new is not None)
@@ -241,7 +287,12 @@ class View:
 
     def _opens(self, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
         """The items that the member may gain or lose sight of, as they are now."""
-        found = [self._opened(table, key) for table in sight(self.app, membership, old, new).look]
+        found: list[Opened] = []
+        gaps = Gaps()
+        for table in sight(self.app, membership, old, new).look:
+            with gaps:
+                found.append(self._opened(table, key))
+        gaps.close()
         return found or None
 
     def _opened(self, table: Table, membership: ItemKey) -> Opened:
@@ -252,7 +303,9 @@ class View:
         more = False
         if table.sorted:
             order, items = self.keys.order(table.name, group), self.keys.items(table.name, group)
-            page: Page = self.know(PageFact(order, items, b"-", b"+", OPENED_ITEMS, reverse=True))
+            page: Page = self.know(
+                PageFact(order, items, b"-", b"+", OPENED_ITEMS, reverse=True, size_bytes=OPENED_BYTES)
+            )
             records = {table.key_of(record.item): record for record in page.records if record.item is not None}
             more = page.more
             for written in (self.written, self.effects.items):
@@ -321,8 +374,14 @@ class View:
     def _check_kind(self, table: Table, sort: Scalar) -> None:
         """Within a table, sort keys are of one kind: that of the first one."""
         kind = "s" if isinstance(sort, str) else "n"
-        first = self._kinds.setdefault(table.name, kind)  # of several in one batch the first one is asked for
-        known = self.situation.kinds.get(table.name) or self.know(KindFact(table.name, first))
+        known: str | None = (
+            self.effects.kinds.get(table.name)
+            or self.settled.get(table.name)
+            or self.situation.kinds.get(table.name)
+            or self.know(KindFact(table.name))
+        )
+        if known is None:
+            known = self.effects.kinds[table.name] = kind
         if known != kind:
             names = {"s": "string", "n": "number"}
             raise BadRequest(
@@ -363,10 +422,17 @@ def expiry_of(table: Table, item: Item | None) -> float | None:
 
 def same(a: Any, b: Any) -> bool:
     """JSON equality: as ==, but true is not 1."""
+    # First what costs little for large items: `==` is stricter in nothing but that, and an update shares what it keeps.
+    return a is b or (bool(a == b) and _same(a, b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
+        return False
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)

@@ -1,6 +1,6 @@
 """Audiences: who is admitted and who is sent to are the same people."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -44,6 +44,9 @@ class Known:
 
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         return self.members(membership, group).get(user)
+
+    def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
+        return any(self.member(membership, group, user) is not None for group in groups)
 
     def vacant(self, membership: str, group: Scalar) -> bool:
         return not self.members(membership, group)

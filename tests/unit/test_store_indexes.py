@@ -8,7 +8,7 @@ import pytest
 
 from tidewire.app import App
 from tidewire.audiences import everyone, user
-from tidewire.services.store import decide
+from tidewire.services.store import reading
 
 from .world import NOW, World
 
@@ -174,8 +174,8 @@ class TestRights:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It goes on from there; without anything to go on from, it says so."""
-        monkeypatch.setattr(decide, "MOST_SCANNED", 4)
-        monkeypatch.setattr(decide, "SCAN_AT_A_TIME", 2)
+        monkeypatch.setattr(reading, "MAX_SCANNED", 4)
+        monkeypatch.setattr(reading, "SCAN_BATCH", 2)
         for n in range(20):
             reader = "alice" if n in (0, 6, 19) else "bob"
             world.do("job", "put", table="letters", item={"box": "b", "n": n, "subject": "s", "to": reader})

@@ -16,6 +16,7 @@ from tidewire.audiences import everyone
 from tidewire.bus import Answers
 from tidewire.functions import Fence, Owned
 from tidewire.records import Item
+from tidewire.services.store.chores import UNREAD_FACTOR, kept_by_bytes
 from tidewire.services.store.decide import Decision
 from tidewire.services.store.facts import NEVER, Stream
 from tidewire.services.store.service import StoreTenure
@@ -242,6 +243,74 @@ class TestTrimming:
         decision = world.chore(keep_since=(50, 0), keep_changes=limit)
         assert world.trims == []
         assert decision.lost == {}
+
+    def test_beyond_the_bound_in_bytes_what_was_read_is_trimmed_step_by_step(self, world: World) -> None:
+        world.stream = Stream(100, (100, 0), (900, 0), {"broadcaster": 5}, size_bytes=2000)
+        decision = world.chore(keep_since=(50, 0), keep_bytes=1000)
+        assert decision.more_to_trim, "the memory is looked at again"
+        assert decision.lost == {}
+        assert world.trims == [("MAXLEN", "=", 100 - 50 // 4)]
+
+    @pytest.mark.parametrize("stream", [(100, 5, 1000), (100, 100, 2000), (100, 100, 4000)])
+    def test_within_the_bound_or_unread_below_four_times_of_it_nothing_is_trimmed(
+        self, world: World, stream: tuple[int, int, int]
+    ) -> None:
+        length, unread, size_bytes = stream
+        world.stream = Stream(length, (100, 0), (100, 0), {"broadcaster": unread}, size_bytes=size_bytes)
+        decision = world.chore(keep_since=(50, 0), keep_bytes=1000)
+        assert (world.trims, decision.lost, decision.more_to_trim) == ([], {}, False)
+
+    def test_unread_entries_beyond_four_times_the_bound_in_bytes_are_trimmed_and_counted(self, world: World) -> None:
+        world.stream = Stream(100, (100, 0), (100, 0), {"broadcaster": 100, "indexer": 10}, size_bytes=8000)
+        decision = world.chore(keep_since=(50, 0), keep_bytes=1000)
+        (trim,) = world.trims
+        assert isinstance(trim[2], int)
+        assert 50 <= trim[2] < 100
+        assert decision.lost == {"broadcaster": 100 - trim[2]}
+
+    def test_where_the_server_cannot_count_what_is_unread_nothing_is_taken_for_read(self, world: World) -> None:
+        world.stream = Stream(100, (100, 0), (100, 0), {"broadcaster": 0}, size_bytes=3000, counted=False)
+        assert world.chore(keep_since=(50, 0), keep_bytes=1000).lost == {}
+        assert world.trims == []
+
+    def test_a_trim_by_bytes_spares_what_the_same_commit_has_appended(self, world: World) -> None:
+        world.stream = Stream(100, (100, 0), (900, 0), {"broadcaster": 0}, size_bytes=2000)
+        world.run(world.command("alice", "put", table="notes", item={"id": "n"}), keep_since=(50, 0), keep_bytes=1000)
+        assert world.trims == [("MAXLEN", "=", 100 - 50 // 4 + 1)]
+
+    @given(
+        sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=300),
+        unread=st.integers(0, 300),
+        most_bytes=st.integers(1, 50_000),
+    )
+    def test_trims_by_bytes_end_within_the_bounds(self, sizes: list[int], unread: int, most_bytes: int) -> None:
+        """Entries of any sizes: step by step, until the stream fits or all that is left is unread."""
+        unread = min(unread, len(sizes))
+        for _ in range(400):
+            stream = Stream(len(sizes), (1, 0), (1, 0), {"broadcaster": unread}, sum(sizes))
+            if stream.size_bytes <= most_bytes:
+                break
+            keep = kept_by_bytes(stream, most_bytes)
+            assert 0 <= keep <= len(sizes)
+            assert keep >= unread or stream.size_bytes > UNREAD_FACTOR * most_bytes
+            if keep == len(sizes):
+                assert unread == len(sizes)
+                assert stream.size_bytes <= UNREAD_FACTOR * most_bytes
+                break
+            sizes = sizes[len(sizes) - keep :]
+            unread = min(unread, keep)
+        else:
+            raise AssertionError("the trims do not end")
+
+    def test_what_was_deleted_before_the_oldest_change_that_is_kept_is_forgotten(self, world: World) -> None:
+        """Whichever bound has trimmed the changes before it."""
+        world.do("alice", "put", table="notes", item={"id": "n"})
+        world.do("alice", "delete", table="notes", key="n")
+        world.now += 1000
+        world.stream = Stream(9, (world.now - 1, 0), NEVER, {})
+        world.chore(keep_since=(0, 0))
+        assert not world.hashes[KEYS.items("notes", "n")]
+        assert world.do("alice", "put", table="notes", item={"id": "n"})["version"] == 3
 
     async def test_what_is_lost_is_in_the_metrics_and_in_the_log(self) -> None:
         backend: Any = None

@@ -8,6 +8,8 @@ import pytest
 
 from tidewire.app import App
 from tidewire.audiences import everyone, user
+from tidewire.services.store import decide
+from tidewire.services.store.updates import apply_update
 
 from .world import GENERATION, NOW, World
 
@@ -214,3 +216,26 @@ class TestNone:
 
     def test_what_waited_too_long_is_not_done(self, world: World) -> None:
         assert world.code("alice", "transact", operations=[line(2)], late=True) == "timeout"
+
+
+def test_a_check_that_fails_is_found_before_images_are_built(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal built
+        built += 1
+        return apply_update(*args)
+
+    monkeypatch.setattr(decide, "apply_update", counted)
+    update = {"action": "update", "table": "lines", "key": ONE, "add": {"x": 1}}
+    for condition, code in (({"version": 9}, "conflict"), ({"absent": True}, "conflict")):
+        world.do("alice", "put", table="notes", item={"id": "p"})
+        error = world.refused("alice", "transact", operations=[update, check("notes", "p", condition)])
+        assert (error["code"], error["details"]["operation"]) == (code, 1)
+    error = world.refused(
+        "alice", "transact", operations=[update, check("lines", {"page": "p", "n": 9}, {"present": True})]
+    )
+    assert (error["code"], error["details"]["operation"]) == ("not_found", 1)
+    assert built == 0
+    world.do("alice", "transact", operations=[update, check("notes", "p", {"version": 1})])
+    assert built == 1

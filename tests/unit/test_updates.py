@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.errors import BadRequest
-from tidewire.protocol import Update, parse_request
-from tidewire.services.store.updates import apply_update
+from tidewire.protocol import Update, fault_in, parse_request
+from tidewire.records import Item
+from tidewire.services.store.updates import apply_update, check_values
 
 
 def updated(item: dict[str, Any], **parts: Any) -> dict[str, Any]:
@@ -91,3 +92,31 @@ def test_additions_add_up(numbers: list[int]) -> None:
     for number in numbers:
         item = updated(item, add={"n": number})
     assert item.get("n", 0) == sum(numbers)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(("names", "depth", "fits"), [(1, 62, True), (1, 63, False), (20, 43, True), (20, 44, False)])
+def test_an_item_is_not_nested_deeper_than_a_frame_may_be(names: int, depth: int, fits: bool) -> None:
+    path = ".".join("a" * names)
+    update = Update(table="t", key="k", set={path: nested(depth)})
+    assert (fault_in(apply_update({}, update)) is None) == fits
+    if fits:
+        check_values(update)
+    else:
+        with pytest.raises(BadRequest, match="nested deeper than 64 levels"):
+            check_values(update)
+
+
+def test_what_an_update_does_not_touch_is_shared_and_not_copied() -> None:
+    item: Item = {"large": {"rows": [1, 2]}, "small": {"n": 1, "inner": {"x": 1}}}
+    new = apply_update(item, Update(table="t", key="k", add={"small.n": 1}))
+    assert new == {"large": {"rows": [1, 2]}, "small": {"n": 2, "inner": {"x": 1}}}
+    assert new["large"] is item["large"]
+    assert new["small"]["inner"] is item["small"]["inner"]
+    assert item["small"]["n"] == 1

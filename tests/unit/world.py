@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tidewire.app import App, ItemKey
+from tidewire.errors import RequestError
 from tidewire.keys import Keys
+from tidewire.protocol import Get, Query, parse_request
 from tidewire.records import Change, Command, ItemRecord, Position, Reply, unpack
-from tidewire.services.store.decide import Decision, decide
+from tidewire.services.store.batches import DETACHABLE
+from tidewire.services.store.budget import UNLIMITED, Account, Cut, cut
+from tidewire.services.store.decide import CHORES, Decision, decide, wire_error
 from tidewire.services.store.facts import (
     AT_A_TIME,
     AskedFact,
@@ -30,7 +34,9 @@ from tidewire.services.store.facts import (
     Value,
 )
 from tidewire.services.store.indexer import Filling, declared, follow
-from tidewire.services.store.view import Situation
+from tidewire.services.store.reading import reading_of
+from tidewire.services.store.rights import Rights
+from tidewire.services.store.view import Missing, Situation, View
 
 KEYS = Keys("dev", 1)
 NOW = 1_795_409_459_002
@@ -56,6 +62,9 @@ class World:
         self.stream = Stream(0, (0, 0), (0, 0), {})
         self.batches = 0
         self.floor = 0
+        self.rounds = 0  # of fetching, for the last decision
+        self.limits = UNLIMITED
+        self.detached = 0
         self.trims: list[tuple[Any, ...]] = []
         self._indexed = 0
         self._numbers = itertools.count(1)
@@ -94,8 +103,36 @@ class World:
             for reply in decision.replies.get("g1", []):
                 assert reply.number not in replies
                 replies[reply.number] = reply
+            for command, last in decision.detached:
+                replies[command.number] = self.read(command, last)
             left = left[decision.consumed :]
         return [replies[command.number] for command in commands if command]
+
+    def read(self, command: Command, last: tuple[int, int]) -> Reply:
+        """What is done with an expensive read, beside the partition."""
+        self.detached += 1
+        self.rounds = 0
+        facts, account = dict[Fact, Value](), Account(self.limits, lambda: 0.0)
+        situation = Situation(0, GENERATION, self.now, last, self.item_bytes)
+        view = View(self.app, KEYS, facts, situation)
+        view.begin(account)
+        request, rights = parse_request(command.body), Rights(view, command)
+        assert isinstance(request, Get | Query)
+        try:
+            reading = reading_of(request, view, rights, serial=False)
+            while not reading.done:
+                try:
+                    reading.step(view, rights)
+                except Missing as need:
+                    if reading.turning:
+                        facts.clear()
+                    self.rounds += 1
+                    account.ask(len(need.facts))
+                    account.check()
+                    facts |= {fact: self.fetch(fact) for fact in need.facts}
+        except RequestError as error:
+            return Reply(command.number, None, wire_error(error))
+        return Reply(command.number, reading.result(view), None)
 
     def chore(self, **chores: Any) -> Decision:
         """What is done in a batch without a command."""
@@ -105,13 +142,21 @@ class World:
 
     def decided(self, commands: Sequence[Command | None], **chores: Any) -> Decision:
         facts: dict[Fact, Value] = {}
+        accounts = [Account(self.limits, lambda: 0.0) for _ in commands]
+        detachable = [command is not None and command.action in DETACHABLE for command in commands]
+        chosen = Cut(len(commands), frozenset())
         situation = Situation(0, GENERATION, self.now, self.last, self.item_bytes, floor=self.floor, **chores)
-        for _ in range(100):
-            found = decide(self.app, KEYS, facts, commands, situation)
+        for self.rounds in range(100):
+            found = decide(self.app, KEYS, facts, commands[: chosen.limit], situation, accounts, chosen.detached)
             if isinstance(found, Decision):
                 return found
-            assert found - facts.keys(), "what was given is not asked for again"
-            facts |= {fact: self.fetch(fact) for fact in found}
+            asked = {fact for needed in found.values() for fact in needed}
+            for number, needed in found.items():
+                if number != CHORES:
+                    accounts[number].ask(len(needed))
+            before, chosen = chosen, cut(accounts, detachable, found, chosen)
+            assert asked - facts.keys() or chosen != before, "what was given is not asked for again"
+            facts |= {fact: self.fetch(fact) for fact in asked}
         raise AssertionError("the facts are never enough")
 
     def fetch(self, fact: Fact) -> Value:  # noqa: PLR0911 - one for each kind of fact
@@ -129,7 +174,7 @@ class World:
         if isinstance(fact, ConnectedFact):
             return sorted(tuple(unpack(raw)) for raw in self.sets[KEYS.connected(0, fact.gateway)])
         if isinstance(fact, KindFact):
-            return self.kinds.setdefault(fact.table, fact.kind)
+            return self.kinds.get(fact.table)
         if isinstance(fact, DueFact):
             due = self.scores[KEYS.expiries(0)]
             found = [ItemKey(*unpack(member)) for member, at in due.items() if float(at) <= fact.now / 1000]
@@ -195,6 +240,7 @@ class World:
                 assert isinstance(args[0], bytes)
                 self.sets[key].discard(args[0])
         self.last, self.floor = decision.last, decision.floor
+        self.kinds |= decision.kinds
 
     def follow(self) -> None:
         """The indexes come as far as the changes are."""

@@ -1,0 +1,134 @@
+"""How a batch of commands gets its decision: facts are fetched until it can be decided, within the commands' budgets.
+
+An expensive command does not hold up the others: a read is detached, a write is decided alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from redis.exceptions import OutOfMemoryError
+
+from tidewire.app import App
+from tidewire.backend import Backend
+from tidewire.records import Command
+
+from .budget import UNLIMITED, Account, Clock, Cut, Limits, cut
+from .decide import CHORES, LOAD, SWEEP, Decision, Needs, decide, foresee
+from .facts import Fact, KindFact, Sizes, Value, fetch, settle_kind
+from .memory import Memory
+from .view import Situation
+
+FORESEEN_BATCH = 128
+MAX_FORESEEN_BYTES = 8 << 20
+"""A batch ends where the items that its commands name exceed this many bytes. They are fetched for FORESEEN_BATCH
+commands at a time."""
+DETACHABLE = ("get", "query")
+
+
+class Deciding:
+    """One batch on its way to a decision."""
+
+    def __init__(
+        self,
+        app: App,
+        backend: Backend,
+        memory: Memory,
+        commands: Sequence[Command | None],
+        situation: Situation,
+        limits: Limits,
+        clock: Clock = time.thread_time,
+    ) -> None:
+        self._app = app
+        self._backend = backend
+        self._memory = memory
+        self._commands = commands
+        self._situation = situation
+        self._clock = clock
+        self._limits = limits
+        self._begun_s = time.monotonic()
+        self._facts: dict[Fact, Value] = {}
+        # The services' own commands are bounded by those who send them.
+        self._accounts = [
+            Account(UNLIMITED if command is None or command.action in (SWEEP, LOAD) else limits, clock)
+            for command in commands
+        ]
+        self._detachable = [command is not None and command.action in DETACHABLE for command in commands]
+        self._cut = Cut(len(commands), frozenset())
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kinds of sort keys, by table, that are settled and known."""
+        facts = self._facts.items()
+        return {fact.table: str(kind) for fact, kind in facts if isinstance(fact, KindFact) and kind is not None}
+
+    async def decision(self) -> Decision:
+        """What the batch comes to. It may consume a prefix."""
+        await self._foresee()
+        while True:
+            found = self._decide()
+            if not isinstance(found, Decision):
+                await self._fetch(found)
+            elif await self._settled(found):
+                return found
+            await asyncio.sleep(0)  # other partitions get their turn between two passes
+
+    def _decide(self) -> Decision | Needs:
+        waited_ms = int(1000 * (time.monotonic() - self._begun_s))
+        full = self._memory.full(self._situation.partition)
+        return decide(
+            self._app,
+            self._backend.keys,
+            self._facts,
+            self._commands[: self._cut.limit],
+            replace(self._situation, waited_ms=waited_ms, full=full),
+            self._accounts,
+            self._cut.detached,
+            self._clock,
+        )
+
+    async def _foresee(self) -> None:
+        sizes: Sizes = {}
+        for begin in range(0, len(self._commands), FORESEEN_BATCH):
+            some = self._commands[begin : begin + FORESEEN_BATCH]
+            facts = foresee(self._app, some, self._situation)
+            self._facts |= await fetch(self._backend, self._situation.partition, facts - self._facts.keys(), sizes)
+            if sum(sizes.values()) > MAX_FORESEEN_BYTES:
+                self._cut = Cut(begin + len(some), frozenset())
+                break
+
+    async def _fetch(self, needs: Needs) -> None:
+        """One round: what the commands that stay in the batch need, charged to them."""
+        wanted = set(needs.get(CHORES, ()))
+        charged = {number: facts for number, facts in needs.items() if number != CHORES}
+        for number, facts in charged.items():
+            self._accounts[number].ask(len(facts))
+        self._cut = cut(self._accounts, self._detachable, charged, self._cut)
+        charged = {
+            number: facts
+            for number, facts in charged.items()
+            if number < self._cut.limit and number not in self._cut.detached and not self._accounts[number].exhausted()
+        }
+        for facts in charged.values():
+            wanted |= facts
+        sizes: Sizes = {}
+        most_bytes = self._limits.bytes if self._cut.limit == 1 else 0
+        self._facts |= await fetch(self._backend, self._situation.partition, wanted, sizes, most_bytes=most_bytes)
+        for number, facts in charged.items():
+            self._accounts[number].add_bytes(sum(sizes.get(fact, 0) for fact in facts))
+
+    async def _settled(self, decision: Decision) -> bool:
+        """Whether the kinds of sort keys are as decided. If another partition was first, its kind becomes a fact."""
+        agreed = True
+        for table, kind in decision.kinds.items():
+            try:
+                settled = await settle_kind(self._backend, table, kind)
+            except OutOfMemoryError:
+                self._memory.refused(self._situation.partition)
+                return False
+            self._facts[KindFact(table)] = settled
+            agreed &= settled == kind
+        return agreed

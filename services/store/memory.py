@@ -1,0 +1,86 @@
+"""Which nodes of Redis are full, so that the store refuses what would make them hold more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from prometheus_client import Gauge
+from redis.exceptions import RedisError, ResponseError
+
+from tidewire.backend import Backend
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 1.0
+FULL_PERCENT = 97
+"""From this share of maxmemory on, growing writes are refused. The rest is for deletes, trims, expiry and replies."""
+
+FULL = Gauge("tidewire_redis_full", "Partitions whose node of Redis has too little memory left for writes.")
+
+
+def fullness(info: Mapping[str, Any]) -> str | None:
+    """Why a node takes no growing writes, by its INFO memory; None while it does."""
+    used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    if not most or 100 * used < FULL_PERCENT * most:
+        return None
+    return (
+        f"Redis is full: it uses {used} bytes, and its maxmemory is {most}. Nothing was done. Reads and deletes still "
+        f"work. Delete items or raise maxmemory, then try again: writes are refused from {FULL_PERCENT} % on"
+    )
+
+
+class Memory:
+    """What is known of the memory of the nodes that have the partitions. `run` looks at it once a second."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._full: dict[int, str] = {}
+
+    def full(self, partition: int) -> str | None:
+        """Why the partition's node takes no growing writes; None while it does."""
+        return self._full.get(partition)
+
+    def refused(self, partition: int) -> str:
+        """Note that the node has refused a command for its memory; what `full` says until the next look."""
+        why = "Redis is full: it has reached its maxmemory. Nothing was done. Delete items or raise maxmemory"
+        return self._full.setdefault(partition, why)
+
+    async def run(self) -> None:
+        """Look, until cancelled."""
+        try:
+            while True:
+                await self.look()
+                await asyncio.sleep(LOOK_S)
+        except ResponseError as error:  # fakeredis; or a user of Redis who may not ask
+            log.warning("redis_memory_unknown", error=str(error))
+            await asyncio.Event().wait()
+
+    async def look(self) -> None:
+        """Ask each node once. A node that does not answer stays as it was.
+
+        Raises ResponseError where the server refuses to say.
+        """
+        asked: dict[int, str | None] = {}
+        was_full = bool(self._full)
+        for partition in range(self._backend.keys.partitions):
+            try:
+                node = self._backend.node_of(self._backend.keys.partition(partition))
+                if id(node) not in asked:
+                    asked[id(node)] = fullness(await node.info("memory"))
+            except ResponseError:
+                raise
+            except (RedisError, OSError):
+                continue
+            why = asked[id(node)]
+            if why is None:
+                self._full.pop(partition, None)
+            else:
+                self._full[partition] = why
+        FULL.set(len(self._full))
+        if self._full and not was_full:
+            log.error("redis_full", partitions=len(self._full), message=next(iter(self._full.values())))
+        elif was_full and not self._full:
+            log.info("redis_no_longer_full")

@@ -1,0 +1,270 @@
+"""Reads, step by step: which facts they need next, and what they show. Pure.
+
+A step handles a few records, so that a read can be interrupted. It raises Missing with all facts that the present page
+lacks; when they are known, the same step is made again, and what was judged before is not judged again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from tidewire.app import ItemKey, Table, index_field
+from tidewire.errors import BadRequest, TooLarge
+from tidewire.keys import prefix_bytes, sort_bytes, tuple_bytes
+from tidewire.protocol import Edge, Get, Query
+from tidewire.records import Item, ItemRecord
+
+from .facts import PAGE_BYTES, Fact, Page, PageFact
+from .rights import Rights
+from .view import Missing, View, same
+
+MAX_SCANNED = 10_000
+SCAN_BATCH = 1000
+"""A query skips at most MAX_SCANNED items that its caller may not read, in batches of SCAN_BATCH."""
+MAX_SERIAL_RECORDS = 128
+MAX_SERIAL_BYTES = 1 << 17
+"""A query that reads more records or bytes than this, or more than one page, leaves the partition's serial path."""
+STEP_BATCH = 32
+"""Records that one step handles."""
+MAX_ROUND_FACTS = 4096
+"""Facts that a page asks for in one round."""
+
+
+class TooFar(TooLarge):
+    """A query has looked at too many items."""
+
+
+class Reading(Protocol):
+    """A read under way. Nothing is written by it, and it can be repeated."""
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def turning(self) -> bool:
+        """Whether the next step begins a page. Rights must then be looked at anew: they may not be older than it."""
+
+    def step(self, view: View, rights: Rights) -> None:
+        """Go on a little. Raises Missing, or the RequestError that ends it."""
+
+    def result(self, view: View) -> dict[str, Any]:
+        """The answer, once it is done."""
+
+
+def reading_of(request: Get | Query, view: View, rights: Rights, *, serial: bool) -> Reading:
+    """Begin a read. With `serial`, the read raises Missing as `expensive` when it needs more than one small page.
+
+    Raises RequestError for a request that is wrong in itself.
+    """
+    return Lookup(request, view) if isinstance(request, Get) else Scan(request, view, rights, serial=serial)
+
+
+class Lookup:
+    """A `get`."""
+
+    def __init__(self, request: Get, view: View) -> None:
+        self._table = view.app[request.table]
+        self._key = self._table.parse_key(request.key)
+        self._found: dict[str, Any] | None = None
+        self.turning = True
+
+    @property
+    def done(self) -> bool:
+        return self._found is not None
+
+    def step(self, view: View, rights: Rights) -> None:
+        record = view.record(self._key)
+        self.turning = False
+        item = rights.readable(self._table, self._key)
+        assert record
+        self._found = shown(rights, self._table, item, record)
+
+    def result(self, view: View) -> dict[str, Any]:
+        assert self._found is not None
+        return self._found | {"position": view.position(view.last)}
+
+
+class Scan:
+    """A `query`, page by page."""
+
+    def __init__(self, request: Query, view: View, rights: Rights, *, serial: bool) -> None:
+        self._request = request
+        self._serial = serial
+        self._table = table = view.app[request.table]
+        self._attributes: tuple[str, str] | None = None
+        self._only: ItemKey | None = None
+        if request.index is None:
+            partition = table.parse_partition_key(request.key)
+            self._order, self._items = view.keys.order(table.name, partition), view.keys.items(table.name, partition)
+            if not table.sorted:
+                self._only = ItemKey(table.name, partition, None)
+        else:
+            self._attributes = table.index(request.index)
+            rights.keep_hidden(table, self._attributes)
+            value = table.parse_index_key(request.index, request.key)
+            self._order, self._items = view.keys.index(table.name, self._attributes, value)[::-1]
+        self._bounds = _Bounds(request, table, self._attributes)
+        self._limit, self._scanned = request.limit + 1, 0
+        self._page: Page | None = None
+        self._show_next = 0
+        self._left: list[int] = []  # records of the page that are not judged yet
+        self._unresolved: list[int] = []  # of those looked at, the ones that lack a fact
+        self._missing: set[Fact] = set()
+        self._readable: list[bool] = []
+        self._shown: list[dict[str, Any]] = []
+        self._size_bytes = 0
+        self._last: Item | None = None
+        self._following: Any = None
+        self.done = False
+
+    @property
+    def turning(self) -> bool:
+        return self._page is None
+
+    def step(self, view: View, rights: Rights) -> None:
+        if self._page is None:
+            self._begin_page(view)
+        elif self._left:
+            self._judge(view, rights)
+        elif self._show_next < len(self._page.records):
+            self._show(rights)
+        else:
+            self._turn()
+
+    def result(self, view: View) -> dict[str, Any]:
+        # An index follows the tables of other partitions, eventually: of none of them it contains all.
+        position = view.position(view.last if self._attributes is None else (0, 0))
+        return {"items": self._shown, "next": self._following, "position": position, "key": list(self._table.key)}
+
+    def _begin_page(self, view: View) -> None:
+        if self._only is not None:
+            record = view.record(self._only)
+            page = Page([record] if record else [], more=False)
+        else:
+            low, high = self._bounds.range()
+            limit, size_bytes = self._limit, PAGE_BYTES
+            if self._serial:
+                limit, size_bytes = min(limit, MAX_SERIAL_RECORDS), MAX_SERIAL_BYTES
+            page = view.know(PageFact(self._order, self._items, low, high, limit, self._request.reverse, size_bytes))
+            if self._serial and page.more and len(page.records) < self._limit:
+                raise Missing((), expensive=True)
+        self._page = page
+        self._left, self._show_next = list(range(len(page.records))), 0
+        self._readable = [False] * len(page.records)
+
+    def _judge(self, view: View, rights: Rights) -> None:
+        """Find out which records the user may read. All facts that are missing for it are asked for at once."""
+        assert self._page
+        some, self._left = self._left[:STEP_BATCH], self._left[STEP_BATCH:]
+        for number in some:
+            item = view.alive(self._table, self._page.records[number])
+            try:
+                self._readable[number] = item is not None and rights.may_read(self._table, item)
+            except Missing as need:
+                self._missing |= need.facts
+                self._unresolved.append(number)
+        if self._missing and (not self._left or len(self._missing) > MAX_ROUND_FACTS):
+            self._left = self._unresolved + self._left
+            missing, self._missing, self._unresolved = self._missing, set(), []
+            raise Missing(missing)
+
+    def _show(self, rights: Rights) -> None:
+        assert self._page
+        for record in self._page.records[self._show_next : self._show_next + STEP_BATCH]:
+            number, self._show_next = self._show_next, self._show_next + 1
+            item = record.item
+            if item is None or not self._readable[number]:
+                continue
+            entry = shown(rights, self._table, item, record)
+            self._size_bytes += len(msgspec.json.encode(entry))
+            if self._last is not None and (len(self._shown) == self._request.limit or self._size_bytes > PAGE_BYTES):
+                # Of items that are shown, and only because there is one more to show: it tells of no other.
+                self._following = _next(self._table, self._attributes, self._last, item)
+                self.done = True
+                return
+            self._shown.append(entry)
+            self._last = item
+
+    def _turn(self) -> None:
+        """Go on behind the page."""
+        assert self._page
+        page, self._page = self._page, None
+        self._scanned += len(page.records)
+        if not page.more:
+            self.done = True
+        elif self._scanned > MAX_SCANNED:
+            if self._last is None:
+                raise TooFar(
+                    f"more than {MAX_SCANNED} items lie before the first one that you may read: narrow the query by "
+                    "its bounds"
+                )
+            self._following = _next(self._table, self._attributes, self._last, self._last)
+            self.done = True
+        elif self._serial:
+            raise Missing((), expensive=True)
+        else:
+            self._bounds.go_on_from(page.records[-1])
+            self._limit = SCAN_BATCH
+
+
+def shown(rights: Rights, table: Table, item: Item, record: ItemRecord) -> dict[str, Any]:
+    """An item as the user of `rights` sees it."""
+    visible = table.visible(item, "service" if rights.all else "client")
+    return {"item": visible, "version": record.version, "at": record.at, "by": record.by}
+
+
+class _Bounds:
+    """The range that a query asks for, in the bytes of a table's order or of an index, page by page."""
+
+    def __init__(self, request: Query, table: Table, attributes: tuple[str, str] | None) -> None:
+        """Raises BadRequest for a bound that is none of a table."""
+        self.request = request
+        self._table = table
+        self._attributes = attributes
+        after, before = ((name, getattr(request, name)) for name in ("after", "before"))
+        low = [] if after[1] is None else [b"(" + self._edge(*after, past=True)]
+        high = [] if before[1] is None else [b"(" + self._edge(*before, past=False)]
+        if request.prefix:
+            start = sort_bytes(request.prefix) if attributes is None else prefix_bytes(request.prefix)
+            low.append(b"[" + start)
+            high.append(b"(" + start + b"\xff")  # beyond all of UTF-8
+        self._low = max(low, key=lambda bound: bound[1:], default=b"-")
+        self._high = min(high, key=lambda bound: bound[1:], default=b"+")
+
+    def range(self) -> tuple[bytes, bytes]:
+        """As ZRANGEBYLEX has it."""
+        return self._low, self._high
+
+    def go_on_from(self, record: ItemRecord) -> None:
+        assert record.item is not None, "tombstones have no place in the order"
+        key = self._table.key_of(record.item)
+        edge = b"(" + (key.field if self._attributes is None else index_field(key, record.item, self._attributes))
+        if self.request.reverse:
+            self._high = edge
+        else:
+            self._low = edge
+
+    def _edge(self, name: str, edge: Edge, *, past: bool) -> bytes:
+        if isinstance(edge, list):
+            if self._attributes is None:
+                raise BadRequest(f"query: {name} is a sort-key value, not a list")
+            parts = (self._attributes[1], *self._table.key)
+            if len(edge) != len(parts):
+                raise BadRequest(f"query: {name} as a list has the values of {', '.join(map(repr, parts))}")
+            return tuple_bytes(*edge)
+        assert edge is not None
+        if self._attributes is None:
+            return sort_bytes(edge)
+        return tuple_bytes(edge) + (b"\xff" if past else b"")  # past all entries of that value
+
+
+def _next(table: Table, attributes: tuple[str, str] | None, last: Item, following: Item) -> Any:
+    """The sort value of a page's end; in an index that goes on with the same value, together with the item's key."""
+    if attributes is None:
+        return last[table.key[1]]
+    attribute = attributes[1]
+    if not same(last[attribute], following[attribute]):
+        return last[attribute]
+    return [last[attribute], *(last[name] for name in table.key)]
