@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import LONG
 
-from .load import ALL, Pace
+from .pace import ALL, Pace
 from .run import run
 from .schedule import Fault
 from .system import ROOT
