@@ -56,6 +56,17 @@ def needed() -> Mapping[str, str]:
         pytest.skip(str(error))
 
 
+def if_possible() -> Mapping[str, str]:
+    """As `compiled`; where there is no such locale, say so and give nothing. Raises NoLocale where it is required."""
+    try:
+        return compiled()
+    except NoLocale as error:
+        if REQUIRED:
+            raise
+        print(f"servers run without a locale: {error}")
+        return {}
+
+
 @contextlib.contextmanager
 def inherited(environment: Mapping[str, str]) -> Iterator[None]:
     """Give these variables to the processes that are started in this block."""

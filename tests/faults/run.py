@@ -313,14 +313,9 @@ def main() -> int:
     seed = random.SystemRandom().randrange(1_000_000) if given.seed is None else given.seed
     try:
         pace = with_parts(given.parts)
-        locale = locales.compiled()
-    except ValueError as error:
+        locale = locales.if_possible()
+    except (ValueError, locales.NoLocale) as error:
         parser.error(str(error))
-    except locales.NoLocale as error:
-        print(f"the servers run without a locale: {error}")
-        if locales.REQUIRED:
-            return 1
-        locale = {}
     print(f"seed {seed}", flush=True)
     kinds = None if given.kinds is None else frozenset(given.kinds)
     faults = schedule(given.topology, seed, given.minutes * 60, kinds)
