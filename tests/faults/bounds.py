@@ -33,6 +33,14 @@ class Worst(NamedTuple):
     partition: int
 
 
+class _Pause(NamedTuple):
+    """Probes that waited at the same time: how long the worst of them did beside faults, and until when they did."""
+
+    more_ms: float
+    until_ms: float
+    probe: Probe
+
+
 def explained_ms(since_ms: float, until_ms: float, windows: Iterable[Span | Window], after_ms: float = 0.0) -> float:
     """How much of a stretch of time lies within faults, or shortly after one; overlaps count once."""
     cut = sorted(
@@ -47,20 +55,32 @@ def explained_ms(since_ms: float, until_ms: float, windows: Iterable[Span | Wind
     return total
 
 
-def check_pauses(probes: Iterable[Probe], windows: Sequence[Window], ended_ms: float, report: Report) -> None:
-    """No partition stands still for longer than MAX_PAUSE_MS more than the faults of that time last."""
+def check_pauses(
+    probes: Iterable[Probe], windows: Sequence[Window], lags: Sequence[Span], ended_ms: float, report: Report
+) -> None:
+    """No partition stands still for longer than MAX_PAUSE_MS more than the faults of that time last.
+
+    `lags`: when the checker's own process got no turn, so that nothing it saw then says anything. Probes that waited at
+    the same time are one violation.
+    """
+    pauses: dict[int, list[_Pause]] = {}
     for one in probes:
         until = ended_ms if one.delivered_ms is None else one.delivered_ms
-        took = until - one.since_ms
-        more = took - explained_ms(one.since_ms, until, windows)
+        more = until - one.since_ms - explained_ms(one.since_ms, until, [*windows, *lags])
         if more > MAX_PAUSE_MS:
-            how = "was never told" if one.delivered_ms is None else "was told"
-            report.add(
-                "pause",
-                f"partition {one.partition}",
-                f"write {one.number} {how} after {took / 1000:.1f} s, {more / 1000:.1f} s of it outside of faults "
-                f"(at {one.since_ms:.0f}, {kind_at(one.since_ms, until, windows)})",
-            )
+            found = pauses.setdefault(one.partition, [])
+            if found and one.since_ms < found[-1].until_ms:
+                worst = max(_Pause(more, until, one), found[-1], key=lambda pause: pause.more_ms)
+                found[-1] = worst._replace(until_ms=max(until, found[-1].until_ms))
+            else:
+                found.append(_Pause(more, until, one))
+    for partition, found in pauses.items():
+        for pause in found:
+            how = "was not told, which is" if pause.probe.delivered_ms is None else "was told"
+            since = pause.probe.since_ms
+            what = f"write {pause.probe.number} {how} late, {pause.more_ms / 1000:.1f} s of it outside of faults"
+            kind = kind_at(since, pause.until_ms, windows)
+            report.add("pause", f"partition {partition}", f"{what} ({kind}, at {since:.0f})")
 
 
 def longest_pauses(probes: Iterable[Probe], windows: Sequence[Window]) -> dict[str, Worst]:

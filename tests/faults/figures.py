@@ -30,6 +30,8 @@ class Outcome:
     """The longest that a connected reader heard nothing, by the fault of that time."""
     partitions: dict[str, Worst] = field(default_factory=dict)
     """The longest from a write to its change in any partition, by the fault of that time."""
+    lag_s: float = 0.0
+    """The longest that the checker's own process got no turn."""
     peaks: Sequence[Peak] = ()
     looks: int = 0
     """Times that `connections` was compared with the connections that were open."""
@@ -82,6 +84,7 @@ class Outcome:
                 ("acknowledged and lost by Redis", report.lost_acknowledged),
                 ("frames of changes that Redis then lost", report.phantoms),
                 ("looks at `connections`", self.looks),
+                ("longest lag of the checker itself in s", f"{self.lag_s:.1f}"),
             ),
         )
 

@@ -43,7 +43,7 @@ from .pace import ALL, PARTS, Pace, with_parts
 from .readers import Viewer
 from .schedule import AT, Fault, schedule
 from .system import APPS, System
-from .watch import Connections, Memory
+from .watch import Connections, Lag, Memory
 
 SETTLE_S = 16.0
 """After the last write: also what nobody announced has been looked for by then."""
@@ -117,6 +117,7 @@ class _Watched:
         self.history = Historian(partitions)
         self.connections: Connections | None = None
         self.memory = Memory(system.pids, lambda: system.redis.clients)
+        self.lag = Lag()
         self._system = system
         self._load = load
         self._stack = contextlib.AsyncExitStack()
@@ -126,6 +127,7 @@ class _Watched:
     async def start(self, pace: Pace) -> None:
         backend = await self._stack.enter_async_context(self._system.backend())
         self._tasks.append(asyncio.create_task(self.history.run(backend)))
+        self._tasks.append(asyncio.create_task(self.lag.run()))
         if "probes" in pace.parts:
             self._tasks.append(asyncio.create_task(self.memory.run()))
             self.connections = Connections(self._system.url, self._load.service_key, self._online)
@@ -184,7 +186,7 @@ def check_bounds(load: Load, watched: _Watched, outcome: Outcome, windows: Seque
     report, probes = outcome.report, [probe for prober in load.probers for probe in prober.probes()]
     # To replace processes one after another is no fault: nothing may stand still over it.
     faults = [one for one in windows if one.kind not in APPS]
-    check_pauses(probes, faults, ended_ms, report)
+    check_pauses(probes, faults, watched.lag.spans, ended_ms, report)
     check_late(load.late, faults, report)
     if watched.connections:
         outcome.looks = watched.connections.looks
@@ -192,6 +194,7 @@ def check_bounds(load: Load, watched: _Watched, outcome: Outcome, windows: Seque
     outcome.peaks = watched.memory.peaks()
     check_memory(outcome.peaks, report)
     outcome.late = len(load.late)
+    outcome.lag_s = watched.lag.longest_s
     outcome.partitions = longest_pauses(probes, windows)
     outcome.readers_s = pauses(load, windows)
     if load.expensive:

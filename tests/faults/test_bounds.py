@@ -17,7 +17,7 @@ from .bounds import (
     longest_pauses,
 )
 from .check import Report
-from .logs import Absence, Late, Peak, Probe, Window
+from .logs import Absence, Late, Peak, Probe, Span, Window
 
 STALL = Window(10_000, 16_000, "stall_redis")
 KILL = Window(20_000, 20_001, "kill store")
@@ -42,7 +42,7 @@ def test_faults_explain_the_time_that_they_last_and_overlaps_count_once(
 
 def pauses(*probes: Probe) -> list[str]:
     report = Report()
-    check_pauses(probes, [STALL, KILL], 60_000, report)
+    check_pauses(probes, [STALL, KILL], [Span(40_000, 44_000)], 60_000, report)
     return [one.kind for one in report.violations]
 
 
@@ -52,6 +52,13 @@ def test_a_partition_may_stand_still_for_as_long_as_the_fault_and_five_seconds()
     assert pauses(Probe(3, 1, 30_000, 35_001)) == ["pause"]
     assert pauses(Probe(3, 1, 56_000, None)) == [], "the run ended before it was late"
     assert pauses(Probe(3, 1, 54_000, None)) == ["pause"], "never told"
+    assert pauses(Probe(3, 1, 39_000, 48_000)) == [], "the checker itself got no turn"
+
+
+def test_probes_that_waited_at_the_same_time_are_one_pause() -> None:
+    together = [Probe(3, number, 30_000 + 500 * number, 38_000) for number in range(4)]
+    assert pauses(*together, Probe(3, 5, 50_000, 56_000)) == ["pause", "pause"]
+    assert pauses(together[0], together[1]._replace(partition=4)) == ["pause", "pause"]
 
 
 def test_the_longest_pause_is_put_down_to_the_last_fault_of_its_time() -> None:

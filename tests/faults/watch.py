@@ -15,12 +15,14 @@ from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
 
-from .logs import Absence, Peak, Probe
+from .logs import Absence, Peak, Probe, Span
 from .readers import open_connection
 
 PROBE_PAUSE_S = 0.5
 LOOK_PAUSE_S = 2.0
 MEMORY_PAUSE_S = 2.0
+LAG_PAUSE_S, LAG_S = 0.1, 0.3
+"""How often the checker looks for a lag of its own, and how long one must be to count."""
 
 
 class Prober:
@@ -125,6 +127,23 @@ class Connections:
         for user, connection in missing:
             since = self._missing.setdefault((user, connection), begun)
             self.absences.append(Absence(user, connection, since, now))
+
+
+class Lag:
+    """Notes when this process got no turn for long: its own figures then say nothing of the system."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.longest_s = 0.0
+
+    async def run(self) -> None:
+        while True:
+            begun = time.time()
+            await asyncio.sleep(LAG_PAUSE_S)
+            late_s = time.time() - begun - LAG_PAUSE_S
+            self.longest_s = max(self.longest_s, late_s)
+            if late_s > LAG_S:
+                self.spans.append(Span(begun * 1000, time.time() * 1000))
 
 
 class Memory:
