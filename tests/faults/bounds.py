@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .check import Report
-from .logs import Absence, Late, Peak, Probe, Span, Window
+from .logs import Absence, Late, Peak, Probe, Reconnect, Span, Window
 
 MAX_PAUSE_MS = 5_000
 """How much longer than the faults of that time a partition may stand still, in ms."""
@@ -24,6 +24,12 @@ MAX_BYTES = {
 """The most memory that a process of each kind may have: resident for services, `used_memory` for Redis."""
 BEFORE_MS = 1_000
 """A pause that begins so shortly after a fault is put down to it, in ms."""
+
+
+KEEPS_SOCKETS = frozenset(("stall_redis", "kill_redis", "hang_master", "fail_over", "change_places"))
+"""Faults of servers, over which gateways keep their sockets."""
+NEAR_MS = 15_000
+"""Other faults that ended less than this before a connection was closed may be the reason, in ms."""
 
 
 class Worst(NamedTuple):
@@ -126,9 +132,24 @@ def check_late(late: Iterable[Late], windows: Sequence[Window], report: Report) 
             report.add("late", one.user, f"{one.action} was answered `timeout` after {took:.1f} s, without a fault")
 
 
-def check_memory(peaks: Iterable[Peak], report: Report) -> None:
-    """No process has more memory than MAX_BYTES allows its kind."""
+def check_sockets(reconnects: Iterable[Reconnect], windows: Sequence[Window], report: Report) -> None:
+    """A server that stalls or restarts costs no user the connection: gateways keep their sockets.
+
+    Looked at where nothing else happened at that time.
+    """
+    for one in reconnects:
+        near = {
+            window.kind
+            for window in windows
+            if window.since_ms < one.at_ms and one.since_ms - NEAR_MS < window.until_ms
+        }
+        if near and near <= KEEPS_SOCKETS:
+            report.add("socket", one.user, f"the connection was closed over {', '.join(near)} (at {one.at_ms:.0f})")
+
+
+def check_memory(peaks: Iterable[Peak], report: Report, limits: Mapping[str, int] = MAX_BYTES) -> None:
+    """No process has more memory than is allowed its kind."""
     for one in peaks:
-        limit = MAX_BYTES[one.who]
+        limit = limits[one.who]
         if one.size_bytes > limit:
             report.add("memory", one.who, f"had {one.size_bytes >> 20} MiB; at most {limit >> 20} MiB are expected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .bounds import MAX_BYTES
 from .pace import ALL, Pace, with_parts
 from .schedule import Fault
 
@@ -18,6 +19,8 @@ class Break(NamedTuple):
     finds: set[str]
     pace: Pace = ALL
     partitions: int = 8
+    topology: str = "embedded"
+    max_bytes: dict[str, int] = MAX_BYTES
     seconds: float = 0.0
     """Length of a run; 0 for five seconds after the last fault."""
 

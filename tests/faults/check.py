@@ -22,7 +22,7 @@ LEAK_MS = 5_000
 class Violation(NamedTuple):
     kind: str
     """loss, double, disorder, leak, phantom, reset, unit (a transaction torn apart), live (of a view), index, stuck;
-    of bounds: pause, absence, late, memory"""
+    history (not read whole); of bounds: pause, absence, socket, late, memory"""
     who: str
     what: str
 

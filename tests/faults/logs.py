@@ -101,6 +101,14 @@ class Absence(NamedTuple):
     until_ms: float
 
 
+class Reconnect(NamedTuple):
+    """A prober's connection that was replaced by another one. `since_ms` is when it was last seen open."""
+
+    user: str
+    since_ms: float
+    at_ms: float
+
+
 class Peak(NamedTuple):
     """The most memory that a process had, in bytes."""
 

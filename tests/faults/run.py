@@ -24,7 +24,7 @@ from tidewire.errors import TidewireError
 from tidewire.records import ItemRecord, unpack
 from tidewire.walk import walk
 
-from .bounds import check_absences, check_late, check_memory, check_pauses, longest_pauses
+from .bounds import MAX_BYTES, check_absences, check_late, check_memory, check_pauses, check_sockets, longest_pauses
 from .check import (
     LATE_MS,
     ReaderLog,
@@ -67,6 +67,7 @@ async def run(
     settle_s: float = SETTLE_S,
     progress: bool = False,
     locale: Mapping[str, str] | None = None,
+    max_bytes: Mapping[str, int] = MAX_BYTES,
 ) -> Outcome:
     """Everything, from the first process to the checker's word. `code` is a folder with another Tidewire in it."""
     planned = schedule(topology, seed, seconds) if faults is None else faults
@@ -107,6 +108,7 @@ async def run(
         watched.history.check_whole(outcome.report)
     check(load, watched.history.history(), outcome, windows, may_fall_back=may_fall_back)
     check_bounds(load, watched, outcome, windows, ended_ms)
+    check_memory(outcome.peaks, outcome.report, max_bytes)
     return outcome
 
 
@@ -188,11 +190,11 @@ def check_bounds(load: Load, watched: _Watched, outcome: Outcome, windows: Seque
     faults = [one for one in windows if one.kind not in APPS]
     check_pauses(probes, faults, watched.lag.spans, ended_ms, report)
     check_late(load.late, faults, report)
+    check_sockets([one for prober in load.probers for one in prober.reconnects], windows, report)
     if watched.connections:
         outcome.looks = watched.connections.looks
         check_absences(watched.connections.absences, faults, report)
     outcome.peaks = watched.memory.peaks()
-    check_memory(outcome.peaks, report)
     outcome.late = len(load.late)
     outcome.lag_s = watched.lag.longest_s
     outcome.partitions = longest_pauses(probes, windows)

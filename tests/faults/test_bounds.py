@@ -13,11 +13,12 @@ from .bounds import (
     check_late,
     check_memory,
     check_pauses,
+    check_sockets,
     explained_ms,
     longest_pauses,
 )
 from .check import Report
-from .logs import Absence, Late, Peak, Probe, Span, Window
+from .logs import Absence, Late, Peak, Probe, Reconnect, Span, Window
 
 STALL = Window(10_000, 16_000, "stall_redis")
 KILL = Window(20_000, 20_001, "kill store")
@@ -96,6 +97,18 @@ def test_an_answer_is_late_only_where_no_fault_is_near() -> None:
     assert kinds(12_000, 22_000) == []
     assert kinds(20_500, 30_500) == [], "within five seconds after it"
     assert kinds(21_500, 31_500) == ["late"]
+
+
+def test_a_stall_of_a_server_closes_no_socket() -> None:
+    def kinds(at_ms: float, *others: Window) -> list[str]:
+        report = Report()
+        check_sockets([Reconnect("p3-0", at_ms - 1_000, at_ms)], [STALL, *others], report)
+        return [one.kind for one in report.violations]
+
+    assert kinds(18_000) == ["socket"]
+    assert kinds(9_000) == [], "before the stall"
+    assert kinds(40_000) == [], "long after it"
+    assert kinds(18_000, Window(17_000, 17_001, "kill gateway")) == [], "another fault may be the reason"
 
 
 def test_each_kind_of_process_has_a_bound_on_memory() -> None:

@@ -59,7 +59,14 @@ async def test_the_checker_finds_what_is_broken(broken: tuple[Path, Break]) -> N
     code, one = broken
     for seed in range(TRIES):
         outcome = await run(
-            "embedded", seed, one.lasts_s, pace=one.pace, faults=one.faults, code=code, partitions=one.partitions
+            one.topology,
+            seed,
+            one.lasts_s,
+            pace=one.pace,
+            faults=one.faults,
+            code=code,
+            partitions=one.partitions,
+            max_bytes=one.max_bytes,
         )
         print(outcome.told())
         if one.finds & outcome.kinds:

@@ -15,7 +15,7 @@ from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
 
-from .logs import Absence, Peak, Probe, Span
+from .logs import Absence, Peak, Probe, Reconnect, Span
 from .readers import open_connection
 
 PROBE_PAUSE_S = 0.5
@@ -36,7 +36,9 @@ class Prober:
         self._sent: dict[int, float] = {}
         self._delivered: dict[int, float] = {}
         self._client: Client | None = None
-        self._is_reset = False
+        self.reconnects: list[Reconnect] = []
+        self._connection: str | None = None
+        self._open_ms = 0.0
 
     def online(self) -> str | None:
         return open_connection(self._client)
@@ -58,6 +60,7 @@ class Prober:
                     with contextlib.suppress(TidewireError):
                         await client.put("probes", {"user": self.name, "n": number})
                     await asyncio.sleep(PROBE_PAUSE_S)
+                    self._look(time.time() * 1000)
                 await asyncio.sleep(1.0)
             finally:
                 self._client = None
@@ -71,6 +74,14 @@ class Prober:
                 self._note(frame["new"]["n"], now)
             elif frame["type"] == "reset" and "table" not in frame:
                 self._note(max(self._sent, default=0), now)
+
+    def _look(self, now: float) -> None:
+        """Note whether the connection is still the same one."""
+        if (connection := self.online()) is None:
+            return
+        if self._connection not in (None, connection):
+            self.reconnects.append(Reconnect(self.name, self._open_ms, now))
+        self._connection, self._open_ms = connection, now
 
     def _note(self, last: int, now: float) -> None:
         for number in range(last, 0, -1):
