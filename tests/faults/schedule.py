@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import cycle
 from typing import NamedTuple
 
 SERVICES = ("gateway", "store", "broadcaster", "authorizer")
 PAUSE_S = (4.0, 7.0)
 """How long a process is stopped: longer than a lease, which is 3 s."""
+STALL_S = (4.0, 10.0)
+"""How long a server is stopped: longer than a lease, and up to what callers wait for an answer."""
+CALM_S = 20.0
+"""Time without a fault, after each kind has happened once: what should be well again must be well by then."""
 
 
 class Fault(NamedTuple):
@@ -33,10 +38,12 @@ BEHIND_PROXIES = (
     ("swallow_link", "broadcaster"),
 )
 """What may happen to the way between a service and a single server; some at a command that it is about."""
+ROLL = ("roll", None)
+"""All processes are replaced by those of the other version of the application: forward and back in turn."""
 AT: dict[str, tuple[tuple[str, str | None], ...]] = {
-    "embedded": (*ANYWHERE, *BEHIND_PROXIES, ("kill_redis", None), ("kill_redis", None)),
-    "sentinel": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("change_places", None)))),
-    "cluster": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("move_slot", None)))),
+    "embedded": (*ANYWHERE, *BEHIND_PROXIES, *(2 * (("kill_redis", None), ("stall_redis", None))), ROLL),
+    "sentinel": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("change_places", None), ("hang_master", None))), ROLL),
+    "cluster": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("move_slot", None), ("hang_master", None))), ROLL),
 }
 """The faults of each topology; what is there more than once is as much more likely."""
 
@@ -48,15 +55,21 @@ def schedule(topology: str, seed: int, seconds: float, kinds: frozenset[str] | N
     faults: list[Fault] = []
     at_s = 5.0
     bag: list[tuple[str, str | None]] = []
+    rolls = cycle(("roll_forward", "roll_back"))
     while choices:
         if not bag:  # each of them once, in another order each time
             bag = choice.sample(choices, len(choices))
+            at_s += CALM_S if faults else 0.0
         kind, service = bag.pop()
         lasts_s = 0.0
         if kind == "pause" or kind.startswith("hold"):
             lasts_s = choice.uniform(*PAUSE_S)
         elif kind in ("cut", "slow"):
             lasts_s = choice.uniform(0.0, 4.0)
+        elif kind == "stall_redis":
+            lasts_s = choice.uniform(*STALL_S)
+        elif kind == "roll":
+            kind = next(rolls)
         if at_s + lasts_s + 5.0 > seconds:
             break
         faults.append(Fault(round(at_s, 2), kind, service, choice.randrange(2), round(lasts_s, 2)))

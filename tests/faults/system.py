@@ -13,10 +13,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import redis
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
@@ -29,13 +30,20 @@ from tidewire.services.cli.embedded import Embedded
 from .proxy import Proxy
 from .schedule import SERVICES, Fault
 
-APP = "tests.faults.app:app"
+APPS = {"roll_back": "tests.faults.app:app", "roll_forward": "tests.faults.app_next:app"}
+"""The first and the second version of the application, by the fault that leads to it."""
 ROOT = Path(__file__).parents[2]
 PER_SERVICE = 2
 SLOTS_MOVED = 3
+MIXED_S = 2.0
+"""How long both versions run side by side, beside the time that it takes to start processes."""
+SETTLE_S = 3.0
+"""Time for what was written to the second version's tables to be told, before that version is gone."""
+ENDS_S = 20.0
+"""How long a process may take to drain before it is killed."""
 COMMANDS = {
     "": b"FCALL",
-    "read": b"$5\r\nbatch",
+    "read": b"$14\r\nbatch_",
     "commit": b"$15\r\ncommit_",
     "link": b"$20\r\nlink_append_",
     "note": b'"table":"notes"',
@@ -70,6 +78,17 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         assert self.process
         self.process.send_signal(number)
+
+    async def replace(self, command: list[str]) -> None:
+        """Let it drain and end; from then on the other command runs."""
+        assert self.process
+        self._command, before = command, self.process
+        before.terminate()
+        try:
+            await wait_until(lambda: self.process is not before, "it has ended and another has begun", ENDS_S)
+        except AssertionError:
+            before.kill()
+            await wait_until(lambda: self.process is not before, "another has begun")
 
     async def end(self) -> None:
         if self._keeper:
@@ -108,22 +127,32 @@ def _ports_of(pid: int) -> set[int]:
 class Alone:
     """A single server with its append-only file, as `tidewire up` runs it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         data = folder / "redis"
         data.mkdir()
         self._embedded = Embedded(data)
         self.port, self.url = self._embedded.port, self._embedded.url
-        self._process = Process(self._embedded.command(), dict(os.environ), folder / "redis.log")
+        self._process = Process(self._embedded.command(), os.environ | environment, folder / "redis.log")
+        self.clients = [redis.Redis.from_url(self.url, socket_timeout=5)]
 
     async def start(self) -> None:
         self._process.start()
 
     async def do(self, fault: Fault) -> None:
-        """It is killed, and comes back with what is in its file."""
-        assert fault.kind == "kill_redis"
-        self._process.signal(signal.SIGKILL)
+        """It is killed, and comes back with what is in its file; or it stands still for a while."""
+        if fault.kind == "kill_redis":
+            self._process.signal(signal.SIGKILL)
+            return
+        assert fault.kind == "stall_redis"
+        self._process.signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(fault.lasts_s)
+        finally:
+            self._process.signal(signal.SIGCONT)
 
     async def end(self) -> None:
+        for client in self.clients:
+            client.close()
         await self._process.end()
 
 
@@ -132,17 +161,20 @@ class Watched:
 
     port = None
 
-    def __init__(self, folder: Path) -> None:
-        self._servers = topologies.Sentinels(folder)
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._servers = topologies.Sentinels(folder, environment)
         self.url = self._servers.url
+        self.clients = [server.redis for server in self._servers.servers]
 
     async def start(self) -> None:
         await asyncio.to_thread(self._servers.start)
 
     async def do(self, fault: Fault) -> None:
-        """The replica becomes the master, because that one died, or because somebody said so."""
+        """The replica becomes the master, because that one died or hangs, or because somebody said so."""
         if fault.kind == "change_places":
             await asyncio.to_thread(self._servers.switch)
+        elif fault.kind == "hang_master":
+            await asyncio.to_thread(self._servers.hang)
         else:
             killed = await asyncio.to_thread(self._servers.fail_over)
             await asyncio.to_thread(self._servers.come_back, killed)
@@ -159,9 +191,10 @@ class Sharded:
 
     port = None
 
-    def __init__(self, folder: Path) -> None:
-        self._servers = topologies.Cluster(folder, 3, 1)
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._servers = topologies.Cluster(folder, 3, 1, environment)
         self.url = self._servers.url
+        self.clients = [server.redis for server in self._servers.servers]
 
     async def start(self) -> None:
         await asyncio.to_thread(self._servers.start)
@@ -174,6 +207,8 @@ class Sharded:
         if fault.kind == "move_slot":
             for slot in choice.sample(slots, SLOTS_MOVED):
                 await asyncio.to_thread(self._servers.move, slot)
+        elif fault.kind == "hang_master":
+            await asyncio.to_thread(self._servers.hang, choice.choice(slots))
         else:
             killed = await asyncio.to_thread(self._servers.fail_over, choice.choice(slots))
             await asyncio.to_thread(self._servers.come_back, killed)
@@ -185,23 +220,37 @@ class Sharded:
         self._servers.close()
 
 
+class NextVersion(Protocol):
+    def __call__(self, *, runs: bool) -> Awaitable[None]: ...
+
+
 TOPOLOGIES: dict[str, Any] = {"embedded": Alone, "sentinel": Watched, "cluster": Sharded}
 
 
 class System:
     """All of it, running. `url` is what clients connect to: the gateways share its port."""
 
-    def __init__(self, folder: Path, topology: str, code: Path | None = None, partitions: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        topology: str,
+        code: Path | None = None,
+        partitions: int = 8,
+        locale: Mapping[str, str] | None = None,
+    ) -> None:
+        """`code`: a folder with another Tidewire in it. `locale`: environment variables for the servers."""
         self.folder = folder
+        self.next_version: NextVersion = _nobody
+        """Called when the second version's tables may be written to, and before they no longer may."""
         self._partitions = partitions
-        self.redis: Any = TOPOLOGIES[topology](folder)
+        self.redis: Any = TOPOLOGIES[topology](folder, locale or {})
         self.ws_port = free_port()
         self.url = f"ws://127.0.0.1:{self.ws_port}"
         self._code = code or ROOT
         self.http_port = free_port()
         self._services: dict[str, list[Process]] = {}
         self._proxies: dict[str, list[Proxy]] = {}
-        self._admin_ports: list[int] = []
+        self._admin_ports: dict[tuple[str, int], int] = {}
         self._proxied = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -230,6 +279,9 @@ class System:
             await self._proxies[fault.service][fault.number].hold(fault.lasts_s, COMMANDS[at], begun)
             return
         begun()
+        if fault.kind in APPS:
+            await self._roll(fault.kind)
+            return
         if fault.service is None:
             await self.redis.do(fault)
             return
@@ -261,18 +313,20 @@ class System:
             proxy = await self._proxied.enter_async_context(Proxy(self.redis.port))
             self._proxies.setdefault(service, []).append(proxy)
             url = url.replace(f":{self.redis.port}", f":{proxy.port}")
-        self._admin_ports.append(free_port())
+        self._admin_ports[service, number] = free_port()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join((str(self._code), str(ROOT))),
             "TIDEWIRE_REDIS": url,
             "TIDEWIRE_WS_PORT": str(self.ws_port),
             "TIDEWIRE_HTTP_PORT": str(self.http_port),
-            "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[-1]),
+            "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[service, number]),
+            "TIDEWIRE_DRAIN_SECONDS": "2",
             "TIDEWIRE_PARTITIONS": str(self._partitions),
             "TIDEWIRE_LOG_LEVEL": "warning",
         }
-        command = [sys.executable, "-m", "tidewire.services.cli.main", service, APP]
-        process = Process(command, environment, self.folder / f"{service}-{number}.log", self._code)
+        process = Process(
+            _command(service, "roll_back"), environment, self.folder / f"{service}-{number}.log", self._code
+        )
         process.start()
         return process
 
@@ -283,7 +337,38 @@ class System:
         return False
 
     async def _ready(self) -> bool:
-        return all([await asyncio.to_thread(_is_ready, port) for port in self._admin_ports])
+        return all([await asyncio.to_thread(_is_ready, port) for port in self._admin_ports.values()])
+
+    async def _roll(self, to: str) -> None:
+        """Replace the first process of each service, then the others, one after another as they drain."""
+        for number in range(PER_SERVICE):
+            if to == "roll_back" and number:
+                await self.next_version(runs=False)
+                await asyncio.sleep(SETTLE_S)
+            for service, processes in self._services.items():
+                await processes[number].replace(_command(service, to))
+                port = self._admin_ports[service, number]
+                await wait_until(lambda port=port: asyncio.to_thread(_is_ready, port), f"{service} is ready", 60)  # type: ignore[misc]
+            await asyncio.sleep(MIXED_S)
+            if to == "roll_forward":
+                await self.next_version(runs=True)
+
+    def pids(self) -> list[tuple[str, int]]:
+        """Kind of service and process id of all processes that run now."""
+        return [
+            (service, process.process.pid)
+            for service, processes in self._services.items()
+            for process in processes
+            if process.process
+        ]
+
+
+async def _nobody(*, runs: bool) -> None:
+    pass
+
+
+def _command(service: str, version: str) -> list[str]:
+    return [sys.executable, "-m", "tidewire.services.cli.main", service, APPS[version]]
 
 
 def _is_ready(port: int) -> bool:

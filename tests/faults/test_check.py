@@ -10,18 +10,11 @@ import pytest
 
 from tidewire.records import Change
 
-from .check import (
-    ReaderLog,
-    Report,
-    Written,
-    check_connections,
-    check_history,
-    check_reader,
-    check_steps,
-    expect,
-)
-from .load import Acknowledged, Got, digest
-from .schedule import AT, schedule
+from .check import ReaderLog, Report, check_connections, check_history, check_reader, check_steps
+from .expect import MEMBERSHIPS, Written, expect
+from .images import digest
+from .logs import Acknowledged, Got
+from .schedule import AT, ROLL, schedule
 
 BEGIN = 1_000_000
 Log = list[Got]
@@ -96,6 +89,8 @@ def bob() -> Log:
         frame(5, "LEAVE", "members", ROOM),
         frame(5, "LEAVE", "messages", ROOM),
         frame(5, "LEAVE", "posts", ROOM),
+        frame(5, "LEAVE", "files", ROOM),
+        frame(5, "LEAVE", "rows", ROOM),
         frame(8, "ENTER", "things", {"id": "t"}, {"id": "t", "owner": "bob"}),
     ]
 
@@ -146,7 +141,7 @@ def test_what_goes_wrong_has_a_name(spoil: Callable[[Log], Log], kind: str) -> N
         (without(6), "loss"),
         (lambda log: [*log[:3], log[2], *log[3:]], "double"),
         (lambda log: [ann()[1], *log], "leak"),
-        (lambda log: [*log[:8], ann()[6], log[8]], "leak"),
+        (lambda log: [*log[:10], ann()[6], log[10]], "leak"),
         (lambda log: [*log[:2], log[2]._replace(new=digest(SEEN)), *log[3:]], "leak"),
     ],
 )
@@ -241,7 +236,7 @@ def test_who_is_told_in_another_partition_was_a_member_about_then() -> None:
     assert kinds([note], told[:1]) == ["loss"]
     assert kinds([note], [*told, told[1]]) == ["double"]
     left = frame(21, "REMOVE", "members", ANN, None, ANN)
-    leaves = [frame(21, "LEAVE", table, ROOM) for table in ("members", "messages", "posts")]
+    leaves = [frame(21, "LEAVE", table, ROOM) for table in MEMBERSHIPS["members"].shows]
     others = [change("things", {"id": "u"}, {"id": "u", "owner": "ann"})] * 8
     theirs = [frame(n, "INSERT", "things", {"id": "u"}, {"id": "u", "owner": "ann"}) for n in range(22, 30)]
     late = frame(30, "INSERT", "notes", {"id": "n"}, NOTE)
@@ -284,7 +279,9 @@ def test_a_view_does_not_go_back_unless_it_started_over() -> None:
 def test_a_seed_gives_one_schedule(topology: str) -> None:
     faults = schedule(topology, 7, 600)
     assert faults == schedule(topology, 7, 600) != schedule(topology, 8, 600)
-    assert {(fault.kind, fault.service) for fault in faults} == set(AT[topology])
+    rolls = {("roll_forward", None), ("roll_back", None)}
+    assert {(fault.kind, fault.service) for fault in faults} - rolls == set(AT[topology]) - {ROLL}
+    assert [fault.kind for fault in faults if "roll" in fault.kind][:2] == ["roll_forward", "roll_back"]
     for earlier, later in pairwise(faults):
         assert earlier.at_s + earlier.lasts_s < later.at_s
     assert faults[-1].at_s + faults[-1].lasts_s < 600

@@ -1,0 +1,119 @@
+"""Guards of Tidewire, each taken out by changing one line, and what the checker must then find."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .bounds import MAX_BYTES
+from .pace import ALL, Pace, with_parts
+from .schedule import Fault
+
+
+class Break(NamedTuple):
+    """One line that is changed, the faults that show it, and the kinds of violations of which one must be found."""
+
+    file: str
+    line: str
+    instead: str
+    faults: list[Fault]
+    finds: set[str]
+    pace: Pace = ALL
+    partitions: int = 8
+    topology: str = "embedded"
+    max_bytes: dict[str, int] = MAX_BYTES
+    seconds: float = 0.0
+    """Length of a run; 0 for five seconds after the last fault."""
+
+    @property
+    def lasts_s(self) -> float:
+        return self.seconds or self.faults[-1].at_s + self.faults[-1].lasts_s + 5
+
+
+def again(kind: str, service: str, count: int, lasts_s: float = 0.0, every_s: float = 3.0) -> list[Fault]:
+    """The same fault at the one and the other of two processes."""
+    return [Fault(3.0 + number * every_s, kind, service, number % 2, lasts_s) for number in range(count)]
+
+
+QUIET = Pace({"note": 0.25, "message": 0.1}, reads_s=(60.0, 90.0), notes=10_000, flees=True)
+"""Few changes, so that from one partition to another there is nothing for long."""
+STAYING = ALL._replace(reads_s=(60.0, 90.0))
+"""Nobody gets by a new connection what the old one owed."""
+PROBED = with_parts(["probes"], STAYING)
+"""Each partition is probed, `connections` and memory are watched."""
+
+BREAKS = {
+    "a link takes again what it has taken": Break(
+        "tidewire/lua/feed.lua",
+        "    local is_new = order > 0 or (order == 0 and effect[4] > after)\n",
+        "    local is_new = true\n    after = NOTHING\n",
+        again("swallow_link", "broadcaster", 8),
+        {"double"},
+    ),
+    "a new owner does not stamp its epoch": Break(
+        "tidewire/partition/loop.py",
+        "self._announce(to) for to in self._tenure.destinations())",
+        "self._announce(to) for to in self._tenure.destinations()[:0])",
+        again("hold_note", "broadcaster", 5, lasts_s=9.5, every_s=22.0),
+        {"leak"},
+        QUIET,
+        partitions=64,
+    ),
+    "nothing is fenced": Break(
+        "tidewire/lua/generation.lua",
+        "  return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch\n",
+        "  return false\n",
+        again("hold_commit", "store", 5, lasts_s=6.0, every_s=8.0),
+        {"double", "disorder", "loss", "reset"},  # it depends on whose ids are the greater
+    ),
+    "what is pending is not read again": Break(
+        "tidewire/lua/stream.lua",
+        "  local from = after\n",
+        "  local from = '>'\n",
+        again("swallow_read", "broadcaster", 6),
+        {"reset"},  # the gap is noticed: no reader is left with it
+    ),
+    "holes are not filled": Break(
+        "services/gateway/feeds.py",
+        "        MENDED.inc()\n",
+        "        return\n",
+        again("cut", "gateway", 6, lasts_s=1.0),
+        {"loss"},
+        STAYING,
+    ),
+    "feeds of a change that is sent in pieces are told apart by something else than their numbers": Break(
+        "tidewire/lua/link.lua",
+        "  return tonumber(string.sub(redis.sha1hex(feed), 1, 13), 16)\n",
+        "  return 0\n",
+        [],
+        {"loss"},
+        with_parts(["crowd"], STAYING._replace(crowd=9000, hall_stays_s=(1.0, 6.0))),
+        partitions=2,
+        seconds=25.0,
+    ),
+    "a transaction does not say that more of it follows": Break(
+        "services/broadcaster/decide.py",
+        '                frame["more"] = True\n',
+        "                pass\n",
+        [],
+        {"unit"},
+        ALL._replace(rates=ALL.rates | {"pair": 2.0}),
+        seconds=15.0,
+    ),
+    "a partition whose loop failed is left alone for long": Break(
+        "tidewire/partition/worker.py",
+        "            self._retry_at[partition] = time.monotonic() + 0.5\n",
+        "            self._retry_at[partition] = time.monotonic() + 40.0\n",
+        again("cut", "store", 6, lasts_s=1.0, every_s=5.0),
+        {"pause"},
+        PROBED,
+    ),
+    "a connection is not written to `connections`": Break(
+        "services/gateway/presence.py",
+        '        self._begin(connection, "put", {"table": CONNECTIONS, "item": item})\n',
+        "        return\n",
+        [],
+        {"absence"},
+        PROBED,
+        seconds=25.0,
+    ),
+}
