@@ -175,7 +175,7 @@ async def memory(backend: Backend) -> bool:
     redis = backend.commands
     print(f"memory of a feed's entries of {len(body())} bytes, by {NODE_BYTES}; and appends/s, {MANY} feeds a call")
     print(f"{'':>6}" + "".join(f"{entries:>9,} entries" for entries in ENTRIES) + f"{'appends/s':>12}")
-    before = (await redis.config_get(NODE_BYTES))[NODE_BYTES]
+    before = str((await redis.config_get(NODE_BYTES))[NODE_BYTES])
     for node_bytes in NODES:
         await redis.config_set(NODE_BYTES, node_bytes)
         costs = [await _entries_bytes(backend, f"memory{node_bytes}-{entries}", entries) for entries in ENTRIES]
