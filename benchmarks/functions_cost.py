@@ -22,7 +22,7 @@ from typing import Any
 
 from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.functions import Append, Effect, FeedBounds, Operation, Owned
+from tidewire.functions import Append, Effect, FeedBounds, Operation, Owned, Stamp, Unit, feed_number
 from tidewire.keys import Keys, sort_bytes
 from tidewire.records import FeedBody, ItemRecord, Position, pack
 from tidewire.services.cli.embedded import Embedded
@@ -37,6 +37,7 @@ FEEDS = 100
 PAGE = 100
 SERVICES = 10
 LEASE_MS = 3_600_000
+BATCH_BYTES = 1 << 20
 
 Call = Callable[[], Awaitable[Any]]
 
@@ -70,7 +71,7 @@ async def calls(backend: Backend) -> dict[str, Call]:
     mine, full = await owned(backend, 0), await owned(backend, 1)
     for number in range(PAGE):
         await backend.commands.xadd(full.stream, {"r": b"x" * 200}, f"1-{number + 1}")
-    feeds = tuple(sorted(keys.user_feed(f"user{number}") for number in range(FEEDS)))
+    feeds = tuple(sorted(map(keys.user_feed, (f"user{number}" for number in range(FEEDS))), key=feed_number))
     for feed in feeds:
         await functions.feed_open(home, feed, LEASE_MS)
     record = pack(ItemRecord(1, 0, "alice", {"id": "x", "text": "x" * 150}))
@@ -84,8 +85,9 @@ async def calls(backend: Backend) -> dict[str, Call]:
     now = int(time.time() * 1000)
 
     def append(to: tuple[bytes, ...]) -> Awaitable[Any]:
-        one = Append(Position(0, 0, now, next(numbers)), body, to)
-        return functions.link_append(home, "b:1", 1, BOUNDS, [one])
+        position = Position(0, 0, now, next(numbers))
+        unit = Unit(position, [Append(position, body, len(body), to)])
+        return functions.link_append(home, "b:1", 1, BOUNDS, [unit])
 
     def apply() -> Awaitable[Any]:
         effect = Effect(Position(0, 0, now, next(numbers)), 1, (Operation("HSET", home.partition, ("x", "1")),))
@@ -93,20 +95,20 @@ async def calls(backend: Backend) -> dict[str, Call]:
 
     def commit() -> Awaitable[Any]:
         write = Operation("HSET", home.partition, ("x", "1"))
-        return functions.commit(mine, next(numbers), (), [write], count=256)
+        return functions.commit(mine, next(numbers), (), [write], count=256, size_bytes=BATCH_BYTES)
 
     return {
         "lease_take": lambda: functions.lease_take(mine.lease, home, mine.stream, GROUP, OWNER, LEASE_MS),
         "lease_renew": lambda: functions.lease_renew(full, LEASE_MS),
-        "batch, nothing there": lambda: functions.batch(mine, 256),
-        f"batch of {PAGE}": lambda: functions.batch(full, 256),
+        "batch, nothing there": lambda: functions.batch(mine, 256, BATCH_BYTES),
+        f"batch of {PAGE}": lambda: functions.batch(full, 256, BATCH_BYTES),
         "commit of one write": commit,
-        "link_stamp": lambda: functions.link_stamp(home, "s:1", 1),
+        "link_stamp": lambda: functions.link_stamp(home, [Stamp("s:1", 1)]),
         "link_apply of one write": apply,
         "link_append to 1 feed": lambda: append(feeds[:1]),
         f"link_append to {FEEDS} feeds": lambda: append(feeds),
         "feed_open": lambda: functions.feed_open(home, feeds[0], LEASE_MS),
-        "feed_read of nothing": lambda: functions.feed_read(home, feeds[1], 10_000_000, 100),
+        "feed_read of nothing": lambda: functions.feed_read(home, feeds[1], 10_000_000, 100, BATCH_BYTES),
         f"page of {PAGE}": lambda: functions.page(
             keys.order("t", "p"), keys.items("t", "p"), b"-", b"+", reverse=False, count=PAGE, size_bytes=1 << 20
         ),
