@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -33,7 +32,7 @@ from websockets.exceptions import WebSocketException
 
 from benchmarks.isolation_attacks import ATTACKS, USERS, Order
 from benchmarks.isolation_crowd import Member, Plan, Sample
-from benchmarks.isolation_report import Phase, goals, summary, tables
+from benchmarks.isolation_report import GOAL_RATIO, Phase, goals, summary, tables
 from benchmarks.isolation_socket import ATTACKED, PARTITIONS, STAGE, Frame, connected, names
 from tidewire import keyring
 from tidewire.backend import Backend, connect
@@ -47,8 +46,10 @@ CROWDS = 2
 WARM_UP_S = 2.0
 STARTING_S, SETTLE_S, ENDING_S = 90.0, 120.0, 60.0
 PROBER = "prober"
-RECOVERED_S, RECOVERY_S = 1.0, 60.0
+RECOVERED_S, RECOVERY_S = 1.0, 30.0
 """The system has recovered from an attack when a write is delivered within the first; it has the second to do so."""
+PROBES = 3
+ATTACKER_ENDS_S = 10.0
 LOOK_S = 0.25
 LINE_BYTES = 1 << 28
 """Of what a process of users says at the end: all that it has noted."""
@@ -252,37 +253,65 @@ async def phase(name: str, crowd: Crowds, usage: Usage, phases: list[Phase]) -> 
 # ── one case ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def attack(order: Order) -> dict[str, int]:
-    """Have it done, to the end; what the attacker was answered, by count."""
-    process = await python("benchmarks.isolation_attacks")
-    try:
+class Attacking:
+    """The attacker's process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def ready(cls, order: Order) -> Attacking:
+        process = await python("benchmarks.isolation_attacks")
         assert process.stdin
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         await first_line(process)
-        async with asyncio.timeout(order.seconds + 10):
-            said: dict[str, int] = json.loads(await first_line(process) or b"{}")
-            return said
-    except TimeoutError:
-        return {"the attacker did not end": 1}
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        return cls(process)
+
+    def begin(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(b"begin\n")
+
+    async def end(self) -> dict[str, int]:
+        """What it was answered, by count, when its time is over."""
+        try:
+            async with asyncio.timeout(ATTACKER_ENDS_S):
+                said: dict[str, int] = json.loads(await first_line(self._process) or b"{}")
+                return said
+        except TimeoutError:
+            return {"the attacker did not end": 1}
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
 
 
-async def recovery_s(system: System, auth_key: str) -> float | None:
-    """How long until a write to the attacked partition is delivered in time; None when it does not come to that."""
-    (box,) = names("probe", 1, attacked=True)
+async def recovery_s(system: System, auth_key: str, usual_s: float) -> float | None:
+    """How long until a write to the attacked partition is delivered about as usual; None when it takes too long."""
     begun = time.monotonic()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RECOVERY_S):
-            for number in itertools.count():
+            while True:
                 sent = time.monotonic()
-                item = {"box": box, "id": "probe", "to": PROBER, "n": number}
-                if await _delivered(system, auth_key, item) and time.monotonic() - sent < RECOVERED_S:
-                    return sent - begun
+                if await probe(system, auth_key) and time.monotonic() - sent < max(RECOVERED_S, GOAL_RATIO * usual_s):
+                    return round(sent - begun, 2)
                 await asyncio.sleep(LOOK_S)
     return None
+
+
+async def usual_s(system: System, auth_key: str) -> float:
+    """How long a probe takes while nobody attacks: the longest of some."""
+    took = []
+    for _ in range(PROBES):
+        begun = time.monotonic()
+        await probe(system, auth_key)
+        took.append(time.monotonic() - begun)
+    return max(took)
+
+
+async def probe(system: System, auth_key: str) -> bool:
+    """Connect, write to the attacked partition, and wait for the change; False when something is refused."""
+    (box,) = names("probe", 1, attacked=True)
+    return await _delivered(system, auth_key, {"box": box, "id": "probe", "to": PROBER, "n": time.time()})
 
 
 async def _delivered(system: System, auth_key: str, item: Frame) -> bool:
@@ -334,12 +363,16 @@ async def measure(system: System, crowd: Crowds, order: Order, service: str, rou
     answers: Counter[str] = Counter()
     recoveries: list[float | None] = []
     await asyncio.sleep(WARM_UP_S)
+    usual = await usual_s(system, service)
     for number in range(rounds):
         async with phase(f"calm-{number}", crowd, usage, phases):
             await asyncio.sleep(order.seconds)
+        attacking = await Attacking.ready(order)
         async with phase(f"attack-{number}", crowd, usage, phases):
-            answers.update(await attack(order))
-        recoveries.append(await recovery_s(system, service))
+            attacking.begin()
+            await asyncio.sleep(order.seconds)
+        answers.update(await attacking.end())
+        recoveries.append(await recovery_s(system, service, usual))
         if recoveries[-1] is None:
             break
     samples, lags, counts = await crowd.end()

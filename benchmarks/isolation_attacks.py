@@ -1,7 +1,8 @@
 """What one client can do to the others: the attacks of benchmarks/isolation.py, and the process that does one.
 
-The process reads a line, an Order, and writes a line when it begins and one with what it was answered. It has a low
-priority: an attacker has a machine of its own, and must not take this one from those that it attacks.
+The process reads a line, an Order, and writes one when it is ready. It begins with the next line that it reads, and at
+the end writes what it was answered, by count. It has a low priority: an attacker has a machine of its own, and must not
+take this one from those that it attacks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from websockets.asyncio.client import connect
@@ -63,6 +64,8 @@ class Attacker:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.answers: Counter[str] = Counter()
+        self.waiting = 0
+        """Requests without an answer so far."""
         self._until = time.monotonic() + order.seconds
 
     def going(self) -> bool:
@@ -84,8 +87,7 @@ class Attacker:
 
         async def one_after_another(socket: Socket) -> None:
             while self.going():
-                answer = await socket.ask(**frames())
-                self.count(answer)
+                answer = await self.ask(socket, **frames())
                 if answer.get("code") == "disconnected":
                     return
 
@@ -95,8 +97,13 @@ class Attacker:
 
         await asyncio.gather(*(connection() for _ in range(sockets)))
 
-    def count(self, answer: Frame) -> None:
+    async def ask(self, socket: Socket, **fields: Any) -> Frame:
+        """The answer to a request, counted."""
+        self.waiting += 1
+        answer = await socket.ask(**fields)
+        self.waiting -= 1
         self.answers["ok" if answer["type"] == "reply" else answer["code"]] += 1
+        return answer
 
     async def raw(self, port: int, begin: bytes, drip: bytes = b"", every_s: float = 0.5) -> None:
         """TCP connections, one after another: each says something, then little or nothing, until it is closed."""
@@ -300,10 +307,9 @@ async def rewinds(attacker: Attacker) -> None:
             cursor = (await socket.ask("follow", topic=topic)).get("result", {}).get("cursor")
             for post in range(5 if cursor else 0):
                 item = {"id": f"p{number}-{post}-{cursor}", "cell": CELL, "text": "x" * 60_000}
-                attacker.count(await socket.ask("put", table="posts", item=item))
+                await attacker.ask(socket, action="put", table="posts", item=item)
             while attacker.going():
-                answer = await socket.ask("follow", topic=topic, cursor=cursor)
-                attacker.count(answer)
+                answer = await attacker.ask(socket, action="follow", topic=topic, cursor=cursor)
                 if answer.get("code") == "disconnected":
                     break
 
@@ -368,12 +374,15 @@ async def main() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     order = msgspec.json.decode(await lines.readline(), type=Order)
     os.nice(NICE)
+    print("ready", flush=True)
+    await lines.readline()
     attacker = Attacker(order)
-    print("begun", flush=True)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(order.seconds):
             await ATTACKS[order.case].run(attacker)
-    print(msgspec.json.encode(attacker.answers).decode(), flush=True)
+    # Those that are cancelled now have not been answered.
+    answers = attacker.answers | ({"unanswered": attacker.waiting} if attacker.waiting else {})
+    print(msgspec.json.encode(answers).decode(), flush=True)
 
 
 if __name__ == "__main__":
