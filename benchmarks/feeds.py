@@ -28,7 +28,7 @@ from typing import Any
 from tidewire import App, user
 from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.functions import Append, FeedBounds
+from tidewire.functions import Append, FeedBounds, Unit
 from tidewire.keys import Keys
 from tidewire.records import Change, FeedBody, Position, pack
 from tidewire.services.cli.embedded import Embedded, free_port
@@ -66,6 +66,12 @@ def body() -> bytes:
     return pack(FeedBody("change", b'{"new":"%s"}' % (b"x" * 190)))
 
 
+def unit_of(number: int, body: bytes, feeds: tuple[bytes, ...]) -> Unit:
+    """One change to these feeds."""
+    position = Position(0, 0, 1_795_409_459_002, number)
+    return Unit(position, [Append(position, body, len(body), feeds)])
+
+
 async def under_way(call: Callable[[], Awaitable[Any]], seconds: float) -> float:
     """Calls a second, so many at a time."""
     begun, done = time.perf_counter(), 0
@@ -99,8 +105,8 @@ class Appends:
             await self._functions.feed_open(self._home, feed, 3_600_000)
 
     async def append(self) -> None:
-        append = Append(Position(0, 0, 1_795_409_459_002, next(self._ids)), self._body, self._feeds)
-        await self._functions.link_append(self._home, "b:0", 1, self._most, [append])
+        unit = unit_of(next(self._ids), self._body, self._feeds)
+        await self._functions.link_append(self._home, "b:0", 1, self._most, [unit])
 
     async def floor(self) -> None:
         entry = f"0123456789 0-0-1795409459002-{next(self._ids)}\n".encode() + self._body
@@ -175,7 +181,7 @@ async def memory(backend: Backend) -> bool:
     redis = backend.commands
     print(f"memory of a feed's entries of {len(body())} bytes, by {NODE_BYTES}; and appends/s, {MANY} feeds a call")
     print(f"{'':>6}" + "".join(f"{entries:>9,} entries" for entries in ENTRIES) + f"{'appends/s':>12}")
-    before = (await redis.config_get(NODE_BYTES))[NODE_BYTES]
+    before = str((await redis.config_get(NODE_BYTES))[NODE_BYTES])
     for node_bytes in NODES:
         await redis.config_set(NODE_BYTES, node_bytes)
         costs = [await _entries_bytes(backend, f"memory{node_bytes}-{entries}", entries) for entries in ENTRIES]
@@ -197,8 +203,8 @@ async def _entries_bytes(backend: Backend, stage: str, entries: int) -> int:
     feed = keys.user_feed("a-user-of-20-letters")
     await backend.functions.feed_open(keys.home(0), feed, 3_600_000)
     for number in range(entries):
-        append = Append(Position(0, 0, 1_795_409_459_002, number), body(), (feed,))
-        await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [append])
+        unit = unit_of(number, body(), (feed,))
+        await backend.functions.link_append(keys.home(0), "b:0", 1, FeedBounds(1000, 1 << 24), [unit])
     return int(await backend.commands.memory_usage(feed, samples=0) or 0)
 
 

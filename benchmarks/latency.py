@@ -30,7 +30,7 @@ async def hops(url: str, rate: float, seconds: float) -> list[float]:
     async with Redis.from_url(url) as writer, Redis.from_url(url, socket_timeout=10) as reader:
 
         async def read() -> None:
-            last = "$"
+            last: str | bytes = "$"
             while True:
                 for _, entries in _pairs(await reader.xread({"benchmark:floor": last}, block=5000)):
                     for id_, fields in entries:
