@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote
+import weakref
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from typing import Any, cast
 
+import hiredis
 import structlog
 from prometheus_client import Counter
 from redis._parsers import AsyncCommandsParser
@@ -19,7 +19,9 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.cluster import PRIMARY, REPLICA
+from redis.crc import key_slot
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
@@ -30,26 +32,36 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
+from tidewire.cluster import Address, ClusterWire, Slots, ranges_of
 from tidewire.errors import ConfigurationError
 from tidewire.functions import Arg, Functions, Wait
 from tidewire.keys import Keys
 from tidewire.subscriber import Heard, Subscriber
-from tidewire.wire import Wire
+from tidewire.tasks import end
+from tidewire.wire import Wire, without_errors
 
 log = structlog.get_logger(__name__)
 
-MASTERS = Counter("tidewire_redis_masters_total", "Times that the sentinels named another master.")
+REPLACED = Counter("tidewire_redis_masters_total", "Masters that were replaced by another server.")
 
 BLOCK_MS = 1000
-"""How long a blocking read waits. Shorter than the socket's time-out, or the client would repeat it."""
+"""How long a blocking read waits at the server. Shorter than `wire.MAX_SILENCE_S`, or it would be given up."""
+CLUSTER_SLOTS = hiredis.pack_command(("CLUSTER", "SLOTS"))  # type: ignore[arg-type]
 
-
-_COMMANDS: dict[str, Any] = {"socket_connect_timeout": 5, "max_connections": 1000}
-_BLOCKING: dict[str, Any] = {
-    "socket_connect_timeout": 5,
-    "socket_timeout": BLOCK_MS / 1000 + 5,
-    "max_connections": 10000,
+_COMMANDS: dict[str, Any] = {
+    "socket_connect_timeout": 3,
+    "socket_timeout": 4,
+    "max_connections": 1000,
+    "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
 }
+"""redis-py's own way, for what is rare. A server that hangs holds a command up for less than 15 s."""
+_LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
+"""For subscribers, which try again themselves."""
+LOOK_S = 1.0
+"""Time between two looks at who the master is. It is part of the time that a failover takes."""
+MAX_LOOK_S = 1.0
+"""Longest time for a node to answer such a look before another one is asked."""
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 """A stream's entry: id and fields."""
@@ -59,7 +71,7 @@ StreamEntries = tuple[bytes, list[Entry]]
 class Waiter:
     """Waits for a stream to grow, on a connection of its own where that is to be had."""
 
-    def __init__(self, backend: Backend, stream: bytes, wire: Wire | None) -> None:
+    def __init__(self, backend: Backend, stream: bytes, wire: Wire | ClusterWire | None) -> None:
         self._backend = backend
         self._stream = stream
         self._wire = wire
@@ -78,16 +90,24 @@ class Waiter:
 
 
 class Backend:
-    """One stage on one Redis, as a process sees it. An async context manager."""
+    """One stage on one Redis, as a process sees it. An async context manager.
+
+    Short commands share the `wire`. Blocking reads and confirmed writes each take a connection of their own from a
+    pool. `commands` is redis-py's client, for rare commands. Without a wire (fakeredis) it does everything.
+    """
 
     url: str | None = None
 
-    def __init__(self, commands: Redis, blocking: Redis, keys: Keys, wire: Wire | None = None) -> None:
+    def __init__(
+        self, commands: Redis, listening: Redis, keys: Keys, wire: Wire | None = None, fanned: ClusterWire | None = None
+    ) -> None:
         self.commands = commands
-        self._blocking = blocking
-        self._wire = wire
+        self._listening = listening
+        self._wire: Wire | ClusterWire | None = wire or fanned
+        self._idle: list[Wire | ClusterWire] = []
+        self._subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
         self.keys = keys
-        self.functions = Functions(wire or commands, self.confirmed)
+        self.functions = Functions(self._wire or commands, self.confirmed)
 
     async def __aenter__(self) -> Backend:
         return self
@@ -99,13 +119,13 @@ class Backend:
     async def reach(self) -> None:
         """Find whoever is needed before the first command; of a cluster, its nodes."""
         await self.commands.initialize()
-        await self._blocking.initialize()
 
     async def __aexit__(self, *_: object) -> None:
-        if self._wire:
-            await self._wire.aclose()
+        for wire in (self._wire, *self._idle):
+            if wire:
+                await wire.aclose()
         await self.commands.aclose()
-        await self._blocking.aclose()
+        await self._listening.aclose()
 
     async def calls(self, commands: Iterable[tuple[Arg, ...]]) -> list[Any]:
         """Plain commands, in one round trip; they may be done twice. Raises the first error, when all are done."""
@@ -128,24 +148,44 @@ class Backend:
     async def read_now(
         self, streams: Mapping[bytes, bytes | str], count: int | None, block_ms: int | None
     ) -> list[StreamEntries]:
-        found = await self._blocking.xread(dict[Any, Any](streams), count=count, block=block_ms)
-        return _streams(found)
+        options = () if count is None else ("COUNT", count)
+        return await self._read(("XREAD", *options), streams, block_ms)
 
     async def read_group_now(
         self, stream: bytes, group: str, consumer: str, count: int, block_ms: int | None
     ) -> list[Entry]:
-        found = await self._blocking.xreadgroup(group, consumer, {stream: ">"}, count=count, block=block_ms)
-        return [entry for _, entries in _streams(found) for entry in entries]
+        command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
+        found = await self._read(command, {stream: ">"}, block_ms)
+        return [entry for _, entries in found for entry in entries]
+
+    async def _read(
+        self, command: tuple[Arg, ...], streams: Mapping[bytes, bytes | str], block_ms: int | None
+    ) -> list[StreamEntries]:
+        waiting = () if block_ms is None else ("BLOCK", block_ms)
+        command = (*command, *waiting, "STREAMS", *streams, *streams.values())
+        if not self._wire:
+            return _streams(await self.commands.execute_command(*command))  # type: ignore[no-untyped-call]
+        async with self._own_wire(self._wire) as wire:
+            return _streams((await wire.calls([command]))[0])
+
+    @contextlib.asynccontextmanager
+    async def _own_wire(self, wire: Wire | ClusterWire) -> AsyncIterator[Wire | ClusterWire]:
+        """A wire that nobody else uses meanwhile."""
+        found = self._idle.pop() if self._idle else wire.another()
+        try:
+            yield found
+        except asyncio.CancelledError:
+            await found.aclose()  # its connection may still wait for an answer that is of no use
+            raise
+        finally:
+            self._idle.append(found)
 
     async def confirmed(self, call: tuple[Arg, ...], wait: Wait) -> tuple[Any, int]:
         """A call and, on the connection that wrote, WAIT or WAITAOF: (answer or error, how many confirmed)."""
-        async with self.node_of(cast(bytes, call[3])).pipeline(transaction=False) as pipeline:
-            pipeline.execute_command(*call)
-            pipeline.execute_command(*wait.command)
-            answer, confirmed = await pipeline.execute(raise_on_error=False)
+        assert self._wire, "only a real server has WAIT"
+        async with self._own_wire(self._wire) as wire:
+            answer, confirmed = await wire.answers([call, wait.command], cast(bytes, call[3]))
         if isinstance(answer, Exception):
-            if isinstance(answer, MovedError):
-                await self.find_node_of(cast(bytes, call[3]))
             return answer, 0
         if isinstance(confirmed, Exception):
             raise confirmed
@@ -153,22 +193,23 @@ class Backend:
 
     async def wait(self, command: tuple[Arg, ...], key: bytes) -> Any:
         """WAIT or WAITAOF by itself, at the node that has the key."""
-        return await self.node_of(key).execute_command(*command)  # type: ignore[no-untyped-call]
+        assert self._wire, "only a real server has WAIT"
+        async with self._own_wire(self._wire) as wire:
+            return without_errors(await wire.answers([command], key))[0]
 
     def waiter(self, stream: bytes) -> Waiter:
         return Waiter(self, stream, self._wire and self._wire.another())
 
     def subscriber(self, heard: Heard) -> Subscriber:
         """One who hears channels, once it runs. It has connections of its own."""
-        return Subscriber(self, heard)
+        made = Subscriber(self, heard)
+        self._subscribers.add(made)
+        return made
 
     def node_of(self, channel: bytes) -> Redis:
-        """The node that has the slot of a channel or key, as far as is known here."""
-        return self._blocking
+        return self._listening
 
     async def find_node_of(self, channel: bytes) -> Redis:
-        """The same, when what is known has proven wrong."""
-        await self.commands.exists(channel)  # where it is refused, the client is told who has the slot
         return self.node_of(channel)
 
     async def address_of(self, key: bytes) -> str:
@@ -211,7 +252,7 @@ class Backend:
 
 
 def _streams(found: Any) -> list[StreamEntries]:
-    """One shape for the answers of RESP2 (a list of pairs) and RESP3 (a mapping, one level of lists deeper)."""
+    """One shape for the answers of RESP2 (pairs) and RESP3 (a mapping), raw or read by redis-py."""
     pairs = found.items() if isinstance(found, dict) else (found or [])
     return [(name, _entries(entries)) for name, entries in pairs]
 
@@ -219,53 +260,145 @@ def _streams(found: Any) -> list[StreamEntries]:
 def _entries(raw: Any) -> list[Entry]:
     if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], tuple | list):
         raw = [entry for part in raw for entry in part]
-    return [(id_, fields or {}) for id_, fields in raw]
+    return [(id_, _fields(fields)) for id_, fields in raw]
 
 
-class ClusterBackend(Backend):
+def _fields(raw: Any) -> dict[bytes, bytes]:
+    """An entry's fields; none where it was trimmed while it was pending."""
+    return dict(zip(raw[::2], raw[1::2], strict=True)) if isinstance(raw, list) else raw or {}
+
+
+class _Watched(Backend):
+    """A backend whose masters change. It looks once a second who they are, and at once when one cannot be reached.
+
+    A server that hangs keeps its connections: nothing but a look at the others tells that it has been replaced.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._watching: asyncio.Task[None] | None = None
+        self._doubted = asyncio.Event()
+
+    async def reach(self) -> None:
+        await super().reach()
+        if self._watching is None:
+            await self._look()
+            self._watching = asyncio.create_task(self._watch(), name="watch_masters")
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watching:
+            await end([self._watching])
+        await super().__aexit__()
+
+    def doubt(self) -> None:
+        """Look soon."""
+        self._doubted.set()
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._doubted.wait()
+            self._doubted.clear()
+            with contextlib.suppress(RedisError, OSError):
+                await self._look()
+            await asyncio.sleep(0.1)  # between two looks, however much is doubted
+
+    async def _look(self) -> None:
+        """Ask who the masters are, and break the connections to those that were replaced."""
+        raise NotImplementedError
+
+    def _moved(self) -> None:
+        for subscriber in self._subscribers:
+            subscriber.look()
+
+
+class ClusterBackend(_Watched):
     """A stage on a Redis Cluster."""
 
-    def __init__(self, address: Cluster, keys: Keys) -> None:
-        self._address = address
-        self._cluster = _Client(address, _COMMANDS)
-        self._nodes: dict[str, Redis] = {}
+    def __init__(self, address: ClusterAddress, keys: Keys) -> None:
+        self._login: dict[str, Any] = {"username": address.username, "password": address.password}
+        self._client = _Client(address, _COMMANDS)
+        self._nodes: dict[Address, Redis] = {}
+        self._lookouts: dict[Address, Wire] = {}
+        self._order = list(address.nodes)  # whom to ask for the topology, who answered last first
+        self._slots = Slots()
+        self._fanned = ClusterWire(self._slots, self._wire_to, self.doubt)
         # The cluster client has the same commands, and is no Redis for its types alone.
-        super().__init__(cast(Redis, self._cluster), cast(Redis, _Client(address, _BLOCKING)), keys)
+        client = cast(Redis, self._client)
+        super().__init__(client, client, keys, fanned=self._fanned)
 
     async def __aexit__(self, *_: object) -> None:
         await super().__aexit__()
+        for lookout in self._lookouts.values():
+            await lookout.aclose()
         for node in self._nodes.values():
             await node.aclose()
 
     def node_of(self, channel: bytes) -> Redis:
-        try:
-            node = self._cluster.get_node_from_key(cast(str, channel))  # bytes do as well
-        except RedisClusterException as error:
-            raise ConnectionError(str(error)) from None
-        assert node, "only a replica may be missing"
-        if node.name not in self._nodes:
-            # Soon given up: the node may have been replaced, and what was wanted of it is then to be had elsewhere.
-            retry = Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.2), 5)
-            self._nodes[node.name] = Redis(
-                host=node.host,
-                port=int(node.port),
-                username=self._address.username,
-                password=self._address.password,
-                retry=retry,
-                **_BLOCKING,
-            )
-        return self._nodes[node.name]
+        return self._node(self._slots.master_of(key_slot(channel)))
+
+    async def find_node_of(self, channel: bytes) -> Redis:
+        await self._look()
+        return self.node_of(channel)
+
+    def _node(self, address: Address) -> Redis:
+        if address not in self._nodes:
+            self._nodes[address] = Redis(host=address[0], port=address[1], **self._login, **_LISTENING)
+        return self._nodes[address]
+
+    def _wire_to(self, address: Address) -> Wire:
+        return Wire(self._node(address).connection_pool.make_connection)
+
+    async def _look(self) -> None:
+        """Ask one node after another, until one answers."""
+        for asked in list(self._order):
+            if asked not in self._lookouts:
+                self._lookouts[asked] = self._wire_to(asked)
+            try:
+                async with asyncio.timeout(MAX_LOOK_S):
+                    answer = without_errors(await self._lookouts[asked].once([CLUSTER_SLOTS]))[0]
+            except (RedisError, OSError):
+                self._lookouts[asked].lose("it does not say which node has which slot")
+                continue
+            self._order.remove(asked)
+            self._order.insert(0, asked)
+            await self._learn(list(ranges_of(answer, asked)))
+            return
+        raise ConnectionError("no node of the cluster says which node has which slot")
+
+    async def _learn(self, ranges: list[tuple[int, int, Address]]) -> None:
+        before = self._slots.masters()
+        replaced = self._slots.learn(ranges)
+        self._order += self._slots.masters() - set(self._order)
+        if not before or self._slots.masters() == before:
+            return
+        for address in replaced:
+            REPLACED.inc()
+            log.warning("master_replaced", host=address[0], port=address[1])
+        self._client.follow(ranges, replaced)
+        for address in replaced:
+            self._fanned.lose(address, "the cluster has replaced this master")
+            if node := self._nodes.get(address):
+                break_connections(node)
+        self._moved()
 
 
-class SentinelBackend(Backend):
+class SentinelBackend(_Watched):
     """A stage on the master that sentinels name: it is asked for whenever a connection is made, and once a second.
 
-    An operator's `SENTINEL FAILOVER` leaves the old master alive, and willing, until the sentinels have told it whom to
-    follow, ten seconds later; what it accepts meanwhile is lost. So nobody stays with it who can know better.
+    An operator's `SENTINEL FAILOVER` leaves the old master alive and writable until the sentinels have told it whom to
+    follow, ten seconds later or more. Writes that it accepts meanwhile are lost. A connection that was being made while
+    the master changed may have gone to the old one, so each look drops every connection to another server.
     """
 
-    def __init__(self, address: Sentinels, keys: Keys) -> None:
-        options: Any = {"socket_timeout": 2.0, **address.sentinel}
+    def __init__(self, address: SentinelsAddress, keys: Keys) -> None:
+        options: Any = {
+            "socket_timeout": MAX_LOOK_S,
+            "socket_connect_timeout": MAX_LOOK_S,
+            "retry": Retry(NoBackoff(), 0),
+            **address.sentinel,
+        }
         self._sentinels: Any = Sentinel(address.nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
         self._service = address.service
 
@@ -274,48 +407,46 @@ class SentinelBackend(Backend):
             return cast(Redis, self._sentinels.master_for(address.service, **login, **chosen))
 
         commands = master(_COMMANDS)
+        self._master: Address | None = None
         self._lines = Wire(commands.connection_pool.make_connection)
-        super().__init__(commands, master(_BLOCKING), keys, self._lines)
-        self._watching: asyncio.Task[None] | None = None
-
-    async def reach(self) -> None:
-        await super().reach()
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch(await self._master()))
+        super().__init__(commands, master(_LISTENING), keys, self._lines)
 
     async def __aexit__(self, *_: object) -> None:
-        if self._watching:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
         await super().__aexit__()
         for sentinel in self._sentinels.sentinels:
             await sentinel.aclose()
 
-    async def _master(self) -> tuple[str, int]:
-        found: tuple[str, int] = await self._sentinels.discover_master(self._service)
-        return found
-
     async def address_of(self, key: bytes) -> str:
-        host, port = await self._master()
+        host, port = await self._sentinels.discover_master(self._service)
         return f"{host}:{port}"
 
-    async def _watch(self, master: tuple[str, int]) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            with contextlib.suppress(RedisError, OSError):
-                if (found := await self._master()) != master:
-                    master = found
-                    MASTERS.inc()
-                    log.warning("another_master", host=found[0], port=found[1])
-                    self._lines.lose("the sentinels name another master")
-                    for client in (self.commands, self._blocking):
-                        await client.connection_pool.disconnect()
+    async def _look(self) -> None:
+        found: Address = await self._sentinels.discover_master(self._service)
+        if self._master not in (None, found):
+            REPLACED.inc()
+            log.warning("master_replaced", host=found[0], port=found[1])
+            self._lines.lose("the sentinels name another master")
+        self._master = found
+        self._lines.lose("this is not the master that the sentinels name", unless_at=found)
+        for client in (self.commands, self._listening):
+            break_connections(client, unless_at=found)
+
+
+def break_connections(client: Redis, unless_at: Address | None = None) -> None:
+    """End a client's connections at once, those that wait for an answer too; its readers and retries make new ones.
+
+    redis-py's own `disconnect` waits until all is written, which a server that hangs never lets happen.
+    """
+    pool: Any = client.connection_pool
+    for connection in (*pool._available_connections, *pool._in_use_connections):
+        if connection._writer is not None and (connection.host, connection.port) != unless_at:
+            connection._writer.transport.abort()
 
 
 class _Client(RedisCluster):
     """redis-py's, whose errors are all RedisError, and which finds the keys of our calls without asking a server."""
 
-    def __init__(self, address: Cluster, options: dict[str, Any]) -> None:
+    def __init__(self, address: ClusterAddress, options: dict[str, Any]) -> None:
         super().__init__(
             startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
             username=address.username,
@@ -343,6 +474,25 @@ class _Client(RedisCluster):
         except RedisClusterException as error:
             raise ConnectionError(str(error)) from None
 
+    def follow(self, ranges: Iterable[tuple[int, int, Address]], replaced: Collection[Address]) -> None:
+        """Take a new topology over at once. redis-py would ask for it only when a command has failed."""
+        manager: Any = self.nodes_manager
+        for low, high, (host, port) in ranges:
+            name = f"{host}:{port}"
+            node = manager.nodes_cache.setdefault(name, ClusterNode(host, port, **manager.connection_kwargs))
+            node.server_type = PRIMARY
+            for slot in range(low, high + 1):
+                if manager.slots_cache.get(slot, [None])[0] != node:
+                    manager.slots_cache[slot] = [node]
+        for host, port in replaced:
+            if node := manager.nodes_cache.get(f"{host}:{port}"):
+                node.server_type = REPLICA
+                for connection in node._connections:
+                    if connection._writer is not None:
+                        connection._writer.transport.abort()
+                if manager.default_node == node:
+                    self.replace_default_node()
+
 
 class _KeyFinder(AsyncCommandsParser):
     """Where the keys of a command are. redis-py asks a server where they are not in a fixed place: once a call."""
@@ -361,71 +511,6 @@ class NotACluster(ConnectionError):
     """The server answers, and is not in cluster mode."""
 
 
-class Cluster(NamedTuple):
-    """What redis+cluster://user:password@host:port,host:port says."""
-
-    nodes: list[tuple[str, int]]
-    username: str | None
-    password: str | None
-
-    @classmethod
-    def parse(cls, url: str) -> Cluster:
-        """Raises ConfigurationError for what is no such address."""
-        user, password, nodes, behind = _parts(url, 6379)
-        if nodes is None:
-            raise ConfigurationError(
-                f"--redis {redacted(url)!r}: write some of the cluster's nodes, as redis+cluster://host:port,host:port"
-            )
-        if behind:
-            raise ConfigurationError(
-                f"--redis {redacted(url)!r}: write nothing after the nodes: a cluster has no numbered databases"
-            )
-        return cls(nodes, user, password)
-
-
-class Sentinels(NamedTuple):
-    """What redis+sentinel://user:password@host:port,host:port/service?sentinel_password=… says.
-
-    User and password are the servers'; the sentinels' own, where they have them, are `sentinel_username` and
-    `sentinel_password`.
-    """
-
-    nodes: list[tuple[str, int]]
-    service: str
-    username: str | None
-    password: str | None
-    sentinel: dict[str, str]
-
-    @classmethod
-    def parse(cls, url: str) -> Sentinels:
-        """Raises ConfigurationError for what is no such address."""
-        user, password, nodes, behind = _parts(url, 26379)
-        path, _, query = behind.partition("?")
-        service, options = unquote(path.strip("/")), dict(parse_qsl(query, keep_blank_values=True))
-        strangers = options.keys() - {"sentinel_username", "sentinel_password"}
-        if nodes is None or not service or "/" in service or strangers:
-            raise ConfigurationError(
-                f"--redis {redacted(url)!r}: write some of the sentinels and the name of the service, as "
-                "redis+sentinel://host:port,host:port/service, and the sentinels' own password, if they have one, as "
-                "?sentinel_password=…"
-            )
-        sentinel = {name.removeprefix("sentinel_"): value for name, value in options.items()}
-        return cls(nodes, service, user, password, sentinel)
-
-
-def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str, int]] | None, str]:
-    """(user, password, nodes, what comes behind) of an address with several; nodes are None where they are none."""
-    # A password may hold anything, the rest neither of these signs.
-    login, _, rest = url.partition("://")[2].rpartition("@")
-    hosts, *behind = re.split(r"(?=[/?#])", rest, maxsplit=1)
-    user, _, password = login.partition(":")
-    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?", host) for host in hosts.split(",")]
-    nodes = [(one[1].strip("[]"), int(one[2] or port)) for one in found if one]
-    sound = len(nodes) == len(found) and all(0 < number < 65536 for _, number in nodes)
-    after = "".join(behind)
-    return unquote(user) or None, unquote(password) or None, nodes if sound else None, "" if after == "/" else after
-
-
 def backend_at(url: str, keys: Keys) -> Backend:
     """A backend that has not been reached yet. Raises ConfigurationError for an address that is none of ours."""
     backend = _backend_at(url, keys)
@@ -436,9 +521,9 @@ def backend_at(url: str, keys: Keys) -> Backend:
 def _backend_at(url: str, keys: Keys) -> Backend:
     scheme = url.partition("://")[0]
     if scheme == "redis+cluster":
-        return ClusterBackend(Cluster.parse(url), keys)
+        return ClusterBackend(ClusterAddress.parse(url), keys)
     if scheme == "redis+sentinel":
-        return SentinelBackend(Sentinels.parse(url), keys)
+        return SentinelBackend(SentinelsAddress.parse(url), keys)
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
             f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://…, "
@@ -447,7 +532,7 @@ def _backend_at(url: str, keys: Keys) -> Backend:
     try:
         commands = Redis.from_url(url, **_COMMANDS)
         wire = Wire(commands.connection_pool.make_connection)
-        return Backend(commands, Redis.from_url(url, **_BLOCKING), keys, wire)
+        return Backend(commands, Redis.from_url(url, **_LISTENING), keys, wire)
     except ValueError as error:
         raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
 
@@ -502,9 +587,3 @@ async def _explained(url: str) -> AsyncIterator[None]:
         ) from None
     except (RedisError, OSError) as error:
         raise ConfigurationError(f"{at} does not answer ({error}): is it running, and reachable?") from None
-
-
-def redacted(url: str) -> str:
-    """The address without its password, wherever it stands."""
-    url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)
-    return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1…", url)

@@ -12,13 +12,18 @@ from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.crc import key_slot
-from redis.exceptions import MovedError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, MovedError, RedisError, ResponseError
 
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
 ASTRAY = Counter("tidewire_subscriber_moved_total", "Channels subscribed to anew, as their node is another one.")
+
+PING_S = 1.0
+"""Time between two pings of a subscriber's connection: a server that hangs keeps the connection, and says nothing."""
+MAX_SILENCE_S = 2.0
+"""Longest time from a ping until anything is heard. After it the connection is dropped."""
 
 Heard = Callable[[bytes, bytes | None], None]
 """Called with a channel and a message; with None when the channel is subscribed to."""
@@ -49,6 +54,7 @@ class Subscriber:
         self._connections: dict[Redis, _Connection] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] | None = None  # while it runs
+        self._moving: asyncio.Task[None] | None = None
 
     async def subscribe(self, channel: bytes) -> None:
         """Want the channel. Raises redis-py's errors when that could not be said: it is then said at the reconnect."""
@@ -77,6 +83,22 @@ class Subscriber:
             for connection in self._connections.values():
                 await connection.close_quietly()
 
+    def look(self) -> None:
+        """The masters have changed: subscribe where the channels are now, without waiting for their old connections."""
+        if self._failed and (self._moving is None or self._moving.done()):
+            self._moving = asyncio.create_task(self._move(), name="subscriber_moving")
+            self._readers.add(self._moving)
+            self._moving.add_done_callback(self._ended)
+
+    async def _move(self) -> None:
+        for channel, connection in list(self._at.items()):
+            try:
+                if self._at.get(channel) is connection and self._nodes.node_of(channel) is not connection.node:
+                    ASTRAY.inc()
+                    await self.subscribe(channel)
+            except (RedisError, OSError) as error:  # it is wanted there, and said when that connection opens
+                log.warning("announcements_not_heard", error=str(error))
+
     def _connection(self, node: Redis) -> _Connection:
         if node not in self._connections:
             self._connections[node] = connection = _Connection(node)
@@ -101,7 +123,7 @@ class Subscriber:
                 await connection.open()
                 if connection.astray:
                     await self._find(connection)
-                message = await connection.get_message(timeout=1.0)
+                message = await connection.hear()
             except MovedError as error:
                 connection.astray |= {channel for channel in connection.wanted if key_slot(channel) == error.slot_id}
             except (RedisError, OSError) as error:
@@ -137,7 +159,9 @@ class Subscriber:
             connection.astray.discard(channel)
 
     def _take(self, connection: _Connection, message: dict[str, Any]) -> None:
-        channel: bytes = message["channel"]
+        channel: bytes | None = message["channel"]
+        if channel is None:
+            return  # the answer to a ping
         if self._at.get(channel) is not connection:
             return  # it was left, or is heard from another node
         if message["type"] == "sunsubscribe":
@@ -164,6 +188,25 @@ class _Connection(PubSub):
         self.wanted: set[bytes] = set()
         self.astray: set[bytes] = set()  # wanted, and not to be had here
         self._opening = asyncio.Lock()
+        self._pinged_at = 0.0
+        self._heard = True  # anything, since the last ping
+
+    async def hear(self) -> dict[str, Any] | None:
+        """The next message, or None after a while. Raises ConnectionError when the server does not answer a ping."""
+        loop = asyncio.get_running_loop()
+        silent_s = loop.time() - self._pinged_at
+        if self._heard and silent_s >= PING_S:
+            self._pinged_at, self._heard, silent_s = loop.time(), False, 0.0
+            await self.execute_command("PING")
+        message: dict[str, Any] | None = await self.get_message(timeout=PING_S)
+        # Read once more after the time was over: a process that was itself stopped finds the answer there.
+        if message is None and not self._heard and silent_s > MAX_SILENCE_S:
+            assert self.connection
+            self._heard = True  # of the next connection
+            await self.connection.disconnect(nowait=True)
+            raise ConnectionError(f"the server has not answered a ping for {MAX_SILENCE_S:g} s")
+        self._heard = self._heard or message is not None
+        return message
 
     async def open(self) -> None:
         """Connect, unless that was done."""

@@ -8,6 +8,7 @@ order of the commands, and whoever asked gets them. Address, TLS, login and prot
 from __future__ import annotations
 
 import asyncio
+import builtins
 import random
 import weakref
 from collections import deque
@@ -22,47 +23,60 @@ from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, Ti
 
 LOST = Counter("tidewire_redis_connections_lost_total", "Connections to Redis that ended, or were given up.")
 
-TRIES = 6
-"""Within about two seconds. Every command that goes this way may be done twice."""
-TIMEOUT_S = 10.0
-"""A server that is silent for so long is counted as lost."""
+MAX_TRIES = 6
+"""Attempts of one call, within about two seconds. Every command that goes this way may be done twice."""
+MAX_SILENCE_S = 10
+"""Longest time that a server may leave a command unanswered before its connection is given up."""
+MAX_OPENING_S = 3.0
+"""Longest time for a connection to be made, from its first packet to the end of its login."""
 AT_ONCE_BYTES = 1024
-"""What is larger does not wait for what else this turn of the event loop asks: the server has something to do."""
+"""A larger call does not wait for the other calls of this turn of the event loop: the server has something to do."""
 _NOTHING = object()
 
 
 class Wire:
-    """Commands go out in the order in which they were asked for. Connects when it is first needed, and again.
+    """One connection to a server. Commands go out in the order in which they were asked for.
 
-    Raises redis-py's errors.
+    It connects when it is first needed, and again after a loss. Raises redis-py's errors.
     """
 
     def __init__(self, connection: Callable[[], AbstractConnection]) -> None:
         self._connection = connection
         self._line: _Line | None = None
-        self._connecting = asyncio.Lock()
+        self._opening: asyncio.Task[_Line] | None = None
         self._others: weakref.WeakSet[Wire] = weakref.WeakSet()
 
     async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """The answers of all commands. An error is raised when all are done."""
+        """The answers of all commands. Raises the first error when all are done."""
+        return without_errors(await self.answers(commands))
+
+    async def answers(self, commands: Iterable[tuple[Any, ...]], key: bytes | None = None) -> list[Any]:
+        """The answers of all commands, the server's errors among them. Retries while the server is away.
+
+        `key` matters in a cluster alone: see `ClusterWire.answers`.
+        """
         packed = [hiredis.pack_command(command) for command in commands]
-        for number in range(TRIES):
+        for number in range(MAX_TRIES):
             try:
-                line = self._line if self._line and not self._line.lost else await self._connect()
-                answers = await line.ask(packed)
-                for answer in answers:
-                    if isinstance(answer, ReadOnlyError | MasterDownError):
-                        # No longer the master: whoever makes connections finds the one who is.
-                        line.lose(ConnectionError(f"the server says: {answer}"))
-                        raise ConnectionError(str(answer))
-                    if isinstance(answer, Exception):
-                        raise answer
-                return answers
+                return await self.once(packed)
             except (ConnectionError, TimeoutError, OSError):
-                if number == TRIES - 1:
+                if number == MAX_TRIES - 1:
                     raise
-                await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.05 * 2**number))
+                await pause(number)
         raise AssertionError("the last try ends it")
+
+    async def once(self, packed: list[bytes]) -> list[Any]:
+        """The answers of packed commands, errors among them. Raises ConnectionError when they may not have arrived."""
+        line = self._line if self._line and not self._line.lost else await self._connect()
+        answers = await line.ask(packed)
+        for answer in answers:
+            if isinstance(answer, ReadOnlyError | MasterDownError):
+                # No longer the master: the next connection goes to the one that is.
+                line.lose(ConnectionError(f"the server says: {answer}"))
+                raise ConnectionError(str(answer))
+            if isinstance(answer, ConnectionError):  # it is loading its data
+                raise answer
+        return answers
 
     async def fcall(self, function: str, numkeys: int, *keys_and_args: Any) -> Any:
         return (await self.calls((("FCALL", function, numkeys, *keys_and_args),)))[0]
@@ -76,22 +90,51 @@ class Wire:
         self._others.add(made)
         return made
 
-    def lose(self, why: str) -> None:
-        """Whoever waits for an answer, here or at another of these, asks again on a new connection."""
-        if self._line:
+    def lose(self, why: str, unless_at: tuple[str, int] | None = None) -> None:
+        """Break this connection and the others to the same server; their calls are repeated on new ones.
+
+        A connection to the address `unless_at` is kept.
+        """
+        if self._opening and unless_at is None:
+            self._opening.cancel()  # a server that hangs accepts a connection, and never answers the login
+        if self._line and (unless_at is None or self._line.address != unless_at):
             self._line.lose(ConnectionError(why))
         for other in self._others:
-            other.lose(why)
+            other.lose(why, unless_at)
 
     async def aclose(self) -> None:
-        if self._line:
-            self._line.lose(ConnectionError("the connection was closed"))
+        self.lose("the connection was closed")
 
     async def _connect(self) -> _Line:
-        async with self._connecting:
-            if self._line is None or self._line.lost:
-                self._line = await _Line.open(self._connection())
-            return self._line
+        """A new connection, which all that wait for one share."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(_Line.open(self._connection()), name="wire_opening")
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.cancelled():
+                raise ConnectionError("the connection was given up while it was being made") from None
+            raise
+
+    def _opened(self, opening: asyncio.Task[_Line]) -> None:
+        self._opening = None
+        if not opening.cancelled() and not opening.exception():
+            self._line = opening.result()
+
+
+def without_errors(answers: list[Any]) -> list[Any]:
+    """The answers, or the first error among them, raised."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+async def pause(number: int) -> None:
+    """Wait before the next try, twice as long each time and at most a second, with jitter."""
+    await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.05 * 2**number))
 
 
 class _Asked:
@@ -108,8 +151,9 @@ class _Asked:
 class _Line(asyncio.Protocol):
     """One connection, from its login to its end."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, address: tuple[str, int]) -> None:
         self.lost = False
+        self.address = address
         self._writer = writer  # closes its transport when it is forgotten
         self._transport = writer.transport
         self._loop = asyncio.get_running_loop()
@@ -117,13 +161,22 @@ class _Line(asyncio.Protocol):
         self._outgoing: list[bytes] = []
         self._waiting: deque[_Asked] = deque()
         self._oldest: _Asked | None = None
-        self._timer = self._loop.call_later(TIMEOUT_S, self._look)
+        self._silent_s = 0
+        self._timer = self._loop.call_later(1, self._look)
 
     @classmethod
     async def open(cls, connection: AbstractConnection) -> _Line:
         raw: Any = connection  # nothing public hands an open connection over
-        await raw.connect()
-        line = cls(raw._writer)
+        try:
+            async with asyncio.timeout(MAX_OPENING_S):
+                await raw.connect()
+        except BaseException as error:
+            if raw._writer is not None:
+                raw._writer.transport.abort()
+            if isinstance(error, builtins.TimeoutError):
+                raise TimeoutError(f"no connection to Redis within {MAX_OPENING_S:g} s") from None
+            raise
+        line = cls(raw._writer, (getattr(raw, "host", ""), int(getattr(raw, "port", 0))))
         raw._reader = raw._writer = None
         line._writer.transport.set_protocol(line)
         return line
@@ -163,12 +216,17 @@ class _Line(asyncio.Protocol):
         self.lose(ConnectionError(f"the connection was lost: {exc}" if exc else "the server closed the connection"))
 
     def _look(self) -> None:
-        """Give up a server that has not answered what was asked before the last look."""
+        """Give up a server that leaves one command unanswered. Runs every second.
+
+        Looks are counted, not time: a process that was itself stopped finds the answers at its next turn.
+        """
         oldest = self._waiting[0] if self._waiting else None
-        if oldest is not None and oldest is self._oldest:
-            self.lose(TimeoutError(f"the server has not answered for {TIMEOUT_S:g} s"))
+        self._silent_s = self._silent_s + 1 if oldest is not None and oldest is self._oldest else 0
+        self._oldest = oldest
+        if self._silent_s >= MAX_SILENCE_S:
+            self.lose(TimeoutError(f"the server has not answered for {MAX_SILENCE_S:g} s"))
         else:
-            self._oldest, self._timer = oldest, self._loop.call_later(TIMEOUT_S, self._look)
+            self._timer = self._loop.call_later(1, self._look)
 
     def lose(self, error: Exception) -> None:
         """Whoever waits is told; nothing else goes this way."""

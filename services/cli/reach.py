@@ -29,7 +29,8 @@ def with_redis(
     """
     from redis.exceptions import ConnectionError, TimeoutError
 
-    from tidewire.backend import connect_existing, redacted
+    from tidewire.addresses import redacted
+    from tidewire.backend import connect_existing
     from tidewire.settings import load
     from tidewire.tasks import run
 

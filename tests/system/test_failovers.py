@@ -7,6 +7,8 @@ import binascii
 import contextlib
 import itertools
 import re
+import signal
+import statistics
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -36,12 +38,16 @@ class Traffic:
         self.acknowledged = 0
         self.failed: list[str] = []
         self.longest_pause_s = 0.0
+        self.longest_silence_s = 0.0  # of deliveries
+        self.delays_s: list[float] = []  # from the beginning of a write to its delivery, the newest last
         self.bob = bob
+        self._begun: dict[Any, float] = {}
         self._stopping = False
 
     async def write(self) -> None:
         number, last = 0, time.monotonic()
         while not self._stopping:
+            self._begun[number] = time.monotonic()
             try:
                 await self.alice.put("messages", {"room": "lobby", "id": number, "author": "alice", "text": "x"})
                 self.acknowledged += 1
@@ -53,8 +59,12 @@ class Traffic:
             await asyncio.sleep(0.01)
 
     async def look(self) -> None:
+        last = time.monotonic()
         async for view in self.bob.live("messages", room="lobby"):
-            self.view = view
+            now, arrived = time.monotonic(), view.keys() - self.view.keys()
+            self.delays_s += [now - self._begun[number] for number in arrived if number in self._begun]
+            self.longest_silence_s, last = max(self.longest_silence_s, now - last), now
+            self.view = dict(view)
 
     async def goes_on(self, count: int = 30) -> None:
         """So many more are acknowledged, and seen."""
@@ -134,6 +144,59 @@ async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
             await flowing.goes_on()
             status = await up.status()
             assert all(service["alive"] for service in status["services"] if service["kind"] == "store")
+
+
+HANG_S = 15
+"""Longest pause when a master hangs: three times what is promised, as the machine may be busy."""
+
+
+async def hangs(flowing: Traffic, server: topologies.Server, what: str) -> None:
+    """Stop a master, and wait until work goes on, at its usual pace. Then let it come back."""
+    before_s = statistics.median(flowing.delays_s[-30:])
+    flowing.longest_pause_s = flowing.longest_silence_s = 0.0
+    server.signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        await flowing.goes_on(1)
+        back_s = time.monotonic() - begun
+        await flowing.goes_on(100)
+        after_s = statistics.median(flowing.delays_s[-30:])
+        print(
+            f"{what} hung: writes again after {back_s:.1f} s, pauses of writes {flowing.longest_pause_s:.1f} s and of "
+            f"deliveries {flowing.longest_silence_s:.1f} s, delay at the median before {before_s * 1000:.0f} ms, after "
+            f"{after_s * 1000:.0f} ms"
+        )
+    finally:
+        server.signal(signal.SIGCONT)
+    assert flowing.longest_pause_s < HANG_S
+    assert flowing.longest_silence_s < HANG_S
+    assert after_s < 10 * before_s + 0.5
+    await flowing.goes_on()
+
+
+async def test_a_master_of_a_cluster_that_hangs_is_replaced_within_seconds(new_up: Any) -> None:
+    with topologies.replicated_cluster() as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            await hangs(flowing, servers.master_of(slot_of("lobby")), "the master of the room")
+
+
+@long
+@pytest.mark.parametrize("whose", ["bob", "auth", "stage"])
+async def test_any_master_of_a_cluster_may_hang(new_up: Any, whose: str) -> None:
+    with topologies.replicated_cluster() as servers:
+        up = new_up("--redis", servers.url)
+        slot = slot_of(whose) if whose == "bob" else binascii.crc_hqx(whose.encode(), 0) % topologies.SLOTS
+        async with traffic(up) as flowing:
+            await hangs(flowing, servers.master_of(slot), f"the master of {whose}")
+
+
+@long
+async def test_a_master_that_hangs_is_replaced_by_sentinels_within_seconds(new_up: Any) -> None:
+    with topologies.sentinels() as servers:
+        up = new_up("--redis", servers.url)
+        async with traffic(up) as flowing:
+            await hangs(flowing, servers.master(), "the master")
 
 
 @long

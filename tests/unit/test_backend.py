@@ -2,7 +2,8 @@
 
 import pytest
 
-from tidewire.backend import Cluster, Sentinels, backend_at, redacted
+from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
+from tidewire.backend import backend_at
 from tidewire.errors import ConfigurationError
 from tidewire.keys import Keys
 
@@ -10,33 +11,35 @@ from tidewire.keys import Keys
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis+cluster://a", Cluster([("a", 6379)], None, None)),
-        ("redis+cluster://a:7000,b:7001/", Cluster([("a", 7000), ("b", 7001)], None, None)),
-        ("redis+cluster://a,b:7001", Cluster([("a", 6379), ("b", 7001)], None, None)),
-        ("redis+cluster://:secret@a:1", Cluster([("a", 1)], None, "secret")),
-        ("redis+cluster://me:s%40c%2Fr:t@a:1,b", Cluster([("a", 1), ("b", 6379)], "me", "s@c/r:t")),
-        ("redis+cluster://10.0.0.1:1,[::1]:2,[fe80::1]", Cluster(
+        ("redis+cluster://a", ClusterAddress([("a", 6379)], None, None)),
+        ("redis+cluster://a:7000,b:7001/", ClusterAddress([("a", 7000), ("b", 7001)], None, None)),
+        ("redis+cluster://a,b:7001", ClusterAddress([("a", 6379), ("b", 7001)], None, None)),
+        ("redis+cluster://:secret@a:1", ClusterAddress([("a", 1)], None, "secret")),
+        ("redis+cluster://me:s%40c%2Fr:t@a:1,b", ClusterAddress([("a", 1), ("b", 6379)], "me", "s@c/r:t")),
+        ("redis+cluster://10.0.0.1:1,[::1]:2,[fe80::1]", ClusterAddress(
             [("10.0.0.1", 1), ("::1", 2), ("fe80::1", 6379)], None, None
         )),
     ],
 )  # fmt: skip
-def test_an_address_of_a_cluster_names_nodes_and_perhaps_a_user(url: str, expected: Cluster) -> None:
-    assert Cluster.parse(url) == expected
+def test_an_address_of_a_cluster_names_nodes_and_perhaps_a_user(url: str, expected: ClusterAddress) -> None:
+    assert ClusterAddress.parse(url) == expected
 
 
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis+sentinel://a/main", Sentinels([("a", 26379)], "main", None, None, {})),
-        ("redis+sentinel://a:1,[::1]:2/my%20service/", Sentinels([("a", 1), ("::1", 2)], "my service", None, None, {})),
-        ("redis+sentinel://me:s%40c@a/main", Sentinels([("a", 26379)], "main", "me", "s@c", {})),
-        ("redis+sentinel://:one@a/main?sentinel_username=you&sentinel_password=t%26o", Sentinels(
+        ("redis+sentinel://a/main", SentinelsAddress([("a", 26379)], "main", None, None, {})),
+        ("redis+sentinel://a:1,[::1]:2/my%20service/", SentinelsAddress(
+            [("a", 1), ("::1", 2)], "my service", None, None, {}
+        )),
+        ("redis+sentinel://me:s%40c@a/main", SentinelsAddress([("a", 26379)], "main", "me", "s@c", {})),
+        ("redis+sentinel://:one@a/main?sentinel_username=you&sentinel_password=t%26o", SentinelsAddress(
             [("a", 26379)], "main", None, "one", {"username": "you", "password": "t&o"}
         )),
     ],
 )  # fmt: skip
-def test_an_address_of_sentinels_names_a_service_and_perhaps_two_logins(url: str, expected: Sentinels) -> None:
-    assert Sentinels.parse(url) == expected
+def test_an_address_of_sentinels_names_a_service_and_perhaps_two_logins(url: str, expected: SentinelsAddress) -> None:
+    assert SentinelsAddress.parse(url) == expected
 
 
 @pytest.mark.parametrize(

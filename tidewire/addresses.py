@@ -1,0 +1,80 @@
+"""What the addresses of --redis say: a cluster's nodes, sentinels and their service, users and passwords."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import parse_qsl, unquote
+
+from tidewire.errors import ConfigurationError
+
+
+class ClusterAddress(NamedTuple):
+    """What redis+cluster://user:password@host:port,host:port says."""
+
+    nodes: list[tuple[str, int]]
+    username: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> ClusterAddress:
+        """Raises ConfigurationError for what is no such address."""
+        user, password, nodes, behind = _parts(url, 6379)
+        if nodes is None:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write some of the cluster's nodes, as redis+cluster://host:port,host:port"
+            )
+        if behind:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write nothing after the nodes: a cluster has no numbered databases"
+            )
+        return cls(nodes, user, password)
+
+
+class SentinelsAddress(NamedTuple):
+    """What redis+sentinel://user:password@host:port,host:port/service?sentinel_password=… says.
+
+    User and password are the servers'; the sentinels' own, where they have them, are `sentinel_username` and
+    `sentinel_password`.
+    """
+
+    nodes: list[tuple[str, int]]
+    service: str
+    username: str | None
+    password: str | None
+    sentinel: dict[str, str]
+
+    @classmethod
+    def parse(cls, url: str) -> SentinelsAddress:
+        """Raises ConfigurationError for what is no such address."""
+        user, password, nodes, behind = _parts(url, 26379)
+        path, _, query = behind.partition("?")
+        service, options = unquote(path.strip("/")), dict(parse_qsl(query, keep_blank_values=True))
+        strangers = options.keys() - {"sentinel_username", "sentinel_password"}
+        if nodes is None or not service or "/" in service or strangers:
+            raise ConfigurationError(
+                f"--redis {redacted(url)!r}: write some of the sentinels and the name of the service, as "
+                "redis+sentinel://host:port,host:port/service, and the sentinels' own password, if they have one, as "
+                "?sentinel_password=…"
+            )
+        sentinel = {name.removeprefix("sentinel_"): value for name, value in options.items()}
+        return cls(nodes, service, user, password, sentinel)
+
+
+def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str, int]] | None, str]:
+    """(user, password, nodes, what comes behind) of an address with several; nodes are None where they are none."""
+    # A password may hold anything, the rest neither of these signs.
+    login, _, rest = url.partition("://")[2].rpartition("@")
+    hosts, *behind = re.split(r"(?=[/?#])", rest, maxsplit=1)
+    user, _, password = login.partition(":")
+    found = [re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?", host) for host in hosts.split(",")]
+    nodes = [(one[1].strip("[]"), int(one[2] or port)) for one in found if one]
+    sound = len(nodes) == len(found) and all(0 < number < 65536 for _, number in nodes)
+    after = "".join(behind)
+    return unquote(user) or None, unquote(password) or None, nodes if sound else None, "" if after == "/" else after
+
+
+def redacted(url: str) -> str:
+    """The address without its password, wherever it stands."""
+    url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)
+    return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1…", url)

@@ -1,0 +1,183 @@
+"""A Redis Cluster: which node has which slot, and one `Wire` to each node."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import hiredis
+from redis.crc import key_slot
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    ConnectionError,
+    MasterDownError,
+    MovedError,
+    TimeoutError,
+    TryAgainError,
+)
+
+from tidewire.wire import Wire, pause, without_errors
+
+SLOTS = 16384
+MAX_TRIES = 10
+"""Attempts of one call, within about four seconds: a failover takes longer than a restart."""
+ASKING = hiredis.pack_command((b"ASKING",))
+
+Address = tuple[str, int]
+"""Host and port of a node."""
+
+
+class Slots:
+    """The address of each slot's master, as the cluster's nodes last told it. No I/O."""
+
+    def __init__(self) -> None:
+        self._masters: list[Address | None] = [None] * SLOTS
+
+    def master_of(self, slot: int) -> Address:
+        """Raises ConnectionError while nobody is known to have the slot."""
+        found = self._masters[slot]
+        if found is None:
+            raise ConnectionError(f"no node of the cluster is known to have slot {slot}")
+        return found
+
+    def masters(self) -> set[Address]:
+        return {address for address in self._masters if address}
+
+    def moved(self, slot: int, to: Address) -> None:
+        """Note what a MOVED answer says."""
+        self._masters[slot] = to
+
+    def learn(self, ranges: Iterable[tuple[int, int, Address]]) -> set[Address]:
+        """Take over (first slot, last slot, master) of all slots. Returns the addresses that no longer have any."""
+        before = self.masters()
+        told: list[Address | None] = [None] * SLOTS
+        for low, high, address in ranges:
+            told[low : high + 1] = [address] * (high + 1 - low)
+        # A slot that nobody claims at this moment stays where it was: there is no better place to ask.
+        self._masters = [new or old for new, old in zip(told, self._masters, strict=True)]
+        return before - self.masters()
+
+
+def ranges_of(answer: Sequence[Any], asked: Address) -> Iterator[tuple[int, int, Address]]:
+    """The ranges of a CLUSTER SLOTS answer. A node without a host of its own is at the host that was asked."""
+    for low, high, (host, port, *_), *_ in answer:
+        name = (host or b"").decode()
+        yield int(low), int(high), (name if name and name != "?" else asked[0], int(port))
+
+
+def key_of(command: Sequence[Any]) -> Any:
+    """The first key of a command."""
+    match str(command[0]).upper():
+        case "FCALL" | "FCALL_RO":
+            return command[3]
+        case "XREAD" | "XREADGROUP":
+            return command[command.index("STREAMS") + 1]
+        case "XGROUP" | "XINFO" | "MEMORY" | "OBJECT":
+            return command[2]
+    return command[1]
+
+
+class ClusterWire:
+    """Commands, each to the node that has its key. Those of one slot go out in the order in which they were asked for.
+
+    `doubt` is called when a node could not be reached: the topology may have changed.
+    """
+
+    def __init__(self, slots: Slots, wire_to: Callable[[Address], Wire], doubt: Callable[[], None]) -> None:
+        self._slots = slots
+        self._wire_to = wire_to
+        self._doubt = doubt
+        self._wires: dict[Address, Wire] = {}
+
+    def another(self) -> ClusterWire:
+        """One whose commands do not wait for those that go this way."""
+        return ClusterWire(self._slots, lambda address: self._wire(address).another(), self._doubt)
+
+    async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The answers of all commands. Raises the first error when all are done."""
+        return without_errors(await self.answers(commands))
+
+    async def answers(self, commands: Iterable[tuple[Any, ...]], key: bytes | None = None) -> list[Any]:
+        """The answers of all commands, the servers' errors among them.
+
+        With a key, all go over one connection to the node that has it, and are repeated together.
+        """
+        groups: dict[int, list[int]] = {}
+        packed: list[bytes] = []
+        for number, command in enumerate(commands):
+            groups.setdefault(_slot(key_of(command) if key is None else key), []).append(number)
+            packed.append(hiredis.pack_command(command))
+        if len(groups) == 1:
+            return await self._at(next(iter(groups)), packed, together=key is not None)
+        found = await asyncio.gather(
+            *(self._at(slot, [packed[number] for number in numbers]) for slot, numbers in groups.items())
+        )
+        answers: list[Any] = [None] * len(packed)
+        for numbers, some in zip(groups.values(), found, strict=True):
+            for number, answer in zip(numbers, some, strict=True):
+                answers[number] = answer
+        return answers
+
+    async def fcall(self, function: str, numkeys: int, *keys_and_args: Any) -> Any:
+        return (await self.calls((("FCALL", function, numkeys, *keys_and_args),)))[0]
+
+    async def function_load(self, code: str, replace: bool = False) -> Any:
+        """Load functions at every master."""
+        loads = (self._wire(address).function_load(code, replace) for address in self._slots.masters())
+        return (await asyncio.gather(*loads))[0]
+
+    def lose(self, address: Address, why: str) -> None:
+        """Break the connections to a node. Their calls are repeated where the slots are known to be then."""
+        if wire := self._wires.get(address):
+            wire.lose(why)
+
+    async def aclose(self) -> None:
+        for wire in self._wires.values():
+            await wire.aclose()
+
+    def _wire(self, address: Address) -> Wire:
+        if address not in self._wires:
+            self._wires[address] = self._wire_to(address)
+        return self._wires[address]
+
+    async def _at(self, slot: int, packed: list[bytes], *, together: bool = False) -> list[Any]:
+        """The answers of commands with keys of one slot, wherever it is."""
+        answers: list[Any] = [None] * len(packed)
+        todo = list(range(len(packed)))
+        for number in itertools.count(1):
+            try:
+                found = await self._wire(self._slots.master_of(slot)).once([packed[one] for one in todo])
+                for one, answer in zip(todo, found, strict=True):
+                    answers[one] = await self._asked(answer, packed[one]) if isinstance(answer, AskError) else answer
+            except (ConnectionError, TimeoutError, OSError):
+                self._doubt()
+                if number == MAX_TRIES:
+                    raise
+            else:
+                todo = [one for one in todo if isinstance(answers[one], _ELSEWHERE_OR_LATER)]
+                if not todo or number == MAX_TRIES:
+                    return answers
+                error = answers[todo[0]]
+                todo = list(range(len(packed))) if together else todo
+                if isinstance(error, MovedError):
+                    self._slots.moved(slot, (error.host, int(error.port)))
+                    if number == 1:
+                        continue  # the node that has it is known
+                self._doubt()
+            await pause(number)
+        raise AssertionError("the last try ends it")
+
+    async def _asked(self, error: AskError, packed: bytes) -> Any:
+        """The answer of the node that a slot is moving to, which has the key already."""
+        return (await self._wire((error.host, int(error.port))).once([ASKING, packed]))[1]
+
+
+_ELSEWHERE_OR_LATER = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
+"""A node that answers one of these has not done the command."""
+
+
+def _slot(key: Any) -> int:
+    return int(key_slot(key if isinstance(key, bytes) else str(key).encode()))
