@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import hiredis
@@ -29,7 +29,6 @@ from redis.exceptions import (
     OutOfMemoryError,
     RedisClusterException,
     RedisError,
-    ResponseError,
 )
 
 from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
@@ -58,6 +57,7 @@ _COMMANDS: dict[str, Any] = {
 """redis-py's own way, for what is rare. A server that hangs holds a command up for less than 15 s."""
 _LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
 """For subscribers, which try again themselves."""
+NO_EVICTION = "Redis may remove keys that Tidewire needs: set maxmemory-policy noeviction"
 LOOK_S = 1.0
 """Time between two looks at who the master is. It is part of the time that a failover takes."""
 MAX_LOOK_S = 1.0
@@ -106,6 +106,7 @@ class Backend:
         self._wire: Wire | ClusterWire | None = wire or fanned
         self._idle: list[Wire | ClusterWire] = []
         self._subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
+        self._when_moved: list[Callable[[], None]] = []
         self.keys = keys
         self.functions = Functions(self._wire or commands, self.confirmed)
 
@@ -206,6 +207,10 @@ class Backend:
         self._subscribers.add(made)
         return made
 
+    def when_moved(self, told: Callable[[], None]) -> None:
+        """Call it whenever a master was replaced. What that one had, and did not pass on, is lost."""
+        self._when_moved.append(told)
+
     def node_of(self, channel: bytes) -> Redis:
         return self._listening
 
@@ -224,16 +229,13 @@ class Backend:
 
     async def ensure_group(self, stream: bytes, group: str) -> None:
         """Create the consumer group, from the stream's beginning, unless it is there."""
-        try:
-            await self.commands.xgroup_create(stream, group, id="0", mkstream=True)
-        except OutOfMemoryError:
-            # A full server refuses the command also where the group is there: a partition must still be taken over.
-            groups: list[Any] = await self.commands.xinfo_groups(stream)
-            if group.encode() not in {found["name"] for found in groups}:
-                raise
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        await self.functions.ensure_group(stream, group)
+
+    async def may_evict(self) -> str | None:
+        """The maxmemory-policy under which the server evicts keys of its own accord; None when it evicts nothing."""
+        memory: Any = await self.commands.info("memory")
+        policy = str(memory.get("maxmemory_policy", "noeviction"))
+        return policy if int(memory.get("maxmemory", 0)) > 0 and policy != "noeviction" else None
 
     async def open_stage(self) -> None:
         """Fix the stage's number of partitions, or find it as expected, and load the functions.
@@ -241,14 +243,19 @@ class Backend:
         Raises ConfigurationError when the stage was created with another number.
         """
         settings = self.keys.stage_settings()
-        await self.commands.hsetnx(settings, "partitions", str(self.keys.partitions))
         stored = int(await self.commands.hget(settings, "partitions") or 0)
+        if not stored:
+            await self.commands.hsetnx(settings, "partitions", str(self.keys.partitions))
+            stored = int(await self.commands.hget(settings, "partitions") or 0)
         if stored != self.keys.partitions:
             raise ConfigurationError(
                 f"stage {self.keys.stage!r} was created with {stored} partitions, and --partitions says "
                 f"{self.keys.partitions}: start with --partitions {stored}, or use another --stage"
             )
-        await self.functions.load()
+        try:
+            await self.functions.load()
+        except OutOfMemoryError as error:  # a server at its maxmemory may have them from an earlier start
+            log.warning("functions_not_loaded", error=str(error))
 
 
 def _streams(found: Any) -> list[StreamEntries]:
@@ -311,6 +318,8 @@ class _Watched(Backend):
     def _moved(self) -> None:
         for subscriber in self._subscribers:
             subscriber.look()
+        for told in self._when_moved:
+            told()
 
 
 class ClusterBackend(_Watched):
@@ -426,6 +435,7 @@ class SentinelBackend(_Watched):
             REPLACED.inc()
             log.warning("master_replaced", host=found[0], port=found[1])
             self._lines.lose("the sentinels name another master")
+            self._moved()
         self._master = found
         self._lines.lose("this is not the master that the sentinels name", unless_at=found)
         for client in (self.commands, self._listening):
@@ -547,6 +557,8 @@ async def connect(url: str, keys: Keys) -> Backend:
             if int(str(version).split(".", 1)[0]) < 7:
                 raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
             await backend.open_stage()
+            if policy := await backend.may_evict():
+                log.warning("keys_may_be_evicted", maxmemory_policy=policy, advice=NO_EVICTION)
     except BaseException:
         await backend.__aexit__()
         raise

@@ -4,19 +4,75 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
+import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from tidewire.backend import Backend
 from tidewire.errors import Overloaded, RequestError, Timeout, from_wire
-from tidewire.records import JSON, Reply, pack, unpack
+from tidewire.functions import Call, StreamBounds
+from tidewire.records import JSON, Reply, pack, stream_id, unpack
 
 log = structlog.get_logger(__name__)
 
-REPLIES_KEPT = 10_000
+REPLIES = StreamBounds(10_000, 64 << 20)
+"""What a reply stream holds at most, if its gateway does not read. The oldest answers are dropped."""
 REPLIES_TTL_MS = 60_000
+SEND_BATCH = 1000
+"""Records of one `enqueue` at most."""
+SEND_BATCH_BYTES = 1 << 20
+"""Bytes of the records of one `enqueue`, at most, unless it is a single one."""
+READ_BATCH = 256
+"""Entries of one read of an inbox."""
+TRIM_S = 0.1
+"""Time between two trims of an inbox, unless much was read."""
+TRIM_BYTES = 1 << 20
+MOVED_S = 3.0
+"""Time for which answers are waited for after a master was replaced: it may have taken requests and answers with it."""
+_REFUSED = re.compile(r"\b(MISCONF|NOREPLICAS)\b")
+"""Answers of a server that takes no writes, and has not done this one. redis-py has a class for OOM alone."""
+
+
+class Inbox:
+    """A stream that one process alone reads. What has been read is trimmed away soon."""
+
+    def __init__(self, backend: Backend, stream: Callable[[], bytes]) -> None:
+        self._backend = backend
+        self._stream = stream
+        self._reading = b""
+        self._last = (0, 0)
+        self._untrimmed_bytes = 0
+        self._trimmed_at = 0.0
+
+    async def read(self) -> list[bytes]:
+        """The next records; [] when none came within a second. Raises redis-py's errors, and loses nothing then."""
+        stream = self._stream()  # a gateway that goes on under another name has another one
+        if stream != self._reading:
+            self._reading, self._last, self._untrimmed_bytes = stream, (0, 0), 0
+        found = await self._backend.read({stream: f"{self._last[0]}-{self._last[1]}"}, READ_BATCH)
+        entries = [entry for _, some in found for entry in some]
+        records = [fields[b"r"] for _, fields in entries]
+        if entries:
+            self._last = stream_id(entries[-1][0])
+            self._untrimmed_bytes += sum(map(len, records))
+        await self._trim()
+        return records
+
+    async def _trim(self) -> None:
+        due = self._untrimmed_bytes > TRIM_BYTES or time.monotonic() > self._trimmed_at + TRIM_S
+        if not self._untrimmed_bytes or not due:
+            return
+        before = f"{self._last[0]}-{self._last[1] + 1}"
+        try:
+            await self._backend.calls([("XTRIM", self._reading, "MINID", before)])
+        except (RedisError, OSError) as error:
+            log.warning("inbox_not_trimmed", error=str(error))
+        else:
+            self._untrimmed_bytes, self._trimmed_at = 0, time.monotonic()
 
 
 class Bus:
@@ -30,12 +86,15 @@ class Bus:
         timeout_s: float,
         most_waiting: int = 10_000,
         most_queued: int = 10_000,
+        most_queued_bytes: int = 64 << 20,
     ) -> None:
         self._backend = backend
-        self._name = name
         self._timeout_s = timeout_s
         self._most_waiting = most_waiting
-        self._most_queued = most_queued
+        self._bounds = StreamBounds(most_queued, most_queued_bytes)
+        self._inbox = Inbox(backend, lambda: backend.keys.replies(name()))
+        self._sender = secrets.token_hex(8)
+        self._calls = itertools.count(1)
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}  # until when; the oldest first
         self._timer: asyncio.TimerHandle | None = None
@@ -76,36 +135,48 @@ class Bus:
     async def _pass_on(self, stream: bytes) -> None:
         # One call at a time to a stream: two could overtake each other, and numbers there must go up.
         while records := self._outgoing.pop(stream, None):
-            await self._enqueue(stream, records)
+            for some in _batches(records):
+                await self._enqueue(stream, some)
         self._passing.discard(stream)
 
     async def _enqueue(self, stream: bytes, records: list[tuple[bytes, int]]) -> None:
+        call = Call(self._backend.keys.sent(stream, self._sender), next(self._calls))
         try:
-            taken = await self._backend.functions.enqueue(stream, self._most_queued, [record for record, _ in records])
+            taken = await self._backend.functions.enqueue(stream, call, self._bounds, [record for record, _ in records])
         except (RedisError, OSError) as error:
             log.warning("requests_not_sent", count=len(records), error=str(error))
             for _, number in records:
-                self._fail(number, Timeout("the request could not be passed on: it may or may not be done"))
+                self._fail(number, _not_sent(error))
             return
         for _, number in records[taken:]:
             self._fail(number, Overloaded("too many requests wait for this partition: try again shortly"))
 
     async def receive(self) -> None:
         """Take answers, until cancelled."""
-        last: dict[str, bytes | str] = {}
+        self._backend.when_moved(self._moved)
         while True:
-            name = self._name()  # a gateway that was counted dead goes on under another one
             try:
-                found = await self._backend.read({self._backend.keys.replies(name): last.get(name, "0-0")})
+                records = await self._inbox.read()
             except (RedisError, OSError) as error:
                 log.warning("replies_not_read", error=str(error))
                 await asyncio.sleep(0.2)
                 continue
-            for _, entries in found:
-                for id_, fields in entries:
-                    last = {name: id_}
-                    for raw in unpack(fields[b"r"]):
-                        self._settle(Reply(*raw))
+            for record in records:
+                for raw in unpack(record):
+                    self._settle(Reply(*raw))
+
+    def _moved(self) -> None:
+        """A master was replaced. What was asked before may be lost: whoever asked need not wait the whole time."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._timeout_s
+        loop.call_later(MOVED_S, self._give_up, until)
+
+    def _give_up(self, until: float) -> None:
+        """Fail the requests that were to be answered before that time."""
+        for number, (deadline, _) in list(self._waiting.items()):
+            if deadline > until:
+                break
+            self._fail(number, Timeout("a master of Redis was replaced meanwhile: it may or may not be done"))
 
     def _settle(self, reply: Reply) -> None:
         _, future = self._waiting.pop(reply.number, (0, None))
@@ -130,6 +201,26 @@ class Bus:
                 self._timer = loop.call_at(until, self._expire)
                 break
             self._fail(number, Timeout("no answer in time: it may or may not be done"))
+
+
+def _batches(records: list[tuple[bytes, int]]) -> Iterable[list[tuple[bytes, int]]]:
+    """The records in order, cut so that no call is long at the server."""
+    batch, size_bytes = list[tuple[bytes, int]](), 0
+    for record in records:
+        if batch and (len(batch) == SEND_BATCH or size_bytes + len(record[0]) > SEND_BATCH_BYTES):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(record)
+        size_bytes += len(record[0])
+    yield batch
+
+
+def _not_sent(error: Exception) -> RequestError:
+    found = _REFUSED.search(str(error)) if isinstance(error, ResponseError) else None
+    why = "OOM" if isinstance(error, OutOfMemoryError) else found and found[1]
+    if why:
+        return Overloaded(f"Redis takes no writes at the moment ({why}): nothing was done, try again later")
+    return Timeout("the request could not be passed on: it may or may not be done")
 
 
 class Answers:
@@ -165,9 +256,4 @@ class Answers:
 
     async def _send_to(self, name: str, answers: list[Reply]) -> None:
         stream = self._backend.keys.replies(name)
-        await self._backend.calls(
-            [
-                ("XADD", stream, "MAXLEN", "~", REPLIES_KEPT, "*", "r", pack(answers)),
-                ("PEXPIRE", stream, REPLIES_TTL_MS),
-            ]
-        )
+        await self._backend.functions.answer(stream, REPLIES, REPLIES_TTL_MS, pack(answers))

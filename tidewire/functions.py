@@ -100,6 +100,8 @@ Confirmed = Callable[[tuple[Arg, ...], Wait], Awaitable[tuple[Any, int]]]
 """Makes a call, then waits on the same connection: (the call's answer, how many confirmed). An error is an answer."""
 
 
+CALL_KEPT_MS = 120_000
+"""How long a sender's last `enqueue` is remembered: longer than the client library repeats it."""
 WHOLE = 1 << 52
 """Greater than the number of any feed."""
 
@@ -162,6 +164,20 @@ class Stamp(NamedTuple):
     source: str
     epoch: int
     fell: tuple[int, ...] = ()  # as in Owned
+
+
+class StreamBounds(NamedTuple):
+    """The most that a stream holds before nothing more is added."""
+
+    entries: int
+    bytes: int
+
+
+class Call(NamedTuple):
+    """What makes a repeated `enqueue` known: the sender's key in the stream's slot, and a number above all before."""
+
+    sent: bytes
+    number: int
 
 
 class Effect(NamedTuple):
@@ -288,9 +304,18 @@ class Functions:
         found = _batch(await self._call("commit", keys, *args, fcall=fcall))
         return confirmed >= wait.needed, found
 
-    async def enqueue(self, stream: bytes, most: int, records: Sequence[bytes]) -> int:
-        """Add records to a stream while it has fewer than `most` entries; how many found room, the first ones."""
-        return int(await self._call("enqueue", (stream,), most, *records))
+    async def enqueue(self, stream: bytes, call: Call, bounds: StreamBounds, records: Sequence[bytes]) -> int:
+        """Add records as far as there is room; how many were added. A repeated call gives the first one's answer."""
+        args: tuple[Arg, ...] = (call.number, *bounds, CALL_KEPT_MS, *records)
+        return int(await self._call("enqueue", (stream, call.sent), *args))
+
+    async def ensure_group(self, stream: bytes, group: str) -> None:
+        """Create the consumer group, from the stream's beginning, unless it is there."""
+        await self._call("ensure_group", (stream,), group)
+
+    async def answer(self, stream: bytes, bounds: StreamBounds, ttl_ms: int, record: bytes) -> None:
+        """Add an answer, dropping the oldest beyond the bounds. Repeating it adds it twice."""
+        await self._call("answer", (stream,), *bounds, ttl_ms, record)
 
     # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

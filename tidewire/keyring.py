@@ -10,6 +10,8 @@ from tidewire.credentials import ApiKey
 from tidewire.records import Credential, pack, text, unpack
 
 REVOCATIONS_KEPT = 100_000
+CREDENTIALS = "credentials"
+"""Field of the stage's settings that is set once there are any."""
 
 
 async def create(
@@ -25,7 +27,24 @@ async def create(
     expires_at = None if ttl_s is None else now + int(ttl_s * 1000)
     credential = Credential(key.digest, user, role, claims or {}, now, expires_at, None)
     await backend.commands.hset(backend.keys.credentials(), key.id, pack(credential))
+    await note_credentials(backend)
     return key
+
+
+async def note_credentials(backend: Backend) -> None:
+    """Note in the stage's settings that it has credentials: if they are missing later, they were lost."""
+    await backend.commands.hset(backend.keys.stage_settings(), CREDENTIALS, "1")
+
+
+async def credentials_lost(backend: Backend) -> bool:
+    """Whether credentials that must be there are missing as a whole, or the stage's settings are.
+
+    A server that evicts keys does that, and so does one that came back without its file.
+    """
+    if await backend.commands.exists(backend.keys.credentials()):
+        return False
+    partitions, noted = await backend.commands.hmget(backend.keys.stage_settings(), "partitions", CREDENTIALS)
+    return bool(noted) or not partitions
 
 
 async def listing(backend: Backend) -> list[dict[str, Any]]:

@@ -140,6 +140,10 @@ class Keys:
         """Stream: requests for the store."""
         return self._of(partition, b"commands")
 
+    def sent(self, stream: bytes, sender: str) -> bytes:
+        """String with a TTL: the last call of one sender to a stream, and how many of its records were added."""
+        return stream + b":sent:" + sender.encode()
+
     def changes(self, partition: int) -> bytes:
         """Stream: what was written, in order."""
         return self._of(partition, b"changes")
@@ -221,7 +225,7 @@ class Keys:
         return b"%s:{%s}:%s" % (self.stage.encode(), tag, kind)
 
     def stage_settings(self) -> bytes:
-        """Hash: what was fixed when the stage was created."""
+        """Hash: what was fixed when the stage was created, and whether it has had credentials."""
         return self._global(b"stage", b"settings")
 
     def tables(self) -> bytes:

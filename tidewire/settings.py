@@ -26,6 +26,8 @@ _LEAST = {
     "command_ms": 0,
     "commands_max": 1,
     "welcome_timeout_s": 0.1,
+    "commands_bytes": 1,
+    "limit_answer_bytes": 0,
 }
 
 _ONE_OF = {
@@ -63,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     command_evaluations: int = 50_000
     command_bytes: int = 33554432
     command_ms: int = 1000
+    commands_bytes: int = 67_108_864
 
     lease_ms: int = 3000
     batch: int = 256
@@ -77,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit_frame_bytes: int = 1048576
     limit_item_bytes: int = 262144
     limit_queued_bytes: int = 1048576
+    limit_answer_bytes: int = 4194304
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", self.stage):

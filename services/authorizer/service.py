@@ -7,12 +7,13 @@ from typing import Any
 
 import structlog
 from prometheus_client import Counter
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
+from tidewire import keyring
 from tidewire.backend import Backend, Entry
 from tidewire.bus import Answers
 from tidewire.credentials import ApiKey, verify
-from tidewire.errors import RequestError, Unauthenticated
+from tidewire.errors import Overloaded, RequestError, Unauthenticated
 from tidewire.lifecycle import Service
 from tidewire.records import Authorization, Credential, Reply, stream_id, unpack
 
@@ -23,6 +24,9 @@ ABANDONED_MS = 2000
 """A question that somebody took and did not answer for so long is taken over."""
 BATCH = 100
 
+MISSING = Counter(
+    "tidewire_authorizer_credentials_missing_total", "Questions that found the stage's credentials gone as a whole."
+)
 ANSWERS = Counter("tidewire_authorizer_answers_total", "Questions answered.", ["outcome"])
 
 
@@ -39,6 +43,7 @@ class Authorizer:
         while True:
             try:
                 await self._backend.ensure_group(self._stream, GROUP)
+                await self._note_credentials()
                 while True:
                     await self._turn()
             except (RedisError, OSError) as error:
@@ -59,6 +64,14 @@ class Authorizer:
         await self._backend.commands.xack(self._stream, GROUP, *(id_ for id_, _ in entries))
         await self._trim(entries[-1][0])
 
+    async def _note_credentials(self) -> None:
+        """Stages of earlier releases have credentials of which the settings say nothing."""
+        if await self._backend.commands.exists(self._backend.keys.credentials()):
+            try:
+                await keyring.note_credentials(self._backend)
+            except OutOfMemoryError as error:
+                log.warning("credentials_not_noted", error=str(error))
+
     async def _abandoned(self) -> list[Entry]:
         found: Any = await self._backend.commands.xautoclaim(
             self._stream, GROUP, self._registry.id, ABANDONED_MS, "0-0", count=BATCH
@@ -70,10 +83,14 @@ class Authorizer:
             if key is None:
                 raise Unauthenticated("the auth_key is not valid: it has the form tw_<id>_<secret>")
             raw = await self._backend.commands.hget(self._backend.keys.credentials(), key.id)
+            if raw is None and await keyring.credentials_lost(self._backend):
+                log.error("credentials_lost", advice="restore the stage from a backup, or create its keys anew")
+                MISSING.inc()
+                raise Overloaded("the credentials of this stage cannot be read: try again later")
             credential = Credential(*unpack(raw)) if raw else None
             principal = verify(key, credential, self._registry.now_ms())
         except RequestError as error:
-            ANSWERS.labels("refused").inc()
+            ANSWERS.labels("unavailable" if error.retry else "refused").inc()
             return Reply(number, None, {"code": error.code, "message": error.message, "details": error.details})
         ANSWERS.labels("admitted").inc()
         return Reply(number, principal, None)

@@ -82,6 +82,7 @@ class _Import:
             lambda: self._id,
             timeout_s=self._settings.request_timeout_s,
             most_queued=self._settings.commands_max,
+            most_queued_bytes=self._settings.commands_bytes,
         )
         self._senders = [asyncio.Event() for _ in range(min(backend.keys.partitions, MOST_OUTSTANDING))]
         self._room = asyncio.Event()

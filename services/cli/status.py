@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 from rich.console import Console
 from rich.table import Table
 
-from tidewire.backend import Backend
+from tidewire.backend import NO_EVICTION, Backend
 from tidewire.records import unpack
 from tidewire.registry import all_services
 
@@ -63,7 +63,13 @@ async def collect(backend: Backend) -> dict[str, Any]:
         "groups": groups,
         "redis": await _redis(backend),
         "indexes": await _indexes(backend),
+        "warnings": await _warnings(backend),
     }
+
+
+async def _warnings(backend: Backend) -> list[str]:
+    policy = await backend.may_evict()
+    return [f"maxmemory-policy is {policy}: {NO_EVICTION}"] if policy else []
 
 
 async def _redis(backend: Backend) -> list[dict[str, Any]]:
@@ -155,5 +161,7 @@ def show(status: dict[str, Any]) -> None:
         for time, partitions in sorted(times.items()):
             console.print(f"{what} at {time}: partitions {' '.join(partitions)}")
     filling = [index for index in status["indexes"] if index["filled"] < 1]
+    for warning in status["warnings"]:
+        console.print(f"[yellow]warning[/]: {warning}")
     for index in filling:
         console.print(f"index {index['table']} {index['attributes']}: filled to {index['filled']:.0%}")

@@ -32,6 +32,7 @@ from tidewire.protocol import (
 from tidewire.records import RECHECK, Principal
 from tidewire.tasks import end
 
+from .budget import Room
 from .core import Core
 from .deadline import Deadline
 from .feeds import Feed, Frame
@@ -392,16 +393,24 @@ class Connection:
             await asyncio.sleep(0.02)
         await self._in_flight.acquire()
         frame: dict[str, Any] = {}
+        room: Room | None = None
         try:
             frame = decode_frame(message, binary=self.binary)
             request = parse_request(frame)
+            room = await self.core.room(self.id, self.principal, request)
             result = self._begin_request(frame, request)
         except RequestError as error:
             self._in_flight.release()
+            if room:
+                room.close()
             id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
             await self.send(error.as_frame(id_))
             return
-        self.spawn(self._answer(request_id(frame), result))
+        task = self.spawn(self._answer(request_id(frame), result, room))
+        if task:
+            task.add_done_callback(lambda _: room.close())
+        else:
+            room.close()
 
     def _begin_request(self, frame: dict[str, Any], request: Any) -> Any:
         """What is awaited is the result. Begun in the order of arrival, up to where the store's order takes over."""
@@ -414,7 +423,7 @@ class Connection:
                 return self.unfollow(request)
         return self.core.begin(self.principal, self.id, frame, request)
 
-    async def _answer(self, id_: str | int | None, result: Any) -> None:
+    async def _answer(self, id_: str | int | None, result: Any, room: Room) -> None:
         try:
             try:
                 answer = await result
@@ -427,7 +436,9 @@ class Connection:
                 await self.send(Internal("something went wrong on the server").as_frame(id_))
             else:
                 if id_ is not None and answer is not None:  # else it was sent, as what comes next follows on it
-                    await self.send({"type": "reply", "id": id_, "result": answer})
+                    data = self.encode({"type": "reply", "id": id_, "result": answer})
+                    room.resize(len(data))
+                    await self.peer.send(data)
         finally:
             self._in_flight.release()
 

@@ -25,6 +25,7 @@ from tidewire.protocol import (
 )
 from tidewire.records import Command, Principal
 
+from .budget import AnswerBudget, Room, most_bytes
 from .direct import Direct
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
@@ -45,11 +46,13 @@ class Core:
             lambda: self.id,
             timeout_s=self.settings.request_timeout_s,
             most_queued=self.settings.commands_max,
+            most_queued_bytes=self.settings.commands_bytes,
         )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s)
         self.topics = Topics(app, self._may_follow)
         self.direct = Direct(self.backend, self.bus, self.registry)
+        self.answers = AnswerBudget(self.settings.limit_answer_bytes)
 
     @property
     def id(self) -> str:
@@ -58,6 +61,11 @@ class Core:
 
     def now_ms(self) -> int:
         return self.registry.now_ms()
+
+    async def room(self, connection: str | None, principal: Principal, request: Any) -> Room:
+        """Room for the request's answer. Raises Overloaded when there is none for a while."""
+        user = principal.user if principal.role != "service" else None
+        return await self.answers.room(connection, user, most_bytes(request, self.settings.limit_item_bytes))
 
     def begin(
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any

@@ -11,7 +11,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from tidewire.backend import Backend
-from tidewire.bus import Answers, Bus
+from tidewire.bus import Answers, Bus, Inbox
 from tidewire.errors import NotFound, RequestError
 from tidewire.records import Direct as Record
 from tidewire.records import Reply, unpack
@@ -21,7 +21,6 @@ log = structlog.get_logger(__name__)
 
 TTL_MS = 60_000
 TIME_MS = 10_000
-KEPT = 1000
 Deliver = Callable[[str, dict[str, Any]], None]
 """Gives a frame to a connection of this gateway. Raises NotFound, or RateLimited where the peer is too slow."""
 
@@ -56,23 +55,17 @@ class Direct:
 
     async def receive(self) -> None:
         """Deliver what other gateways send, until cancelled."""
-        last: dict[str, bytes | str] = {}
+        # One that was counted dead goes on under another name.
+        inbox = Inbox(self._backend, lambda: self._backend.keys.direct(self._registry.id))
         while True:
-            name = self._registry.id  # one that was counted dead goes on under another name
-            stream = self._backend.keys.direct(name)
             try:
-                found = await self._backend.read({stream: last.get(name, "0-0")})
+                records = await inbox.read()
             except (RedisError, OSError) as error:
                 log.warning("direct_messages_not_read", error=str(error))
                 await asyncio.sleep(0.2)
                 continue
-            for _, entries in found:
-                for id_, fields in entries:
-                    last = {name: id_}
-                    self._received(Record(*unpack(fields[b"r"])))
-            if found:
-                with contextlib.suppress(RedisError, OSError):
-                    await self._backend.commands.xtrim(stream, maxlen=KEPT, approximate=True)
+            for record in records:
+                self._received(Record(*unpack(record)))
 
     def _received(self, record: Record) -> None:
         if record.deadline < self._registry.now_ms():

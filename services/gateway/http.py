@@ -28,9 +28,11 @@ from tidewire.errors import (
     UnsupportedAction,
 )
 from tidewire.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
+from tidewire.records import Principal
 from tidewire.tasks import end
 
 from . import handshake
+from .budget import Room
 from .connection import Connection
 from .core import Core
 from .deadline import Deadline
@@ -72,7 +74,7 @@ def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
 
     @_answered
     async def act(request: Request) -> Response:
-        return _json(await _perform(core, request, request.path_params["action"]))
+        return await _perform(core, request, request.path_params["action"])
 
     @_answered
     async def feed(request: Request) -> Response:
@@ -150,7 +152,20 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
     return _Events(peer, serving, headers)
 
 
-async def _perform(core: Core, request: Request, action: str) -> Any:
+class _Answer(Response):
+    """An answer that takes up room until it has been handed to the socket, or cannot be."""
+
+    def __init__(self, value: Any, room: Room) -> None:
+        super().__init__(msgspec.json.encode(value), media_type="application/json")
+        self._room = room
+        room.resize(len(self.body))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: SendToClient) -> None:
+        with self._room:
+            await super().__call__(scope, receive, send)
+
+
+async def _perform(core: Core, request: Request, action: str) -> Response:
     key = handshake.credential(request.headers, {})
     if key is None:
         raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
@@ -162,15 +177,24 @@ async def _perform(core: Core, request: Request, action: str) -> Any:
     if trace is not None and is_traceparent(trace):  # else it is as if there were none: Trace Context, section 3.2
         frame.setdefault("traceparent", trace)
     parsed = parse_request(frame)
-    if action == "whoami":
+    room = await core.room(None, principal, parsed)
+    try:
+        return _Answer(await _result(core, principal, frame, parsed), room)
+    except BaseException:
+        room.close()
+        raise
+
+
+async def _result(core: Core, principal: Principal, frame: dict[str, Any], request: Any) -> Any:
+    if request.action == "whoami":
         return {"user": principal.user, "connection": None, "claims": principal.claims}
-    if action == "ping":
+    if request.action == "ping":
         return {}
-    if isinstance(parsed, Send):
-        return await core.send(principal, None, frame, parsed)
-    if action not in STORE_ACTIONS:
-        raise UnsupportedAction(f"{action} is for websockets")
-    return await core.store(principal, None, frame, parsed)
+    if isinstance(request, Send):
+        return await core.send(principal, None, frame, request)
+    if request.action not in STORE_ACTIONS:
+        raise UnsupportedAction(f"{request.action} is for websockets")
+    return await core.store(principal, None, frame, request)
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

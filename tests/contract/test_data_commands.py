@@ -13,6 +13,7 @@ import pytest
 
 from tidewire.backend import Backend
 from tidewire.errors import ConfigurationError
+from tidewire.functions import Call, StreamBounds
 from tidewire.records import Change, Position
 from tidewire.services.cli import importer
 from tidewire.services.cli.changes import Found, print_changes
@@ -137,11 +138,11 @@ async def test_an_import_that_is_stopped_goes_on_where_it_says(
 async def test_what_finds_no_room_is_sent_again(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enqueue, refused = stage.backend.functions.enqueue, list[bytes]()
 
-    async def crowded(stream: bytes, most: int, records: list[bytes]) -> int:
+    async def crowded(stream: bytes, call: Call, bounds: StreamBounds, records: list[bytes]) -> int:
         if len(refused) < 4:
             refused.append(stream)
             return 0
-        return await enqueue(stream, most, records)
+        return await enqueue(stream, call, bounds, records)
 
     monkeypatch.setattr(stage.backend.functions, "enqueue", crowded)
     await import_(stage.backend, write(tmp_path / "in.jsonl", ITEMS), 0)
@@ -157,7 +158,7 @@ async def test_what_finds_no_room_is_sent_again(stage: Stage, tmp_path: Path, mo
 async def test_without_a_store_it_ends_and_says_so(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(stream: bytes, most: int, records: list[bytes]) -> int:
+    async def full(stream: bytes, call: Call, bounds: StreamBounds, records: list[bytes]) -> int:
         return 0
 
     monkeypatch.setattr(stage.backend.functions, "enqueue", full)

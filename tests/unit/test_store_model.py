@@ -27,7 +27,7 @@ from tests.helpers import LONG, free_port
 from tidewire.app import App, ItemKey
 from tidewire.backend import Backend, connect
 from tidewire.bus import Answers
-from tidewire.functions import VERSION, Batch, Functions, Stamp
+from tidewire.functions import VERSION, Batch, Call, Functions, Stamp, StreamBounds
 from tidewire.keys import Keys
 from tidewire.partition.loop import Outcome, PartitionLoop
 from tidewire.records import Change, Command, Item, Reply, pack, unpack
@@ -230,6 +230,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop = asyncio.Runner()
         self.model = Model()
         self.numbers = itertools.count(1)
+        self.sent = itertools.count(1)
         self.epochs = itertools.count(1)
         self.expected: dict[int, tuple[dict[str, Any], Any]] = {}
         self.seen: dict[int, dict[tuple[int, int], Change]] = defaultdict(dict)
@@ -297,13 +298,18 @@ class StoreMachine(RuleBasedStateMachine):
             self.expected[number] = self.model.do(user, partition, body, known)
             command = Command(body["action"], body, user, "service", {}, None, known, 600_000, 2**50, "g", number)
             self.last = (self.keys.commands(partition), pack(command))
-            self.loop.run(self.functions.enqueue(self.last[0], 10_000, [self.last[1]]))
+            self.send()
+
+    def send(self) -> None:
+        """Each time a call of its own: what comes twice reaches the store."""
+        assert self.last
+        call = Call(self.keys.sent(self.last[0], "g"), next(self.sent))
+        self.loop.run(self.functions.enqueue(self.last[0], call, StreamBounds(10_000, 1 << 30), [self.last[1]]))
 
     @precondition(lambda self: self.last)
     @rule()
     def the_client_library_sends_it_again(self) -> None:
-        assert self.last
-        self.loop.run(self.functions.enqueue(self.last[0], 10_000, [self.last[1]]))
+        self.send()
 
     @rule(
         group=st.sampled_from(["store", "store", "indexer", "broadcaster"]),

@@ -45,11 +45,44 @@ local function operate(keys, args, at, last)
   end
 end
 
--- keys: stream. args: most entries, records. Adds as many as there is room for; returns how many.
+-- The memory that a stream takes, in bytes; 0 where it is short, which is not worth the look, and in fakeredis.
+local SHORT = 16
+local function bytes_of(stream, length)
+  local size = length > SHORT and redis.pcall('MEMORY', 'USAGE', stream) or 0
+  return type(size) == 'number' and size or 0
+end
+
+-- keys: stream, the sender's last call. args: call number (greater than all before), most entries, most bytes, ms for
+-- which the call is remembered, records. Adds as many as there is room for; returns how many. A call that the client
+-- library repeats is given the first one's answer. One that arrives late, after the sender's next call, adds nothing.
 register('enqueue', function(keys, args)
-  local room = math.min(tonumber(args[1]) - redis.call('XLEN', keys[1]), #args - 1)
-  for i = 2, 1 + room do redis.call('XADD', keys[1], '*', 'r', args[i]) end
-  return math.max(room, 0)
+  local last, taken = string.match(redis.call('GET', keys[2]) or '', '^(%d+) (%d+)$')
+  local number = tonumber(args[1])
+  if last and number <= tonumber(last) then return number == tonumber(last) and tonumber(taken) or 0 end
+  local length, added = redis.call('XLEN', keys[1]), 0
+  local room, size = math.min(tonumber(args[2]) - length, #args - 4), bytes_of(keys[1], length)
+  while added < room do
+    local record = args[5 + added]
+    size = size + #record
+    if size > tonumber(args[3]) and length + added > 0 then break end -- the first one always finds room
+    redis.call('XADD', keys[1], '*', 'r', record)
+    added = added + 1
+  end
+  redis.call('SET', keys[2], args[1] .. ' ' .. added, 'PX', args[4])
+  return added
+end, 'allow-oom')
+
+-- keys: stream. args: most entries, most bytes, ms for which the stream is kept, record. For answers, which free memory
+-- when they are read: they are added at maxmemory, too. The oldest are dropped when their reader is gone or too slow.
+register('answer', function(keys, args)
+  redis.call('XADD', keys[1], 'MAXLEN', '~', args[1], '*', 'r', args[4])
+  local length = redis.call('XLEN', keys[1])
+  while bytes_of(keys[1], length) > tonumber(args[2]) do
+    length = math.floor(length / 2)
+    redis.call('XTRIM', keys[1], 'MAXLEN', text(length))
+  end
+  redis.call('PEXPIRE', keys[1], args[3])
+  return 'OK'
 end, 'allow-oom')
 
 -- keys: partition, changes, lease, stream, then those of the operations.
@@ -71,4 +104,11 @@ register('commit', function(keys, args)
     redis.call('HSET', lease, 'call', call)
   end
   return read(stream, group, after, count, most_bytes)
+end, 'allow-oom')
+
+-- keys: stream. args: group. Creates the consumer group from the stream's beginning, unless it is there.
+register('ensure_group', function(keys, args)
+  local made = redis.pcall('XGROUP', 'CREATE', keys[1], args[1], '0', 'MKSTREAM')
+  if type(made) == 'table' and made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+  return 'OK'
 end, 'allow-oom')
