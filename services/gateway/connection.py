@@ -193,6 +193,7 @@ class Connection:
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # a task that is cancelled before it begins never awaits it
         return task
 
     # ── feeds ───────────────────────────────────────────────────────────────────────────────────────────────────────
