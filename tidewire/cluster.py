@@ -151,7 +151,7 @@ class ClusterWire:
             try:
                 found = await self._wire(self._slots.master_of(slot)).once([packed[one] for one in todo])
                 for one, answer in zip(todo, found, strict=True):
-                    answers[one] = await self._asked(answer, packed[one]) if isinstance(answer, AskError) else answer
+                    answers[one] = await self._asked(answer, packed[one]) if _is_ask(answer) else answer
             except (ConnectionError, TimeoutError, OSError):
                 self._doubt()
                 if number == MAX_TRIES:
@@ -177,6 +177,10 @@ class ClusterWire:
 
 _ELSEWHERE_OR_LATER = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
 """A node that answers one of these has not done the command."""
+
+
+def _is_ask(answer: Any) -> bool:
+    return isinstance(answer, AskError) and not isinstance(answer, MovedError)  # redis-py derives one from the other
 
 
 def _slot(key: Any) -> int:

@@ -8,7 +8,9 @@ and the room is free again when the answer has been handed to the socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import Callable
 
 from tidewire.errors import Overloaded
 from tidewire.protocol import Get, Query, Transact, Update
@@ -23,6 +25,8 @@ USER_SHARE = 2
 """The budget of a user in this gateway, in budgets of a connection."""
 GATEWAY_SHARE = 16
 """The budget of the gateway, in budgets of a connection."""
+LOOK_S = 0.1
+"""Time between two looks at whether the peer of a waiting request is gone."""
 MAX_WAIT_S = 2.0
 """Longest time for a request to wait for room in its user's budget or the gateway's."""
 
@@ -94,25 +98,26 @@ class AnswerBudget:
                 return owner
         return None
 
-    async def room(self, connection: str | None, user: str | None, size_bytes: int) -> Room:
+    async def room(
+        self, connection: str | None, user: str | None, size_bytes: int, gone: Callable[[], bool] = lambda: False
+    ) -> Room:
         """Room for an answer, as soon as there is any. Without a user, no user's budget counts.
 
         Waits for as long as the connection's own answers take it up. Raises Overloaded when the user's budget or the
-        gateway's has no room for a while: nothing was done then.
+        gateway's has no room for a while: nothing was done then. An answer to a peer that is `gone` is not waited for.
         """
         owners = ("g",) + ((f"u{user}",) if user is not None else ()) + ((f"c{connection}",) if connection else ())
         loop = asyncio.get_running_loop()
         deadline = loop.time() + MAX_WAIT_S
-        while (owner := self.full(owners[::-1], size_bytes)) is not None:
-            timeout_s = None if owner[0] == "c" else max(deadline - loop.time(), 0)
-            self._freed.clear()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._freed.wait()
-            except TimeoutError:
-                raise Overloaded(_refusal(owner, self._most[owner[0]])) from None
+        while (owner := self.full(owners[::-1], size_bytes)) is not None and not gone():
             if owner[0] == "c":
                 deadline = loop.time() + MAX_WAIT_S
+            elif loop.time() >= deadline:
+                raise Overloaded(_refusal(owner, self._most[owner[0]]))
+            self._freed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._freed.wait()
         self.change(owners, size_bytes)
         return Room(self, owners, size_bytes)
 

@@ -21,6 +21,8 @@ from tidewire.functions import FeedEntry
 from tidewire.protocol import (
     Auth,
     Follow,
+    Get,
+    Query,
     Unfollow,
     decode_frame,
     encode_json,
@@ -398,12 +400,16 @@ class Connection:
         try:
             frame = decode_frame(message, binary=self.binary)
             request = parse_request(frame)
-            room = await self.core.room(self.id, self.principal, request)
+            room = await self.core.room(self.id, self.principal, request, lambda: not self.peer.is_open())
+            if isinstance(request, Get | Query) and not self.peer.is_open():
+                raise ConnectionClosed(None, None)  # nobody hears the answer; writes that were sent are still done
             result = self._begin_request(frame, request)
-        except RequestError as error:
+        except (RequestError, ConnectionClosed) as error:
             self._in_flight.release()
             if room:
                 room.close()
+            if not isinstance(error, RequestError):
+                return
             id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
             await self.send(error.as_frame(id_))
             return

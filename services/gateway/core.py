@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from tidewire.app import CONNECTIONS, App
@@ -62,10 +62,12 @@ class Core:
     def now_ms(self) -> int:
         return self.registry.now_ms()
 
-    async def room(self, connection: str | None, principal: Principal, request: Any) -> Room:
+    async def room(
+        self, connection: str | None, principal: Principal, request: Any, gone: Callable[[], bool] = lambda: False
+    ) -> Room:
         """Room for the request's answer. Raises Overloaded when there is none for a while."""
         user = principal.user if principal.role != "service" else None
-        return await self.answers.room(connection, user, most_bytes(request, self.settings.limit_item_bytes))
+        return await self.answers.room(connection, user, most_bytes(request, self.settings.limit_item_bytes), gone)
 
     def begin(
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
 
 from tidewire.errors import BadRequest
 
@@ -30,6 +31,9 @@ class Peer(Protocol):
     binary: bool
     source_ip: str
     user_agent: str
+
+    def is_open(self) -> bool:
+        """Whether the peer can still be sent anything."""
 
     def queued_bytes(self) -> int:
         """What was written and has not been taken."""
@@ -54,6 +58,9 @@ class Websocket:
         self.binary = ws.subprotocol is not None
         self.source_ip = ws.remote_address[0] if ws.remote_address else ""
         self.user_agent = ws.request.headers.get("User-Agent", "") if ws.request else ""
+
+    def is_open(self) -> bool:
+        return self._ws.state is State.OPEN
 
     def queued_bytes(self) -> int:
         return self._ws.transport.get_write_buffer_size()
@@ -87,6 +94,9 @@ class EventStream:
         self._queued_bytes = 0
         self._closed = False
         self._moved = asyncio.Event()  # something was queued or taken, or it is closed
+
+    def is_open(self) -> bool:
+        return not self._closed
 
     def queued_bytes(self) -> int:
         return self._queued_bytes

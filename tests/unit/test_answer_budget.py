@@ -71,6 +71,16 @@ async def test_an_answer_larger_than_the_budget_goes_alone() -> None:
     assert answers.held_bytes == 0
 
 
+async def test_an_answer_to_a_peer_that_is_gone_is_not_waited_for() -> None:
+    answers, gone = AnswerBudget(100), asyncio.Event()
+    await answers.room("c1", "alice", 100)
+    waiting = asyncio.create_task(answers.room("c1", "alice", 100, gone.is_set))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    gone.set()
+    (await asyncio.wait_for(waiting, 30)).close()
+
+
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.integers(1, 120), st.booleans())))
 def test_what_is_held_is_within_the_bounds_and_all_of_it_is_given_back(
     steps: list[tuple[str, str, int, bool]],

@@ -171,3 +171,35 @@ def test_nobody_there_is_said_after_the_last_try(monkeypatch: pytest.MonkeyPatch
             await to(port).calls([("GET", "a")])
 
     asyncio.run(main())
+
+
+def test_one_that_is_being_made_to_a_server_that_hangs_is_given_up_with_the_others() -> None:
+    servers: list[Any] = []
+
+    async def main() -> None:
+        async def hangs(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()  # it accepts, and never answers the login
+            writer.close()
+
+        async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while await command(reader):
+                writer.write(b"+OK\r\n")
+
+        for handler in (hangs, answers):
+            servers.append(await asyncio.start_server(handler, "127.0.0.1", 0))
+        ports = iter([server.sockets[0].getsockname()[1] for server in servers])
+        made = Wire(
+            lambda: Connection(host="127.0.0.1", port=next(ports), protocol=2, driver_info=None, retry=None, db=3)
+        )
+        asked = asyncio.create_task(made.calls([("SET", "a", "1")]))
+        await asyncio.sleep(0.1)
+        assert not asked.done()
+        made.lose("another master is named")
+        assert await asyncio.wait_for(asked, wire.MAX_OPENING_S) == [b"OK"]
+        await made.aclose()
+        for server in servers:
+            server.close()
+        await asyncio.sleep(0.05)
+
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        asyncio.run(main())

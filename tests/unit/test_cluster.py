@@ -1,0 +1,144 @@
+"""Commands of a cluster: which node gets them, and what becomes of them when a slot is elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis.crc import key_slot
+from redis.exceptions import AskError, ClusterDownError, ConnectionError, MovedError, ResponseError, TryAgainError
+
+from tidewire import cluster
+from tidewire.cluster import Address, ClusterWire, Slots, key_of, ranges_of
+
+A, B = ("a", 1), ("b", 2)
+
+
+class FakeWire:
+    """A node: answers each command from a list, or as told."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers_left = answers
+        self.got: list[bytes] = []
+
+    async def once(self, packed: list[bytes]) -> list[Any]:
+        self.got += packed
+        found = [self.answers_left.pop(0) if self.answers_left else b"OK" for _ in packed]
+        if isinstance(found[0], ConnectionError):
+            raise found[0]
+        return found
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ClusterWire, dict[Address, FakeWire], list[int]]]:
+    async def no_pause(number: int) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(cluster, "pause", no_pause)
+
+    def made(**answers: list[Any]) -> tuple[ClusterWire, dict[Address, FakeWire], list[int]]:
+        wires = {A: FakeWire(answers.get("a", [])), B: FakeWire(answers.get("b", []))}
+        slots, doubts = Slots(), list[int]()
+        slots.learn([(0, 16383, A)])
+        to: Any = wires.__getitem__
+        return ClusterWire(slots, to, lambda: doubts.append(1)), wires, doubts
+
+    return made
+
+
+SLOT = key_slot(b"k")
+GET = ("GET", b"k")
+
+
+async def test_a_slot_that_moved_is_followed_and_remembered(nodes: Any) -> None:
+    wire, wires, _ = nodes(a=[MovedError(f"{SLOT} b:2")], b=[b"1", b"2"])
+    assert await wire.calls([GET]) == [b"1"]
+    assert await wire.calls([GET]) == [b"2"]
+    assert len(wires[A].got) == 1
+
+
+async def test_a_slot_that_is_moving_is_asked_for_where_the_key_is(nodes: Any) -> None:
+    wire, wires, _ = nodes(a=[b"1", AskError(f"{SLOT} b:2")], b=[b"OK", b"2"])
+    assert await wire.calls([GET, ("GET", b"{k}2")]) == [b"1", b"2"]
+    assert wires[B].got[0] == cluster.ASKING
+    assert (await wire.calls([GET])) == [b"OK"], "the slot is still the first one's"
+    assert len(wires[A].got) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [TryAgainError("later"), ClusterDownError("down"), ConnectionError("gone")], ids=["try", "down", "gone"]
+)
+async def test_what_a_node_cannot_do_now_is_tried_again_and_doubted(nodes: Any, error: Exception) -> None:
+    wire, _, doubts = nodes(a=[error, error, b"1"])
+    assert await wire.calls([GET]) == [b"1"]
+    assert len(doubts) == 2
+
+
+async def test_what_never_succeeds_is_raised(nodes: Any) -> None:
+    wire, wires, _ = nodes(a=[ClusterDownError("down")] * 100)
+    with pytest.raises(ClusterDownError):
+        await wire.calls([GET])
+    assert len(wires[A].got) == cluster.MAX_TRIES
+
+
+async def test_an_error_of_a_command_is_its_answer_and_only_the_rest_is_repeated(nodes: Any) -> None:
+    wrong = ResponseError("WRONGTYPE")
+    wire, wires, _ = nodes(a=[wrong, TryAgainError("later"), b"2"])
+    assert await wire.answers([GET, GET]) == [wrong, b"2"]
+    assert len(wires[A].got) == 3
+
+
+async def test_commands_with_one_key_are_repeated_together(nodes: Any) -> None:
+    wire, wires, _ = nodes(a=[TryAgainError("later"), 0, b"1", 1])
+    assert await wire.answers([GET, ("WAIT", 1, 100)], b"k") == [b"1", 1]
+    assert len(wires[A].got) == 4, "WAIT counts for the connection that wrote"
+
+
+async def test_commands_of_several_slots_get_their_answers_in_order(nodes: Any) -> None:
+    slots = Slots()
+    slots.learn([(0, 8191, A), (8192, 16383, B)])
+    wires: dict[Address, Any] = {A: FakeWire([b"a1", b"a2"]), B: FakeWire([b"b1"])}
+    low, high = (next(k for k in (b"%d" % n for n in range(99)) if (key_slot(k) > 8191) == up) for up in (False, True))
+    wire = ClusterWire(slots, wires.__getitem__, lambda: None)
+    assert await wire.calls([("GET", low), ("GET", high), ("GET", low)]) == [b"a1", b"b1", b"a2"]
+
+
+def test_a_master_without_slots_was_replaced_and_one_that_gave_some_away_was_not() -> None:
+    slots = Slots()
+    assert slots.learn([(0, 8191, A), (8192, 16383, B)]) == set()
+    assert slots.learn([(0, 100, B), (101, 8191, A), (8192, 16383, B)]) == set()
+    assert slots.learn([(0, 16383, B)]) == {A}
+    assert slots.learn([(0, 100, B)]) == set(), "what nobody claims for a moment stays where it was"
+    assert slots.master_of(16383) == B
+    with pytest.raises(ConnectionError, match="slot 5"):
+        Slots().master_of(5)
+
+
+def test_a_node_without_a_name_is_where_it_was_asked() -> None:
+    answer = [
+        [0, 5, [b"", 1, b"id", {}], [b"r", 9, b"id", {}]],
+        [6, 9, [b"host", 2, b"id"]],
+        [10, 11, [None, 3, b"id"]],
+    ]
+    assert list(ranges_of(answer, ("asked", 7))) == [
+        (0, 5, ("asked", 1)),
+        (6, 9, ("host", 2)),
+        (10, 11, ("asked", 3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("GET", b"k"),
+        ("FCALL", "f", 2, b"k", b"l", b"arg"),
+        ("XREAD", "COUNT", 1, "BLOCK", 1000, "STREAMS", b"k", "0-0"),
+        ("XREADGROUP", "GROUP", "g", "c", "STREAMS", b"k", ">"),
+        ("XINFO", "STREAM", b"k"),
+        ("MEMORY", "USAGE", b"k"),
+    ],
+)
+def test_the_key_of_a_command_is_found(command: tuple[Any, ...]) -> None:
+    assert key_of(command) == b"k"
