@@ -79,7 +79,7 @@ async def calls(backend: Backend) -> dict[str, Call]:
         field = sort_bytes(f"i{number:03}")
         await backend.calls([("ZADD", keys.order("t", "p"), 0, field), ("HSET", keys.items("t", "p"), field, record)])
     for number in range(SERVICES):
-        await functions.service_beat(keys.services(), f"s{number}", LEASE_MS, b"x" * 100)
+        await functions.service_beat(keys.services(), keys.swept(), f"s{number}", LEASE_MS, b"x" * 100)
     body = pack(FeedBody("change", b'{"new":"%s"}' % (b"x" * 190)))
     numbers = itertools.count(1)
     now = int(time.time() * 1000)
@@ -112,7 +112,9 @@ async def calls(backend: Backend) -> dict[str, Call]:
         f"page of {PAGE}": lambda: functions.page(
             keys.order("t", "p"), keys.items("t", "p"), b"-", b"+", reverse=False, count=PAGE, size_bytes=1 << 20
         ),
-        f"service_beat, {SERVICES} services": lambda: functions.service_beat(keys.services(), "s1", LEASE_MS, b"x"),
+        f"service_beat, {SERVICES} services": lambda: functions.service_beat(
+            keys.services(), keys.swept(), "s1", LEASE_MS, b"x"
+        ),
     }
 
 

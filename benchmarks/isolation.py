@@ -402,8 +402,8 @@ async def main(args: argparse.Namespace) -> None:
             settings = {"seconds": args.seconds, "users": args.users, "rounds": args.rounds}
             args.json.write_text(json.dumps({"settings": settings, "cases": found, "unfinished": unfinished}, indent=1))
     print(tables(found))
-    for goal, reached in goals(found).items():
-        print(f"goal {'reached' if reached else 'MISSED '}  {goal}")
+    for goal, verdict in goals(found).items():
+        print(f"goal {verdict:7}  {goal}")
     for name, why in unfinished.items():
         print(f"goal UNKNOWN  {name}: {why}")
 

@@ -134,9 +134,9 @@ def tables(found: Mapping[str, Mapping[str, Any]]) -> str:
     return f"\nUsers, in ms, without → with the attacker:\n\n{first}\n\n{_table(head, causes)}\n"
 
 
-def goals(found: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """For each case, whether it is reached."""
-    reached: dict[str, bool] = {}
+def goals(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """For each case: reached, MISSED, or NOISY where requests failed without an attacker too."""
+    verdicts: dict[str, str] = {}
     for name, case in found.items():
         ratios = {
             f"{kind} in the {where} partition": case["users"][where][kind]["ratio_p99"] or 0
@@ -144,7 +144,11 @@ def goals(found: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
             for kind in KINDS
         }
         worst = max(ratios, key=lambda what: ratios[what])
-        failed = sum((failures(case["users"][where], "attack") for where in PLACES), Counter[str]())
-        said = f"{name}: p99 at most ×{GOAL_RATIO:.0f}, no failure: ×{ratios[worst]:.1f} ({worst}), {_counts(failed)}"
-        reached[said] = ratios[worst] <= GOAL_RATIO and not failed
-    return reached
+        calm, attacked = (
+            sum((failures(case["users"][where], phase) for where in PLACES), Counter[str]())
+            for phase in ("calm", "attack")
+        )
+        said = f"{name}: p99 at most ×{GOAL_RATIO:.0f}, no failure: ×{ratios[worst]:.1f} ({worst}), {_counts(attacked)}"
+        reached = ratios[worst] <= GOAL_RATIO and not attacked
+        verdicts[said] = "NOISY" if calm else "reached" if reached else "MISSED"
+    return verdicts
