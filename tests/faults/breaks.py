@@ -21,8 +21,16 @@ class Break(NamedTuple):
     partitions: int = 8
     topology: str = "embedded"
     max_bytes: dict[str, int] = MAX_BYTES
+    also: tuple[tuple[str, str, str], ...] = ()
+    """(file, line, instead) of further changes, where one guard covers for another."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Settings that bring a bound within reach of a short run."""
     seconds: float = 0.0
     """Length of a run; 0 for five seconds after the last fault."""
+
+    @property
+    def changes(self) -> list[tuple[str, str, str]]:
+        return [(self.file, self.line, self.instead), *self.also]
 
     @property
     def lasts_s(self) -> float:
@@ -109,11 +117,52 @@ BREAKS = {
     ),
     "a connection is not written to `connections`": Break(
         "services/gateway/presence.py",
-        '        self._begin(connection, "put", {"table": CONNECTIONS, "item": item})\n',
+        '        self._begin(self._write(connection, "put", {"table": CONNECTIONS, "item": item}))\n',
         "        return\n",
         [],
         {"absence"},
         PROBED,
         seconds=25.0,
+    ),
+    "everybody is dead whose word has expired": Break(
+        "tidewire/liveness.py",
+        "service for service, at in self._suspected.items() if begun_s - at >= CONFIRMED_LEASES * self._lease_s",
+        "service for service, gone in expired.items() if gone",
+        [Fault(6.0 + 25.0 * number, "stall_redis", None, 0, 6.0 + number) for number in range(3)],
+        {"absence", "socket"},
+        PROBED,
+        seconds=80.0,
+    ),
+    "no command has a budget, and none is decided apart": Break(
+        "services/store/budget.py",
+        "        if not any(self._limits):\n",
+        "        if True:\n",
+        [],
+        {"late", "pause"},
+        with_parts(["probes", "expensive"], STAYING),
+        also=(
+            ("services/store/budget.py", "            self.must_not_share\n", "            False\n"),
+            *(
+                ("services/store/budget.py", line, "\n")
+                for line in (
+                    "            or self.rounds > MAX_SHARED_ROUNDS\n",
+                    "            or self.facts > MAX_SHARED_FACTS\n",
+                    "            or self.size_bytes > MAX_SHARED_BYTES\n",
+                    "            or self.cpu_s > MAX_SHARED_CPU_S\n",
+                )
+            ),
+        ),
+        seconds=60.0,
+    ),
+    "a change stream is bounded in entries alone": Break(
+        "services/store/chores.py",
+        "    if situation.keep_bytes and stream.size_bytes > situation.keep_bytes:\n",
+        "    if False:\n",
+        [],
+        {"memory"},
+        with_parts(["probes", "expensive"], STAYING._replace(expensive_pause_s=0.0)),
+        max_bytes=MAX_BYTES | {"redis": 160 << 20},
+        environment=(("TIDEWIRE_CHANGES_BYTES", str(8 << 20)),),
+        seconds=180.0,
     ),
 }

@@ -25,6 +25,7 @@ from .writers import OF_THE_NEXT, Writer, number, writes_of
 
 PATIENCE_S = 40.0
 AWAY_S = 11.0
+CONNECTED_S = 120.0
 OPENING_BATCH = 100
 """Members that one transaction adds to the hall."""
 
@@ -71,7 +72,7 @@ class Load:
         for one in self.looking:
             self._reading.append(asyncio.create_task(one.run()))
         for one in self.looking:
-            await asyncio.wait_for(one.connected.wait(), 60)
+            await asyncio.wait_for(one.connected.wait(), CONNECTED_S)
         if "expensive" in self._pace.parts:
             self.expensive = await Expensive.create(backend, self._url, self._pace)
         self._begin_writing(users, flapping)

@@ -39,6 +39,8 @@ MIXED_S = 2.0
 """How long both versions run side by side, beside the time that it takes to start processes."""
 SETTLE_S = 3.0
 """Time for what was written to the second version's tables to be told, before that version is gone."""
+READY_S = 180.0
+"""Longest time for processes to start, also on a machine that does other work."""
 ENDS_S = 20.0
 """How long a process may take to drain before it is killed."""
 COMMANDS = {
@@ -258,7 +260,7 @@ class System:
         await wait_until(self._answers, "Redis answers")
         for service in SERVICES:
             self._services[service] = [await self._new(service, number) for number in range(PER_SERVICE)]
-        await wait_until(self._ready, f"all services are ready: {self.folder}", 60)
+        await wait_until(self._ready, f"all services are ready: {self.folder}", READY_S)
 
     async def end(self) -> None:
         for processes in self._services.values():
@@ -348,7 +350,7 @@ class System:
             for service, processes in self._services.items():
                 await processes[number].replace(_command(service, to))
                 port = self._admin_ports[service, number]
-                await wait_until(lambda port=port: asyncio.to_thread(_is_ready, port), f"{service} is ready", 60)  # type: ignore[misc]
+                await wait_until(lambda port=port: asyncio.to_thread(_is_ready, port), f"{service} is ready", READY_S)  # type: ignore[misc]
             await asyncio.sleep(MIXED_S)
             if to == "roll_forward":
                 await self.next_version(runs=True)

@@ -160,6 +160,13 @@ def test_a_connection_is_absent_from_the_first_look_to_the_last_without_it() -> 
     ]
 
 
+def test_two_looks_far_apart_say_nothing_of_the_time_between_them() -> None:
+    looked = Connections("ws://nowhere", "key", lambda: ())
+    for begun in (10.0, 9_000.0):
+        looked._compare({("ann", "c1")}, set(), begun, begun + 1)
+    assert [absence.since_ms for absence in looked.absences] == [10.0, 9_000.0]
+
+
 def test_figures_are_tables_for_the_documentation() -> None:
     outcome = Outcome(7, "embedded", 60.0)
     outcome.faults["kill store"] += 2

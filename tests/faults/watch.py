@@ -20,6 +20,7 @@ from .readers import open_connection
 
 PROBE_PAUSE_S = 0.5
 LOOK_PAUSE_S = 2.0
+MAX_UNSEEN_MS = 6_000
 MEMORY_PAUSE_S = 2.0
 LAG_PAUSE_S, LAG_S = 0.1, 0.3
 """How often the checker looks for a lag of its own, and how long one must be to count."""
@@ -114,6 +115,7 @@ class Connections:
         self._key = key
         self._online = online
         self._missing: dict[tuple[str, str], float] = {}
+        self._looked_ms = 0.0
 
     async def run(self) -> None:
         async with Client(self._url, self._key, timeout_s=5) as client:
@@ -131,7 +133,11 @@ class Connections:
                 for one in page["items"]}  # fmt: skip
 
     def _compare(self, online: set[tuple[str, str]], listed: set[tuple[str, str]], begun: float, now: float) -> None:
+        """Note which connections are missing. Beyond MAX_UNSEEN_MS between two looks, nothing is known of the time."""
         self.looks += 1
+        if begun - self._looked_ms > MAX_UNSEEN_MS:
+            self._missing.clear()
+        self._looked_ms = now
         missing = online - listed
         for one in self._missing.keys() - missing:
             del self._missing[one]
