@@ -3,6 +3,7 @@
 TidewireError
 ├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
 ├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
+├── Declined                this worker leaves the partition to a live one whose application knows more tables
 ├── ConnectionClosed        the client's connection ended for good (carries the close code)
 └── RequestError            answered to the client: one class for each code of the wire
     ├── BadRequest  Unauthenticated  PermissionDenied  NotFound  Conflict  UnsupportedAction  TooLarge
@@ -24,6 +25,14 @@ class ConfigurationError(TidewireError):
 
 class Fenced(TidewireError):
     """Another worker has taken the partition since: nothing was read or written by the call."""
+
+
+class Declined(TidewireError):
+    """What lies in the partition is of a table that this process does not know, and another live process does."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__(f"this application does not declare {', '.join(sorted(names))}, another live one does")
+        self.names = names
 
 
 class ConnectionClosed(TidewireError):

@@ -121,14 +121,17 @@ class Keys:
 
     def home_of(self, key: bytes) -> Home:
         """Of the partition that a key of a partition is of."""
-        tag = key[key.index(b"{p") + 2 : key.index(b"}")]
-        return self.home(int(tag))
+        return self.home(self.partition_at(key))
+
+    def partition_at(self, key: bytes) -> int:
+        """The partition that a key of a partition is of."""
+        return int(key[key.index(b"{p") + 2 : key.index(b"}")])
 
     def partition(self, partition: int) -> bytes:
         """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
         of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed;
         what the indexer has come to; when it last fell back alone, among several servers; of which tables the items are
-        noted as those that expire.
+        noted as those that expire; of which tables a broadcaster passed changes without knowing the table.
         """
         return self._of(partition, b"partition")
 
@@ -208,6 +211,18 @@ class Keys:
         """Hash: the members of a group as the broadcaster has seen them pass."""
         return self._of(self.partition_of(group), b"members:%s:%s" % (membership.encode(), name_of(group)))
 
+    def group_versions(self, partition: int) -> bytes:
+        """Hash: the version of each group of the partition, by `group_field`: generation and id of its last change."""
+        return self._of(partition, b"group-versions")
+
+    def group_field(self, membership: str, group: Scalar) -> bytes:
+        """The field of a group in `group_versions`."""
+        return b"%s:%s" % (membership.encode(), name_of(group))
+
+    def rechecks(self, partition: int) -> bytes:
+        """Channel: users whose membership in a group of the partition has ended, so that they may follow less."""
+        return self._of(partition, b"rechecks")
+
     # ── feeds: the stream's key is its channel's name too, and its field in `Home.feeds` ────────────────────────────
 
     def user_feed(self, user: str) -> bytes:
@@ -231,6 +246,14 @@ class Keys:
     def tables(self) -> bytes:
         """Hash: the tables as the last store declared them."""
         return self._global(b"stage", b"tables")
+
+    def applications(self) -> bytes:
+        """Hash: digest of an application to the names of its tables and topics, while a live service runs it."""
+        return self._global(b"stage", b"applications")
+
+    def dependents(self) -> bytes:
+        """Hash: table or topic to the memberships that its audience depends on, as the last application had it."""
+        return self._global(b"stage", b"dependents")
 
     def sort_kinds(self) -> bytes:
         """Hash: of each table, whether its sort keys are strings or numbers."""

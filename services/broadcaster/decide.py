@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
-from tidewire.app import App, ItemKey, Membership, Table
+from tidewire.app import App, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, claim_topic, resolve
 from tidewire.claims import Condition, both, either, unless
 from tidewire.functions import Append, Operation
@@ -70,8 +70,6 @@ class Decision:
     links: dict[Home, list[Call]] = field(default_factory=dict)
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """The groups that changed, as they are after the batch."""
-    indexed: list[tuple[Membership, ItemKey, bool]] = field(default_factory=list)
-    """Membership items that must be in the index of a user's groups, or gone from it, before anybody is told."""
     failed: int = 0
     """Changes whose audience could not be computed: nobody was told."""
 
@@ -306,9 +304,6 @@ class _Batch:
             self.tell(position, _Plain({"reason": "too_many", "table": table.name}), "reset", others)
         if seen.topics:
             self.tell(position, _Plain({}), RECHECK, [user, *(others if seen.peers_topics else ())])
-        if seen.peers or seen.peers_topics:
-            key = ItemKey(membership.name, group, user)
-            self.decision.indexed.append((membership, key, change.new is not None))
 
     def look(self, position: Position, table: Table, change: Change, membership: Membership, opened: Opened) -> None:
         """Of items that a membership's change may have shown or hidden, tell what it did."""

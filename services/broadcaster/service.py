@@ -5,109 +5,122 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import structlog
 from msgspec import Struct
 from prometheus_client import Counter, Histogram
 from redis.exceptions import RedisError
 
-from tidewire.app import BY_MEMBER, App, ItemKey, Membership, index_field
+from tidewire.app import App, Membership
 from tidewire.backend import Backend
 from tidewire.functions import Batch, FeedBounds, Operation, Owned
-from tidewire.keys import Home, Scalar, value_of
+from tidewire.keys import Home
 from tidewire.lifecycle import Service
 from tidewire.partition.gaps import id_of, unbroken
 from tidewire.partition.loop import Incomplete, Outcome
 from tidewire.partition.worker import Worker
-from tidewire.records import Change, Id, ItemRecord, Position, pack, stream_id, unpack
-from tidewire.walk import Place, walk
+from tidewire.records import Change, Id, Position, pack, stream_id, unpack
+from tidewire.versions import Versions
 
-from .decide import Decision, Group, GroupsOf, Known, Members, deciding, whole
+from .decide import Decision, Group, GroupsOf, deciding, whole
+from .groups import Groups
+from .indexed import IndexWait, last_of_peers, peer_memberships
+from .repair import Repair, members_as_they_are
 from .route import AppendUnits, Call, Feeds, StoreBodies
 
 log = structlog.get_logger(__name__)
 
 GROUP = "broadcaster"
-GROUPS_KEPT = 10_000
-"""Groups whose members a partition's owner keeps in memory; beyond, it forgets all, and fetches what it needs."""
-
 MAX_DECIDE_S = 0.1
 """A batch whose decision takes longer ends with the change it is at."""
 BODY_GRACE_MS = 60_000
 """Large bodies outlive the resume window by this time."""
-MEMBERS_AT_A_TIME = 1000
-INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
 SWEEP_S = 60.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
 FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed: nobody was told.")
 GAPS = Counter("tidewire_broadcaster_gaps_total", "Times that changes were lost before they were read.")
 LOST = Counter("tidewire_broadcaster_lost_total", "Change entries that were trimmed or unreadable.")
+UNKNOWN = Counter("tidewire_broadcaster_unknown_tables_total", "Tables whose changes were passed without knowing them.")
 AGE_SECONDS = Histogram(
     "tidewire_broadcaster_age_seconds",
     "From a change's write to its feeds.",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 30),
 )
 
+Changes = list[tuple[Id, Change | None]]
+
 
 class BroadcasterTenure:
     """The broadcaster's work on one partition while it owns it."""
 
-    def __init__(self, app: App, backend: Backend, partition: int, owned: Owned, feeds: Feeds) -> None:
+    def __init__(
+        self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: Feeds
+    ) -> None:
         self._app = app
         self._feeds = feeds
         self._backend = backend
+        self._versions = versions
         self._partition = partition
         self._owned = owned
-        self._groups: dict[Group, Members] = {}  # of this partition, changed by nobody else
+        self._groups = Groups(app, backend, partition)
+        self._known = self._groups.begin()
+        self._peers = peer_memberships(app)
+        self._index_wait = IndexWait(backend, partition)
         self._decision = Decision()
         self._written: list[int] = []
-        self._passed: tuple[int, int] | None = None  # id of the last change that was passed on
-        self._next_passed = (0, 0)
+        self._passed: Id | None = None  # id of the last change that was passed on
+        self._next_passed: Id = (0, 0)
+        self._unknown: frozenset[str] = frozenset()
+        """Tables and topics whose changes a broadcaster passed without knowing them, as the partition notes them."""
+        self._next_unknown: frozenset[str] = frozenset()
+        self._repair: Repair | None = None
 
     def destinations(self) -> list[Home]:
         keys = self._backend.keys
         return [keys.home(partition) for partition in range(keys.partitions)]
 
     async def decide(self, batch: Batch) -> Outcome | None:
+        if self._passed is None:
+            self._passed, self._unknown = await self._begin()
+        self._next_passed, self._next_unknown, self._written = self._passed, self._unknown, []
+        self._decision = Decision()
+        if self._repair is None and self._unknown & self._versions.names:
+            self._repair = self._over_unknown(batch)
+        if self._repair:
+            return await self._step(self._repair)
         if not batch.entries:
             return None
-        if self._passed is None:
-            self._passed = await self._last_passed()
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
         sound = unbroken(self._passed, changes)
         if not sound:
-            return await self._over_the_gap(*changes[0])
+            self._repair = self._over_gap(*changes[0])
+            return await self._step(self._repair)
         count = whole(changes[:sound])
         if not count and sound == len(changes) and not batch.at_end:
             raise Incomplete
-        changes = changes[: count or sound]
-        known: dict[Group | GroupsOf, Any] = {}
-        known |= self._groups.items()
-        while isinstance(decided := await self._decided(known, changes), set):
-            for need in decided:
-                known[need] = await (self._members(need) if isinstance(need, Group) else self._groups_of(need))
-        changes = changes[: decided.consumed]
+        return await self._pass_on(changes[: count or sound])
+
+    async def _pass_on(self, changes: Changes) -> Outcome:
+        """Who hears of these changes, and what."""
+        unknown = await self._not_known(changes)
+        self._known = self._groups.begin()
+        versioned = self._versions.all_note_groups()
+        while isinstance(decided := await self._decided(changes), set):
+            self._known.fetched |= await self._groups.fetch(decided, versioned=versioned)
         self._decision = decided
-        if len(known) > GROUPS_KEPT:
-            known = {}
-        self._groups = {
-            group: members for group, members in known.items() if isinstance(group, Group) and self._is_here(group)
-        }
-        for one in decided.indexed:
-            await self._until_indexed(*one)
+        changes = changes[: decided.consumed]
+        if (last := last_of_peers(self._peers, changes)) is not None:
+            await self._index_wait.until(last)
         self._written = [change.at for _, change in changes if change]
         self._next_passed = changes[-1][0]
-        return Outcome(len(changes), [*decided.operations, self._passes(self._next_passed)], decided.links)
+        self._next_unknown = self._unknown | unknown
+        return Outcome(len(changes), [*decided.operations, *self._notes()], decided.links)
 
-    async def _decided(
-        self, known: Known, changes: Sequence[tuple[Id, Change | None]]
-    ) -> Decision | set[Group | GroupsOf]:
+    async def _decided(self, changes: Changes) -> Decision | set[Group | GroupsOf]:
         """Decide in steps, between which other partitions of this process get their turn."""
         self._feeds.forget_some()
-        steps = deciding(self._app, self._backend.keys, known, self._partition, changes, self._feeds)
+        steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, self._feeds)
         until = time.monotonic() + MAX_DECIDE_S
         step: bool | None = None
         while True:
@@ -120,92 +133,83 @@ class BroadcasterTenure:
             step = time.monotonic() > until
 
     async def committed(self, *, confirmed: bool) -> None:
-        self._passed = self._next_passed
-        self._groups |= self._decision.groups
+        for name in self._next_unknown - self._unknown:
+            UNKNOWN.inc()
+            log.error("passed_without_knowing", table=name, partition=self._partition)
+        self._passed, self._unknown = self._next_passed, self._next_unknown
+        self._groups.keep(self._known, self._decision.groups)
         FAILED.inc(self._decision.failed)
         CHANGES.inc(len(self._written))
         now = time.time() * 1000
         for at in self._written:
             AGE_SECONDS.observe(max(now - at, 0) / 1000)
 
-    # ── gaps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _begin(self) -> tuple[Id, frozenset[str]]:
+        """What the partition notes of how far its broadcasters have come."""
+        passed, unknown = await self._backend.commands.hmget(self._owned.home.partition, "passed", "unknown")
+        return stream_id(passed) if passed else (0, 0), frozenset(unpack(unknown)) if unknown else frozenset()
 
-    async def _last_passed(self) -> tuple[int, int]:
-        found = await self._backend.commands.hget(self._owned.home.partition, "passed")
-        return stream_id(found) if found else (0, 0)
+    def _notes(self) -> list[Operation]:
+        """The same, as it will be."""
+        partition, (ms, seq) = self._owned.home.partition, self._next_passed
+        notes = [Operation("HSET", partition, ("passed", f"{ms}-{seq}"))]
+        if self._next_unknown != self._unknown:
+            notes.append(Operation("HSET", partition, ("unknown", pack(sorted(self._next_unknown)))))
+        return notes
 
-    def _passes(self, id_: tuple[int, int]) -> Operation:
-        return Operation("HSET", self._owned.home.partition, ("passed", f"{id_[0]}-{id_[1]}"))
+    async def _not_known(self, changes: Changes) -> frozenset[str]:
+        """Tables and topics that these changes concern and this application lacks. Raises Declined."""
+        tables = {change.table for _, change in changes if change and change.event != "SEND"}
+        unknown = frozenset(tables - self._app.tables.keys())
+        memberships = {name for name in tables - unknown if isinstance(self._app.tables[name], Membership)}
+        if memberships:
+            # Read after the changes: a table that is declared later had no items when they were made.
+            unknown |= await self._versions.dependents_of(memberships)
+        await self._versions.leave_to_others(GROUP, self._partition, unknown)
+        return unknown
 
-    async def _over_the_gap(self, id_: tuple[int, int], change: Change | None) -> Outcome:
-        """Changes were trimmed before they were read: whom they concerned is not known any more.
+    # ── repairs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-        The members are taken from the items as they are, which may be ahead of what comes next. All feeds begin anew,
-        after that: whoever queries then finds a state in which all of it has been done.
-        """
+    def _over_gap(self, id_: Id, change: Change | None) -> Repair:
+        """Changes were trimmed before they were read: whom they concerned is not known any more."""
         GAPS.inc()
         log.error("changes_lost", partition=self._partition, after=self._passed, before=id_)
-        # An entry that is trimmed itself is passed; else what comes before the first one that is there.
+        # A trimmed entry that is still pending is passed itself; otherwise what comes before the first change.
         lost = change is None
-        self._next_passed = id_ if change is None or change.previous is None else id_of(change.previous)
-        self._decision, self._written, self._groups = Decision(), [], {}
-        operations = await self._members_as_they_are()
+        passed = id_ if change is None or change.previous is None else id_of(change.previous)
         generation = self._owned.fence.generation if change is None else change.generation
-        reset = Reset(Position(self._partition, generation, *id_))
-        links: dict[Home, list[Reset]] = {home: [reset] for home in self.destinations()}
-        return Outcome(int(lost), [*operations, self._passes(self._next_passed)], links)
+        return self._repair_at(Position(self._partition, generation, *id_), int(lost), passed)
 
-    async def _members_as_they_are(self) -> list[Operation]:
-        operations: list[Operation] = []
-        keys = self._backend.keys
-        for table in self._app.tables.values():
-            if not isinstance(table, Membership):
-                continue
-            names: Any = await self._backend.commands.zrange(keys.values(self._partition, table.name), 0, -1)
-            for name in names:
-                operations.append(Operation("DEL", keys.members(table.name, value_of(name)), ()))
-            place: Place | None = None
-            while found := await walk(self._backend, self._partition, table.name, place, MEMBERS_AT_A_TIME):
-                place = found[-1][0]
-                for _, key, record in found:
-                    member = (pack(key.sort), pack(record.item))
-                    operations.append(Operation("HSET", keys.members(table.name, key.partition), member))
-        return operations
+    def _over_unknown(self, batch: Batch) -> Repair:
+        """A predecessor passed changes of a table that it did not know and this application declares."""
+        log.warning("repair_of_unknown", partition=self._partition, tables=sorted(self._unknown & self._versions.names))
+        assert self._passed is not None
+        generation = self._owned.fence.generation
+        if not batch.entries:
+            # Nothing can be below the id that follows the last one, and the next change is not below it.
+            ms, seq = batch.last
+            return self._repair_at(Position(self._partition, generation, ms, seq + 1), 0, self._passed)
+        id_, fields = batch.entries[0]
+        change = _change(fields)
+        position = Position(self._partition, change.generation if change else generation, *id_)
+        return self._repair_at(position, 0, self._passed)
 
-    def _is_here(self, group: Group) -> bool:
-        return self._backend.keys.partition_of(group.group) == self._partition
+    def _repair_at(self, position: Position, consumed: int, passed: Id) -> Repair:
+        self._groups.forget()
+        self._known = self._groups.begin()
+        pieces = members_as_they_are(self._app, self._backend, self._partition)
+        return Repair(position, consumed, passed, pieces)
 
-    async def _members(self, group: Group) -> Members:
-        """Of a group of this partition, as its changes have passed here; of another, as its items are.
-
-        Who is told of a membership there may query at once, and then must hear of every change: those who look after it
-        later must find it, and not what its broadcaster has yet to commit.
-        """
-        keys = self._backend.keys
-        if self._is_here(group):
-            raw = await self._backend.commands.hgetall(keys.members(group.membership, group.group))
-            return {unpack(user): unpack(item) for user, item in raw.items()}
-        raw = await self._backend.commands.hgetall(keys.items(group.membership, group.group))
-        items = [ItemRecord(*unpack(record)).item for record in raw.values()]
-        table = self._app[group.membership]
-        return {item[table.key[1]]: item for item in items if item is not None}
-
-    async def _groups_of(self, need: GroupsOf) -> list[Scalar]:
-        table = self._app[need.membership]
-        items, _ = self._backend.keys.index(table.name, table.index(BY_MEMBER), need.user)
-        records = [ItemRecord(*unpack(raw)) for raw in await self._backend.commands.hvals(items)]
-        return [table.key_of(record.item).partition for record in records if record.item is not None]
-
-    async def _until_indexed(self, table: Membership, key: ItemKey, present: bool) -> None:
-        """Wait until the index of a user's groups has followed a membership's change: who is told then queries."""
-        attributes = table.index(BY_MEMBER)
-        items, _ = self._backend.keys.index(table.name, attributes, str(key.sort))
-        field = index_field(key, table.key_object(key), attributes)
-        for _ in range(int(INDEX_PATIENCE_S / INDEX_LOOK_S)):
-            if bool(await self._backend.commands.hexists(items, field)) == present:
-                return
-            await asyncio.sleep(INDEX_LOOK_S)
-        log.warning("index_behind", table=table.name, partition=self._partition)
+    async def _step(self, repair: Repair) -> Outcome:
+        """The next piece of a repair. Feeds begin anew after the last one: whoever queries then finds the new state."""
+        piece = await anext(repair.pieces, None)
+        if piece is not None:
+            return Outcome(0, piece)
+        self._repair = None
+        self._next_passed = repair.passed
+        self._next_unknown = self._unknown - self._versions.names
+        links: dict[Home, list[Reset]] = {home: [Reset(repair.position)] for home in self.destinations()}
+        return Outcome(repair.consumed, self._notes(), links)
 
 
 class Reset(Struct):
@@ -230,9 +234,13 @@ def _change(fields: dict[bytes, bytes]) -> Change | None:
 def build(service: Service, app: App) -> Worker:
     """Wire the broadcaster into a service process."""
     backend = service.backend
+    versions = Versions(app, backend, service.registry)
+    service.at_start(versions.publish)
+    service.run(versions.run)
+    service.tell(versions.describe)
 
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
-        return BroadcasterTenure(app, backend, partition, owned, feeds)
+        return BroadcasterTenure(app, backend, versions, partition, owned, feeds)
 
     feeds = Feeds(backend.keys)
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
@@ -249,7 +257,14 @@ def build(service: Service, app: App) -> Worker:
 
     worker = service.work(
         Worker(
-            GROUP, backend, service.registry, service.settings, stream=backend.keys.changes, tenure=tenure, link=link
+            GROUP,
+            backend,
+            service.registry,
+            service.settings,
+            stream=backend.keys.changes,
+            tenure=tenure,
+            link=link,
+            versions=versions,
         )
     )
 

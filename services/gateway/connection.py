@@ -82,6 +82,9 @@ class Place:
             frame, mark = self.connection.begin_anew(self, reset)
             self.connection.write(self.connection.encode(frame), mark)
 
+    def look_again(self) -> None:
+        self.connection.look_again()
+
     def fall_behind(self) -> None:
         self.live = False
         self.replay = self.connection.spawn(self.connection.catch_up(self))
@@ -117,6 +120,7 @@ class Connection:
         self.welcomed = False
         self._places: dict[str | None, Place] = {}  # by topic; None for the user's own feed
         self._following = asyncio.Lock()
+        self._looking_again = False  # a look at what may be followed is due, and has not begun
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = asyncio.Semaphore(IN_FLIGHT)
         self._expiry: asyncio.Task[None] | None = None
@@ -305,13 +309,13 @@ class Connection:
         """Put the place behind what it has missed; the frame that says so."""
         topic, place.cursor = place.feed.topic, reset.cursor
         if topic is None:
-            self.spawn(self._follow_less())  # what it has missed may have asked for it
+            self.look_again()  # what it has missed may have asked for it
         return reset_frame(reset, topic), (topic, str(reset.cursor))
 
     def takes(self, frame: Frame) -> bool:
         """Whether this connection's peer gets the frame. One that is for the connection itself is done."""
         if frame.type == RECHECK:
-            self.spawn(self._follow_less())
+            self.look_again()
         return self.concerned(frame)
 
     def concerned(self, frame: Frame) -> bool:
@@ -349,19 +353,43 @@ class Connection:
             await self._leave(place)
             return {"topic": request.topic, "cursor": str(place.cursor)}
 
+    def look_again(self) -> None:
+        """Ask again which topics may be followed. None of them delivers until its answer is there."""
+        if self._looking_again:
+            return  # the look that is due begins after this
+        self._looking_again = True
+        for place in self._by_right():
+            place.live = False
+        self.spawn(self._follow_less())
+
+    def _by_right(self) -> list[Place]:
+        """The places in topics that not everyone may follow."""
+        given, topics = self.core.topics.given(self.principal), self.core.topics
+        return [
+            place
+            for topic, place in self._places.items()
+            if topic is not None and topic not in given and not topics.open_to_all(topic)
+        ]
+
     async def _follow_less(self) -> None:
-        """Look at what is followed again, because the user may no longer be let in."""
+        """Leave the topics that the user may no longer follow."""
         async with self._following:
-            given = self.core.topics.given(self.principal)
-            for topic in [topic for topic in self._places if topic is not None and topic not in given]:
+            self._looking_again = False
+            held = self._by_right()
+            for place in held:
+                await self._stop(place)
+            for place in held:
+                topic = str(place.feed.topic)
                 try:
                     await self.core.topics.check(self.principal, topic)
                 except (NotFound, PermissionDenied) as error:
-                    place = self._places[topic]
                     await self._leave(place)
                     error.details = error.details | {"topic": topic}
                     await self.send(reset_frame(Reset("cursor_expired", place.cursor), topic))
                     await self.send(error.as_frame(None))
+                else:
+                    place.feed.followers.add(place)
+                    place.replay = self.spawn(self.catch_up(place))
 
     async def _follow_by_claims(self, before: Principal) -> None:
         """After a renewal: other claims bring other topics."""

@@ -86,6 +86,9 @@ class Follower(Protocol):
     def start_over(self, reset: Reset) -> None:
         """Tell that what was missed cannot be told."""
 
+    def look_again(self) -> None:
+        """Ask again whether the user may still follow the topics of this connection."""
+
 
 class Feed:
     """One feed as followed here. `topic` is None for a user's own."""
@@ -166,6 +169,12 @@ class Feeds:
         if feed.key not in self._feeds:  # nobody came meanwhile
             with contextlib.suppress(RedisError, OSError):
                 await self._subscriber.unsubscribe(feed.key)
+
+    def look_again(self, user_feed: bytes) -> None:
+        """Have the connections that follow a user's feed ask again what else they may follow."""
+        feed = self._feeds.get(user_feed)
+        for follower in list(feed.followers) if feed else ():
+            follower.look_again()
 
     async def read(
         self, feed: Feed, cursor: Cursor, count: int = READ_BATCH, size_bytes: int = READ_BATCH_BYTES

@@ -33,7 +33,7 @@ from tidewire.protocol import (
 from tidewire.records import Principal
 from tidewire.telemetry import serve_http
 
-from . import handshake
+from . import handshake, rechecks
 from .connection import Connection
 from .core import Core
 from .deadline import Deadline
@@ -268,6 +268,8 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.direct.receive)
     service.run(core.feeds.hear)
     service.run(core.feeds.look)
+    if rechecks.is_needed(app):
+        service.run(rechecks.Rechecks(core.backend, core.feeds).run)
     service.run(gateway.presence.run)
     service.at_drain(gateway.drain)
     service.tell(

@@ -36,14 +36,18 @@ class Topics:
             if (name in self._claims or ANY in self._claims) and isinstance(value, str | int | float)
         }
 
+    def open_to_all(self, topic: str) -> bool:
+        """Whether everyone may follow the topic. False for one that does not exist."""
+        families = self._app.families(topic)
+        return bool(families) and all(isinstance(family.followers, Everyone) for family, _ in families)
+
     async def check(self, principal: Principal, topic: str) -> None:
         """Raises NotFound where there is no such topic, PermissionDenied where the principal may not follow it."""
         if topic in self.given(principal):
             return
-        families = self._app.families(topic)
-        if not families:
+        if not self._app.families(topic):
             raise NotFound(f"there is no topic {topic[:200]!r}")
-        if not all(isinstance(family.followers, Everyone) for family, _ in families):
+        if not self.open_to_all(topic):
             await self._ask(principal, topic)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tidewire.app import CONNECTIONS, ItemKey
+from tidewire.app import CONNECTIONS, ItemKey, Membership
 from tidewire.functions import Operation
 from tidewire.keys import Scalar, name_of
 
@@ -122,9 +122,19 @@ def purge(view: View) -> tuple[int, bool]:
         if view.know(FieldsFact(table, partition)) <= count:
             values = view.keys.values(situation.partition, table)
             operations.append(Operation("ZREM", values, (name_of(partition),)))
+            operations += _forget_group(view, table, partition)
     if floor > situation.floor:
         operations.append(Operation("HSET", view.keys.partition(situation.partition), ("floor", floor)))
     return floor, may_be_more
+
+
+def _forget_group(view: View, table: str, group: Scalar) -> Iterable[Operation]:
+    """What is kept of a membership's group, once its last tombstone is gone. Its changes have passed, or are lost."""
+    if isinstance(view.app.tables.get(table), Membership):
+        keys = view.keys
+        versions = keys.group_versions(view.situation.partition)
+        yield Operation("HDEL", versions, (keys.group_field(table, group),))
+        yield Operation("DEL", keys.members(table, group), ())
 
 
 def _of_tombstones(keys: Iterable[ItemKey], groups: Iterable[tuple[str, Scalar]]) -> Iterable[Fact]:

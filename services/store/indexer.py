@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from prometheus_client import Gauge
@@ -25,6 +25,7 @@ from tidewire.keys import Home, Keys
 from tidewire.partition.gaps import id_of, unbroken
 from tidewire.partition.loop import Outcome
 from tidewire.records import Change, Id, Item, ItemRecord, Position, pack, unpack
+from tidewire.versions import Versions
 from tidewire.walk import Place, walk
 
 log = structlog.get_logger(__name__)
@@ -59,6 +60,27 @@ class Filling(NamedTuple):
     place: Place | None  # the last item that was carried; None at the start
     done: bool = False
     sound: bool = True  # False: before it is filled, entries go that no item has
+    only_in: tuple[int, ...] = ()
+    """The partitions whose entries are repaired; none: all. An index that is declared anew lies in all."""
+
+    @classmethod
+    def of(cls, stored: Sequence[Any]) -> Filling:
+        found = cls(*stored)
+        place = None if found.place is None else Place(*found.place)
+        return found._replace(place=place, only_in=tuple(found.only_in))
+
+    def stored(self) -> bytes:
+        return pack(self if self.only_in else self[:4])
+
+    def anew(self, lost_in: Iterable[int]) -> Filling:
+        """To be repaired in these partitions, or in all when there are none; and wherever a repair is under way."""
+        partitions = tuple(sorted(lost_in))
+        if not self.done:
+            partitions = tuple(sorted({*partitions, *self.only_in})) if partitions and self.only_in else ()
+        return Filling(self.add, None, sound=False, only_in=partitions)
+
+    def concerns(self, partition: int) -> bool:
+        return not self.only_in or partition in self.only_in
 
 
 class Followed(NamedTuple):
@@ -71,6 +93,17 @@ class Followed(NamedTuple):
 
 def declared(app: App) -> set[Index]:
     return {Index(table.name, attributes) for table in app.tables.values() for attributes in table.indexes.values()}
+
+
+def wanted(app: App, found: Mapping[Index, Filling]) -> dict[Index, Filling]:
+    """The indexes to work on: those that the application declares, and those that it does not, to be emptied."""
+    here = declared(app)
+    result = dict(found)
+    for index in here | found.keys():
+        filling = found.get(index)
+        if filling is None or filling.add != (index in here):
+            result[index] = Filling(index in here, None, sound=filling is None or filling.sound)
+    return result
 
 
 async def is_needed(app: App, backend: Backend) -> bool:
@@ -139,8 +172,11 @@ Links = dict[int, list[Effect]]
 class IndexerTenure:
     """The indexer's work on one partition of the tables while it owns it."""
 
-    def __init__(self, app: App, backend: Backend, partition: int, owned: Owned) -> None:
+    def __init__(
+        self, app: App, backend: Backend, partition: int, owned: Owned, versions: Versions | None = None
+    ) -> None:
         self._app = app
+        self._versions = versions
         self._backend = backend
         self._keys = backend.keys
         self._partition = partition
@@ -160,11 +196,16 @@ class IndexerTenure:
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if self._indexes is None:
-            self._indexes, self._followed = await self._found(), await self._came_to()
+            self._indexes, self._followed = await self._stored(), await self._came_to()
             self._from = batch.last
-        self._next = dict(self._indexes)
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
-        await self._mend_if_needed(batch.last, changes)
+        if self._versions:
+            # Not to be emptied, nor passed, while a live store declares them.
+            tables = {index.table for index in self._indexes} | {change.table for _, change in changes if change}
+            unknown = frozenset(tables - self._app.tables.keys() - {""})
+            await self._versions.leave_to_others(GROUP, self._partition, unknown)
+        self._next = wanted(self._app, self._indexes)
+        await self._repair_if_needed(batch.last, changes)
         links = await self._step(changes)
         for id_, change in changes:
             if change is None:
@@ -193,24 +234,18 @@ class IndexerTenure:
         assert self._indexes is not None
         stored = self._keys.indexes(self._partition)
         changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
-        operations = [Operation("HSET", stored, (index.field, pack(filling))) for index, filling in changed.items()]
+        operations = [Operation("HSET", stored, (index.field, filling.stored())) for index, filling in changed.items()]
         operations += [Operation("HDEL", stored, (index.field,)) for index in self._indexes.keys() - self._next.keys()]
         if self._next_followed != self._followed:
             operations.append(Operation("HSET", self._owned.home.partition, ("indexed", pack(self._next_followed))))
         return operations
 
-    async def _found(self) -> dict[Index, Filling]:
-        """The indexes as this partition knows them, and as the application wants them."""
+    async def _stored(self) -> dict[Index, Filling]:
+        """The indexes as this partition knows them."""
         found: dict[Index, Filling] = {}
         for field, raw in (await self._backend.commands.hgetall(self._keys.indexes(self._partition))).items():
             table, partition, sort = unpack(field)
-            add, place, *more = unpack(raw)
-            found[Index(table, (partition, sort))] = Filling(add, None if place is None else Place(*place), *more)
-        wanted = declared(self._app)
-        for index in wanted | found.keys():
-            filling = found.get(index)
-            if filling is None or filling.add != (index in wanted):
-                found[index] = Filling(index in wanted, None, sound=filling is None or filling.sound)
+            found[Index(table, (partition, sort))] = Filling.of(unpack(raw))
         return found
 
     async def _came_to(self) -> Followed | None:
@@ -222,7 +257,7 @@ class IndexerTenure:
 
     # ── mending ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _mend_if_needed(self, newest: Id, changes: Sequence[tuple[Id, Change | None]]) -> None:
+    async def _repair_if_needed(self, newest: Id, changes: Sequence[tuple[Id, Change | None]]) -> None:
         """Begin every index anew when changes were lost on the way here, or what they did was lost over there."""
         last = changes[-1][0] if changes else newest
         if self._followed is None:
@@ -233,13 +268,15 @@ class IndexerTenure:
         if time.monotonic() >= self._look_at:
             alone = await self._falls()
         self._next_followed = Followed(max(last, self._followed.last), alone)
-        if whole and alone == self._followed.alone:
+        fell = [partition for partition, at in enumerate(alone) if at != self._followed.alone[partition]]
+        if whole and not fell:
             return
+        # What other destinations have taken is still there, unless this partition itself went back or missed changes.
+        lost_in = fell if whole and self._partition not in fell else []
         reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
-        log.warning("indexes_mended", partition=self._partition, reason=reason)
+        log.warning("indexes_repaired", partition=self._partition, reason=reason, destinations=lost_in or "all")
         self._strays = None
-        for index, filling in self._next.items():
-            self._next[index] = Filling(filling.add, None, sound=False)
+        self._next = {index: filling.anew(lost_in) for index, filling in self._next.items()}
 
     async def _falls(self) -> tuple[int, ...]:
         self._look_at = time.monotonic() + LOOK_S
@@ -274,7 +311,7 @@ class IndexerTenure:
         if len(found) == AT_A_TIME:
             self._next[index] = filling._replace(place=found[-1][0])
         elif filling.add:
-            self._next[index] = filling._replace(place=None, done=True)
+            self._next[index] = Filling(add=True, place=None, done=True)
             log.info("index_filled", table=index.table, attributes=index.attributes, partition=self._partition)
         else:
             del self._next[index]
@@ -284,7 +321,7 @@ class IndexerTenure:
             else entry_removed(self._keys, index, key, record.item)
             for _, key, record in found
         )
-        return [entry for entry in entries if entry]
+        return [entry for entry in entries if entry and filling.concerns(entry.partition)]
 
     async def _weed(self, index: Index) -> list[Entry]:
         """The next entries that no item has."""
@@ -301,7 +338,7 @@ class IndexerTenure:
 
         Some at a time, and none when it takes long to find some: changes go on meanwhile.
         """
-        keys, names = self._keys, list[bytes]()
+        keys, names, filling = self._keys, list[bytes](), self._next[index]
         scanning = aiter(self._backend.commands.scan_iter(keys.index_pattern(*index), count=1000))
         name: asyncio.Future[bytes] | None = None
         try:
@@ -315,7 +352,7 @@ class IndexerTenure:
                     names.append(found.result())
                 except StopAsyncIteration:
                     break
-                if not keys.is_index(names[-1], *index):
+                if not (keys.is_index(names[-1], *index) and filling.concerns(keys.partition_at(names[-1]))):
                     names.pop()  # the pattern says less: what users write may be in a key
                 if len(names) == NAMES_AT_A_TIME:
                     async for strays in self._strays_of(index, names):

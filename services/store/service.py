@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import structlog
 from prometheus_client import Counter, Histogram
@@ -20,6 +22,7 @@ from tidewire.partition.loop import Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
 from tidewire.settings import Settings
+from tidewire.versions import Versions
 
 from .batches import Deciding
 from .budget import Limits
@@ -65,8 +68,10 @@ class StoreTenure:
         *,
         memory: Memory | None = None,
         reads: Reads | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self._app = app
+        self._versions = versions
         self._backend = backend
         self._answers = answers
         self._settings = settings
@@ -118,6 +123,9 @@ class StoreTenure:
             keep_bytes=self._settings.changes_bytes,
         )
         commands = [_command(fields) for _, fields in batch.entries]
+        if self._versions:
+            unknown = unknown_names(self._app, self._versions, commands)
+            await self._versions.leave_to_others(GROUP, self._partition, unknown)
         deciding = Deciding(self._app, self._backend, self._memory, commands, situation, self._limits)
         self._situation, self._begun_s = situation, time.monotonic()
         self._decision = decided = await deciding.decision()
@@ -199,24 +207,44 @@ def _command(fields: dict[bytes, bytes]) -> Command | None:
         return None
 
 
+def unknown_names(app: App, versions: Versions, commands: Iterable[Command | None]) -> frozenset[str]:
+    """Tables and topics that commands name and this application does not declare."""
+    tables, topics = set[str](), set[str]()
+    for command in commands:
+        body: Any = command.body if command else {}
+        parts = body.get("operations")
+        for part in (body, *(parts if isinstance(parts, list) else ())):
+            if isinstance(part, dict) and isinstance(name := part.get("table"), str):
+                tables.add(name)
+        if isinstance(topic := body.get("topic"), str) and not app.families(topic):
+            topics |= versions.unknown_topic(topic)
+    return frozenset(tables - app.tables.keys()) | topics
+
+
 def build(service: Service, app: App) -> Worker:
     """Wire the store into a service process."""
     backend, settings = service.backend, service.settings
     answers = Answers(backend)
     service.at_drain(answers.sent)
+    versions = Versions(app, backend, service.registry)
+    service.run(versions.run)
+    service.tell(versions.describe)
     memory, reads = Memory(backend), Reads(app, backend, settings, answers)
     service.run(memory.run)
     service.at_drain(reads.drain)
 
     def tenure(partition: int, owned: Owned) -> StoreTenure:
-        return StoreTenure(app, backend, settings, answers, partition, owned, memory=memory, reads=reads)
+        return StoreTenure(
+            app, backend, settings, answers, partition, owned, memory=memory, reads=reads, versions=versions
+        )
 
     def indexer(partition: int, owned: Owned) -> IndexerTenure:
-        return IndexerTenure(app, backend, partition, owned)
+        return IndexerTenure(app, backend, partition, owned, versions)
 
     async def start() -> None:
         await check_durability(backend, settings)
         await declare_tables(backend, app)
+        await versions.publish()
         indexed = await is_needed(app, backend)
         for partition in range(backend.keys.partitions):
             # From now on nothing is trimmed that one of them has not read.
@@ -239,8 +267,19 @@ def build(service: Service, app: App) -> Worker:
         stream=backend.keys.changes,
         tenure=indexer,
         link=backend.functions.link_apply,
+        versions=versions,
     )
-    return service.work(Worker(GROUP, backend, service.registry, settings, stream=backend.keys.commands, tenure=tenure))
+    return service.work(
+        Worker(
+            GROUP,
+            backend,
+            service.registry,
+            settings,
+            stream=backend.keys.commands,
+            tenure=tenure,
+            versions=versions,
+        )
+    )
 
 
 async def check_durability(backend: Backend, settings: Settings) -> None:

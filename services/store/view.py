@@ -259,6 +259,8 @@ class View:
         self.effects.operations.append(
             Operation("HSET", self.keys.items(key.table, key.partition), (key.field, packed))
         )
+        if isinstance(table, Membership):
+            self._keep_group(table, key, old, new, id_)
         if event != "MODIFY":
             self._keep_order(table, key, record, id_, live=new is not None)
         if table.expires:
@@ -346,6 +348,18 @@ class View:
             operations.append(Operation("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition))))
         else:
             operations.append(Operation("ZREM", self.keys.tombstones(partition), (member_of(key),)))
+
+    def _keep_group(
+        self, table: Membership, key: ItemKey, old: Item | None, new: Item | None, id_: tuple[int, int]
+    ) -> None:
+        """Note the group's version, and have gateways look at once at what the member may no longer follow."""
+        situation, keys = self.situation, self.keys
+        version = f"{situation.generation}-{id_[0]}-{id_[1]}"
+        field = keys.group_field(table.name, key.partition)
+        self.effects.operations.append(Operation("HSET", keys.group_versions(situation.partition), (field, version)))
+        if sight(self.app, table, old, new).topics:
+            channel = keys.rechecks(situation.partition)
+            self.effects.operations.append(Operation("SPUBLISH", channel, (str(key.sort),)))
 
     def _keep_expiry(self, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
         before, after = (expiry_of(table, image) for image in (old, new))

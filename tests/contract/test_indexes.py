@@ -13,7 +13,7 @@ from tidewire.app import ItemKey, index_field
 from tidewire.backend import Backend, connect
 from tidewire.keys import Keys
 from tidewire.partition.loop import PartitionLoop
-from tidewire.records import ItemRecord, pack
+from tidewire.records import ItemRecord, pack, unpack
 from tidewire.services.store.indexer import GROUP as INDEXER
 from tidewire.services.store.indexer import IndexerTenure
 
@@ -281,3 +281,37 @@ async def test_an_entry_that_no_item_has_is_removed_also_after_another_applicati
             await indexed(backend, shop())
         await indexed(backend, app)
         assert await entries(backend, BY_OWNER, "ann") == 1
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("fallen", [1, 0], ids=["another one", "the source itself"])
+async def test_only_what_lay_in_a_partition_that_fell_back_is_repaired(server: str, fallen: int) -> None:
+    """Of a source in partition 0, with entries in both. Where the source fell back itself, all are looked at."""
+    keys, app = Keys(f"only-{fallen}", 2), shop(by_owner=BY_OWNER)
+    ids = [name for name in (f"b{n}" for n in range(200)) if keys.partition_of(name) == 0][:6]
+    owners = [next(f"o{n}" for n in range(99) if keys.partition_of(f"o{n}") == partition) for partition in range(2)]
+    async with await connect(server, keys) as backend:
+        for n, id_ in enumerate(ids):
+            item = {"id": id_, "owner": owners[n % 2], "n": n}
+            await backend.commands.hset(keys.items("books", id_), b"", pack(ItemRecord(1, 1, "writer", item)))
+            await backend.commands.zadd(keys.values(0, "books"), {b"s" + id_.encode(): 0})
+        await indexed(backend, app)
+        assert [await entries(backend, BY_OWNER, owner) for owner in owners] == [3, 3]
+        for owner in owners:
+            # One entry is lost, and one is there that no item has.
+            items, order = keys.index("books", BY_OWNER, owner)
+            lost = (await backend.commands.hkeys(items))[0]
+            await backend.commands.hdel(items, lost)
+            await backend.commands.zrem(order, lost)
+            gone = {"id": ids[0], "owner": owner, "n": 77}
+            field = index_field(ItemKey("books", ids[0], None), gone, BY_OWNER)
+            await backend.commands.hset(items, field, pack(ItemRecord(1, 1, "writer", gone)))
+            await backend.commands.zadd(order, {field: 0})
+        await backend.commands.hset(keys.partition(fallen), "alone", "1")
+        await indexed(backend, app)
+        numbers = [
+            sorted(unpack(raw)[3]["n"] for raw in await backend.commands.hvals(keys.index("books", BY_OWNER, owner)[0]))
+            for owner in owners
+        ]
+        assert numbers[1] == [1, 3, 5]
+        assert (numbers[0] == [0, 2, 4]) == (fallen == 0), "else it stays as it was: the test has damaged it, no fall"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
 from tidewire.backend import Backend, Waiter
-from tidewire.errors import Fenced
+from tidewire.errors import Declined, Fenced
 from tidewire.functions import Owned
 from tidewire.partition.loop import Link, PartitionLoop, Stamps, Tenure
 from tidewire.registry import Registry
 from tidewire.settings import Settings
 from tidewire.tasks import end
+from tidewire.versions import Versions
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +35,40 @@ def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
     return each + (sorted(workers).index(me) < odd)
 
 
+class Plan(NamedTuple):
+    """What a worker does to own what it should. Another worker may still hold a partition that is named here."""
+
+    hand_over: list[int]
+    extra: list[int]
+    """To be taken beyond the fair share."""
+    others: list[int]
+    """To be taken, in this order, until `room` of them are owned."""
+    room: int
+
+
+def plan(
+    owned: Iterable[int], share: int, partitions: int, declined: Collection[int] = (), offered: Collection[int] = ()
+) -> Plan:
+    """What follows from a fair share, without the partitions that are `declined`, and with those that are `offered`.
+
+    Partitions that others decline do not count towards the share: a worker that counted them would hand one back.
+    """
+    owned = sorted(owned)
+    counted = [partition for partition in owned if partition not in offered]
+    free = [partition for partition in range(partitions) if partition not in owned]
+    return Plan(
+        counted[share:],
+        [partition for partition in free if partition in offered],
+        [partition for partition in free if partition not in offered and partition not in declined],
+        max(share - len(counted), 0),
+    )
+
+
 class Worker:
     """Takes, renews, works on and hands over partitions of one group.
 
     `stream` gives the key of a partition's stream; `tenure` makes what is done with a partition while it is owned;
-    `link` sends its effects to other partitions.
+    `link` sends its effects to other partitions; `versions` knows which partitions are left to other workers.
     """
 
     def __init__(
@@ -49,6 +81,7 @@ class Worker:
         stream: Callable[[int], bytes],
         tenure: Callable[[int, Owned], Tenure],
         link: Link | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self.group = group
         self._backend = backend
@@ -58,6 +91,7 @@ class Worker:
         self._tenure = tenure
         self._link = link
         self._stamps = Stamps(backend.functions)
+        self._versions = versions
         self._loops: dict[int, PartitionLoop] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
@@ -101,15 +135,25 @@ class Worker:
             log.warning("hand_over_failed", group=self.group, error=str(error))
 
     async def _balance(self) -> None:
-        share = fair_share(self._registry.live(self._registry.kind), self._registry.id, self._backend.keys.partitions)
-        for partition in self.partitions[share:]:
+        partitions, versions = self._backend.keys.partitions, self._versions
+        share = fair_share(self._registry.live(self._registry.kind), self._registry.id, partitions)
+        declined, offered = (versions.declined(self.group), versions.offered(self.group)) if versions else ((), ())
+        todo = plan(self.partitions, share, partitions, declined, offered)
+        for partition in todo.hand_over:
             await self._hand_over(partition)
-        now = time.monotonic()
-        for partition in range(self._backend.keys.partitions):
-            if len(self._tasks) >= share or self._draining:
+        for partition in todo.extra:
+            await self._take_if_due(partition)
+        room = todo.room
+        for partition in todo.others:
+            if room <= 0:
                 break
-            if partition not in self._tasks and self._retry_at.get(partition, 0) <= now:
-                await self._take(partition)
+            room -= await self._take_if_due(partition)
+
+    async def _take_if_due(self, partition: int) -> bool:
+        """Take the partition, unless its last attempt was a moment ago; whether it is owned now."""
+        if not self._draining and self._retry_at.get(partition, 0) <= time.monotonic():
+            await self._take(partition)
+        return partition in self._tasks
 
     async def _take(self, partition: int) -> None:
         keys, stream = self._backend.keys, self._stream(partition)
@@ -155,12 +199,16 @@ class Worker:
         for partition, task in list(self._tasks.items()):
             if not task.done():
                 continue
-            error = task.exception()
+            error, owned = task.exception(), self._owned[partition]
             await self._stop(partition)
             self._retry_at[partition] = time.monotonic() + 0.5
             if isinstance(error, Fenced):
                 log.warning("partition_lost", group=self.group, partition=partition)
-            elif isinstance(cause := _cause(error), RedisError | OSError):
+            elif isinstance(cause := _cause(error), Declined) and self._versions:
+                self._versions.decline(self.group, partition, cause.names)
+                with contextlib.suppress(Fenced):
+                    await self._backend.functions.lease_release(owned)
+            elif isinstance(cause, RedisError | OSError):
                 log.warning("partition_failed", group=self.group, partition=partition, error=str(cause))
             elif error:
                 raise error

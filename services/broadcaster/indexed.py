@@ -1,0 +1,74 @@
+"""Waiting for the indexer: before users are told of a membership's change, the index of their groups must have it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+import structlog
+from prometheus_client import Counter
+
+from tidewire.app import App
+from tidewire.audiences import Audience, Peers
+from tidewire.backend import Backend
+from tidewire.records import Change, unpack
+
+log = structlog.get_logger(__name__)
+
+INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
+"""Seconds between two looks at the indexer's position, and the longest wait, for one batch of changes."""
+
+BEHIND = Counter("tidewire_broadcaster_index_behind_total", "Times that a batch waited for the indexer in vain.")
+
+Id = tuple[int, int]
+
+
+def peer_memberships(app: App) -> frozenset[str]:
+    """Memberships by which users see items, or follow topics, of whoever shares a group with them."""
+    audiences = [table.readers for table in app.tables.values()]
+    audiences += [topic.followers for topic in app.topics.values()]
+    parts = (part for audience in audiences if isinstance(audience, Audience) for part in audience.parts())
+    return frozenset(part.membership for part in parts if isinstance(part, Peers))
+
+
+def last_of_peers(memberships: frozenset[str], changes: Iterable[tuple[Id, Change | None]]) -> Id | None:
+    """The id of the last change that begins or ends a membership of these."""
+    found = None
+    for id_, change in changes:
+        if change and change.table in memberships and (change.old is None) != (change.new is None):
+            found = id_
+    return found
+
+
+class IndexWait:
+    """Waits once for a batch, however many changes are in it.
+
+    The indexer commits its position after its entries have arrived where they lie. Once it has been waited for in
+    vain, a batch only looks at the position, until the indexer has caught up: a dead indexer delays a partition once.
+    """
+
+    def __init__(self, backend: Backend, partition: int) -> None:
+        self._backend = backend
+        self._partition = partition
+        self._behind = False
+
+    async def until(self, id_: Id) -> None:
+        """Wait until the indexer has followed that change."""
+        deadline = time.monotonic() + (0 if self._behind else INDEX_PATIENCE_S)
+        while await self._position() < id_:
+            if time.monotonic() >= deadline:
+                if not self._behind:
+                    log.warning("index_behind", partition=self._partition, waited_s=INDEX_PATIENCE_S)
+                    BEHIND.inc()
+                self._behind = True
+                return
+            await asyncio.sleep(INDEX_LOOK_S)
+        self._behind = False
+
+    async def _position(self) -> Id:
+        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "indexed")
+        if raw is None:
+            return (0, 0)
+        ms, seq = unpack(raw)[0]
+        return ms, seq

@@ -1,0 +1,58 @@
+"""Rights that end: stores announce users who may follow less, and their connections ask again at once.
+
+The announcement is published in the commit that ends a membership. It overtakes the entry in the user's feed, which
+waits for the membership's broadcaster. It may be lost: the entry in the feed is what the promise rests on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from redis.exceptions import RedisError
+
+from tidewire.app import App
+from tidewire.audiences import Members, Peers
+from tidewire.backend import Backend
+
+from .feeds import Feeds
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 0.2
+
+
+def is_needed(app: App) -> bool:
+    """Whether a topic is followed by membership."""
+    parts = (part for topic in app.topics.values() for part in topic.followers.parts())
+    return any(isinstance(part, Members | Peers) for part in parts)
+
+
+class Rechecks:
+    """Hears the announcements of all partitions."""
+
+    def __init__(self, backend: Backend, feeds: Feeds) -> None:
+        self._backend = backend
+        self._feeds = feeds
+        self._subscriber = backend.subscriber(self._heard)
+
+    async def run(self) -> None:
+        """Hear until cancelled."""
+        keys = self._backend.keys
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._subscriber.run(), name="rechecks")
+            for partition in range(keys.partitions):
+                await self._subscribe(keys.rechecks(partition))
+
+    async def _subscribe(self, channel: bytes) -> None:
+        while True:
+            try:
+                await self._subscriber.subscribe(channel)
+                return
+            except (RedisError, OSError) as error:
+                log.warning("rechecks_not_heard", error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    def _heard(self, channel: bytes, data: bytes | None) -> None:
+        if data is not None:
+            self._feeds.look_again(self._backend.keys.user_feed(data.decode()))

@@ -1,0 +1,197 @@
+"""Several versions of an application on one stage: which live process knows which tables and topics.
+
+During a roll-out a worker may read a change of a table that only the other version declares. It must not acknowledge
+the change: nobody would be told of it. It declines the partition, and a worker that knows the table takes it. Every
+service tells the registry the digest of its application and what it declines; the stage keeps the names behind each
+digest.
+
+A name is that of a table, or `topic:` and the pattern of a family of topics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import structlog
+from prometheus_client import Counter
+from redis.exceptions import RedisError
+
+from tidewire.app import App
+from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, nobody
+from tidewire.backend import Backend
+from tidewire.errors import Declined
+from tidewire.records import pack, text, unpack
+from tidewire.registry import Registry, Service
+
+log = structlog.get_logger(__name__)
+
+DECLINED = Counter("tidewire_partitions_declined_total", "Partitions left to a worker that knows more.", ["group"])
+
+TOPIC = "topic:"
+"""Begins the name of a family of topics. No table's name has a colon."""
+ANY = "*"
+"""In place of a membership: a function may return an audience of any."""
+
+LOOK_S = 10.0
+"""Seconds between two looks at which applications are alive."""
+
+Names = frozenset[str]
+
+
+def dependents(app: App) -> dict[str, list[str]]:
+    """Each table and family of topics, with the memberships that its audience depends on."""
+    found = {name: _memberships(table.readers) for name, table in app.tables.items()}
+    return found | {TOPIC + topic.pattern: _memberships(topic.followers) for topic in app.topics.values()}
+
+
+def _memberships(audience: AudienceOf) -> list[str]:
+    if not isinstance(audience, Audience):
+        return [ANY]
+    found: set[str] = set()
+    for part in audience.parts():
+        if isinstance(part, Members | Peers):
+            found.add(part.membership)
+        elif isinstance(part, Followers):
+            found.update(_memberships(part.topic.followers))
+    return sorted(found)
+
+
+def digest_of(names: Iterable[str]) -> str:
+    return hashlib.sha256(pack(sorted(names))).hexdigest()[:16]
+
+
+class Versions:
+    """One process's knowledge of what it and the others declare, and which partitions it declines for which group."""
+
+    def __init__(self, app: App, backend: Backend, registry: Registry) -> None:
+        self._backend = backend
+        self._registry = registry
+        self._dependents = dependents(app)
+        self.names: Names = frozenset(self._dependents)
+        self.digest = digest_of(self.names)
+        self._known: dict[str, Names] = {self.digest: self.names}
+        self._declined: dict[str, dict[int, Names]] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """What the registry tells the others."""
+        declines = {
+            group: {partition: sorted(names) for partition, names in partitions.items()}
+            for group, partitions in self._declined.items()
+            if partitions
+        }
+        return {"application": self.digest} | ({"declines": declines} if declines else {})
+
+    async def publish(self) -> None:
+        """Tell the stage what this application declares, before the first item or change is read."""
+        commands, keys = self._backend.commands, self._backend.keys
+        await commands.hset(keys.dependents(), mapping={name: pack(on) for name, on in self._dependents.items()})
+        await self._look()
+
+    async def run(self) -> None:
+        """Remove digests that no live service has named for a while; until cancelled."""
+        suspects: set[str] = set()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            with contextlib.suppress(RedisError, OSError):
+                await self._look()
+                live = {service.info.get("application") for service in self._registry.services.values()}
+                unnamed = self._known.keys() - live - {self.digest}
+                for digest in unnamed & suspects:
+                    await self._backend.commands.hdel(self._backend.keys.applications(), digest)
+                    del self._known[digest]
+                # One that has just started may not have told the registry yet: it is looked at twice.
+                suspects = unnamed - suspects
+
+    async def dependents_of(self, memberships: Collection[str]) -> Names:
+        """The stage's tables and topics, unknown here, whose audience depends on one of these memberships."""
+        found: set[str] = set()
+        for raw, on in (await self._backend.commands.hgetall(self._backend.keys.dependents())).items():
+            name = text(raw)
+            if name not in self.names and not {*memberships, ANY}.isdisjoint(unpack(on)):
+                found.add(name)
+        return frozenset(found)
+
+    async def leave_to_others(self, group: str, partition: int, unknown: Names) -> None:
+        """Raise Declined when a live process of this kind knows all of these names, and does not decline in turn."""
+        if unknown and any(service.info.get("application") not in self._known for service in self._others()):
+            await self._look()
+        if unknown and self._somebody_knows(group, partition, unknown):
+            raise Declined(unknown)
+
+    def unknown_topic(self, topic: str) -> Names:
+        """Families known to other live processes that the topic is of."""
+        theirs = {name for service in self._others() for name in self._of(service)} - self.names
+        patterns = (name.removeprefix(TOPIC) for name in theirs if name.startswith(TOPIC))
+        return frozenset(TOPIC + pattern for pattern in patterns if Topic(pattern, nobody).parse(topic) is not None)
+
+    # ── which partitions are declined ───────────────────────────────────────────────────────────────────────────────
+
+    def decline(self, group: str, partition: int, names: Names) -> None:
+        DECLINED.labels(group).inc()
+        log.warning("partition_declined", group=group, partition=partition, unknown=sorted(names))
+        self._declined.setdefault(group, {})[partition] = names
+
+    def declined(self, group: str) -> set[int]:
+        """Partitions that this process must not take: it, or another one like it, has declined them.
+
+        A refusal ends when nobody alive knows better: then this process marks the table and goes on.
+        """
+        mine = self._declined.setdefault(group, {})
+        for partition, names in list(mine.items()):
+            if not self._somebody_knows(group, partition, names):
+                del mine[partition]
+        theirs = self._declined_by_others(group)
+        return mine.keys() | {partition for partition, names in theirs.items() if not names <= self.names}
+
+    def offered(self, group: str) -> set[int]:
+        """Partitions that others decline and this process can take, beyond its fair share."""
+        theirs = self._declined_by_others(group)
+        offered = {partition for partition, names in theirs.items() if names <= self.names}
+        return offered - self._declined.get(group, {}).keys()
+
+    def all_note_groups(self) -> bool:
+        """Whether every live store is of a release that notes the versions of groups with each membership's change."""
+        stores = [self._registry.services[id_] for id_ in self._registry.live("store")]
+        return bool(stores) and all("application" in store.info for store in stores)
+
+    def _declined_by_others(self, group: str) -> dict[int, Names]:
+        found: dict[int, Names] = {}
+        for service in self._others():
+            for partition, names in _declines(service, group).items():
+                found[partition] = found.get(partition, frozenset()) | names
+        return found
+
+    def _somebody_knows(self, group: str, partition: int, names: Names) -> bool:
+        """Whether a live process of this kind knows the names, and will take the partition.
+
+        Of two that decline it to each other, the one with the lower id takes it.
+        """
+        return any(
+            names <= self._of(service)
+            and (partition not in _declines(service, group) or service.id < self._registry.id)
+            for service in self._others()
+        )
+
+    def _others(self) -> list[Service]:
+        registry = self._registry
+        return [registry.services[id_] for id_ in registry.live(registry.kind) if id_ != registry.id]
+
+    def _of(self, service: Service) -> Names:
+        return self._known.get(str(service.info.get("application")), frozenset())
+
+    async def _look(self) -> None:
+        """Learn the names behind each digest. Its own is written again: a service that started may have removed it."""
+        commands, applications = self._backend.commands, self._backend.keys.applications()
+        found = await commands.hgetall(applications)
+        if self.digest.encode() not in found:
+            await commands.hset(applications, self.digest, pack(sorted(self.names)))
+        self._known |= {text(digest): frozenset(unpack(raw)) for digest, raw in found.items()}
+
+
+def _declines(service: Service, group: str) -> dict[int, Names]:
+    declined = service.info.get("declines", {}).get(group, {})
+    return {int(partition): frozenset(names) for partition, names in declined.items()}
