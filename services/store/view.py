@@ -354,7 +354,7 @@ class View:
     ) -> None:
         """Note the group's version, and have gateways look at once at what the member may no longer follow."""
         situation, keys = self.situation, self.keys
-        version = f"{situation.generation}-{id_[0]}-{id_[1]}"
+        version = b"%d-%d-%d" % (situation.generation, *id_)
         field = keys.group_field(table.name, key.partition)
         self.effects.operations.append(Operation("HSET", keys.group_versions(situation.partition), (field, version)))
         if sight(self.app, table, old, new).topics:

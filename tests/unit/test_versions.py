@@ -64,6 +64,9 @@ class _Registry:
         self.id = id_
         self.services: dict[str, Service] = {}
 
+    def live(self, kind: str) -> list[str]:
+        return sorted(self.services) if kind == self.kind else []
+
 
 @pytest.fixture
 def fleet() -> Fleet:

@@ -66,6 +66,7 @@ class World:
         self.limits = UNLIMITED
         self.detached = 0
         self.trims: list[tuple[Any, ...]] = []
+        self.rechecked: list[Any] = []
         self._indexed = 0
         self._numbers = itertools.count(1)
 
@@ -232,15 +233,21 @@ class World:
                 assert isinstance(args[0], bytes | int)
                 assert isinstance(args[2], int)
                 self.strings[key] = (args[0], args[2])
-            elif command == "SADD":
-                assert isinstance(args[0], bytes)
-                self.sets[key].add(args[0])
             else:
-                assert command == "SREM", command
-                assert isinstance(args[0], bytes)
-                self.sets[key].discard(args[0])
+                self._commit_other(command, key, args)
         self.last, self.floor = decision.last, decision.floor
         self.kinds |= decision.kinds
+
+    def _commit_other(self, command: str, key: bytes, args: tuple[Any, ...]) -> None:
+        if command == "DEL":
+            self.hashes.pop(key, None)
+        elif command == "SPUBLISH":
+            self.rechecked.append(args[0])
+        elif command == "SADD":
+            self.sets[key].add(args[0])
+        else:
+            assert command == "SREM", command
+            self.sets[key].discard(args[0])
 
     def follow(self) -> None:
         """The indexes come as far as the changes are."""
