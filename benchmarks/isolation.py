@@ -132,9 +132,8 @@ async def members(stage: Backend, users: int) -> list[Member]:
         people, boxes = (names(prefix, count, attacked=attacked) for prefix in (f"{where}-user", f"{where}-box"))
         for number, (name, box) in enumerate(zip(people, boxes, strict=True)):
             key = str(await keyring.create(stage, name))
-            # The neighbour within a pair, so that both are in one process.
-            to = people[min(number ^ 1, count - 1)]
-            found.append(Member(name, key, box, to, where))
+            neighbour = min(number ^ 1, count - 1)  # within a pair, so that both are in one process
+            found.append(Member(name, key, box, boxes[neighbour], people[neighbour], where))
     return found
 
 

@@ -34,11 +34,12 @@ IDS = 20
 
 
 class Member(NamedTuple):
-    """A user: its mail lies in `box` and goes to the user `to`, who is one of the same process."""
+    """A user: what it writes lies in `box` and goes to the user `to`, whose mail to it lies in `inbox`."""
 
     name: str
     auth_key: str
     box: str
+    inbox: str
     to: str
     where: str
 
@@ -172,7 +173,7 @@ class User:
             self._crowd.undelivered.pop(place, None)  # nothing was promised
 
     async def _read(self, sent: Sent) -> None:
-        outcome = await self._ask("query", table="mail", key=self._member.box, limit=10)
+        outcome = await self._ask("query", table="mail", key=self._member.inbox, limit=10)
         self._crowd.note(sent, self._member.where, "read", outcome)
 
     async def _ask(self, action: str, **fields: Any) -> str:

@@ -44,6 +44,18 @@ def test_each_setting_that_bounds_something_is_described_with_its_default(name: 
     assert f"{default:,g}" in rows[0][2] or f"{default:,.0f}" in rows[0][2], f"its default is {default:,}"
 
 
+def test_each_constant_that_is_described_exists() -> None:
+    for row in LIMITS.splitlines():
+        *constants, module = re.findall(r"`([^`]+)`", row.split("|")[1]) if row.startswith("| `") else [""]
+        if not module.endswith(".py"):
+            continue
+        text = "".join(
+            path.read_text() for path in (ROOT / "tidewire" / module, ROOT / "services" / module) if path.exists()
+        )
+        for constant in constants:
+            assert re.search(rf"\b{constant}\b.* = ", text) or constant.islower(), f"{constant} is not in {module}"
+
+
 def test_each_row_says_what_happens_and_what_to_do() -> None:
     rows = [row for row in LIMITS.splitlines() if row.startswith("| `")]
     assert len(rows) > 50
