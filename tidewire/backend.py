@@ -29,6 +29,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     RedisClusterException,
     RedisError,
+    ResponseError,
 )
 
 from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
@@ -232,8 +233,11 @@ class Backend:
         await self.functions.ensure_group(stream, group)
 
     async def may_evict(self) -> str | None:
-        """The maxmemory-policy under which the server evicts keys of its own accord; None when it evicts nothing."""
-        memory: Any = await self.commands.info("memory")
+        """The maxmemory-policy under which the server evicts keys; None when it evicts nothing, or does not tell."""
+        try:
+            memory: Any = await self.commands.info("memory")
+        except ResponseError:
+            return None
         policy = str(memory.get("maxmemory_policy", "noeviction"))
         return policy if int(memory.get("maxmemory", 0)) > 0 and policy != "noeviction" else None
 

@@ -109,6 +109,6 @@ end, 'allow-oom')
 -- keys: stream. args: group. Creates the consumer group from the stream's beginning, unless it is there.
 register('ensure_group', function(keys, args)
   local made = redis.pcall('XGROUP', 'CREATE', keys[1], args[1], '0', 'MKSTREAM')
-  if type(made) == 'table' and made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+  if type(made) == 'table' and made.err and not string.find(tostring(made.err), 'BUSYGROUP', 1, true) then return made end
   return 'OK'
 end, 'allow-oom')
