@@ -29,6 +29,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     RedisClusterException,
     RedisError,
+    ResponseError,
 )
 
 from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
