@@ -160,7 +160,8 @@ class Connection:
 
     def full(self) -> bool:
         """Whether the peer is so slow that nothing more is queued for it."""
-        return self.peer.queued_bytes() > self.core.settings.limit_queued_bytes
+        limit = self.core.settings.limit_queued_bytes
+        return limit > 0 and self.peer.queued_bytes() > limit
 
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting; the caller has looked whether it is `full`."""

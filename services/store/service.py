@@ -18,7 +18,7 @@ from tidewire.errors import ConfigurationError, Timeout
 from tidewire.functions import Batch, Operation, Owned, Wait
 from tidewire.keys import Home
 from tidewire.lifecycle import Service
-from tidewire.partition.loop import Outcome
+from tidewire.partition.loop import Decoder, Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
 from tidewire.settings import Settings
@@ -81,6 +81,7 @@ class StoreTenure:
         self._floor = 0
         self._kinds: dict[str, str] = {}
         self._asked: dict[str, int] = {}
+        self._decoder = Decoder(_command)
         self._decision = Decision()
         self._memory = memory or Memory(backend)
         self._reads = reads or Reads(app, backend, settings, answers)
@@ -122,7 +123,7 @@ class StoreTenure:
             keep_changes=self._settings.changes_max,
             keep_bytes=self._settings.changes_bytes,
         )
-        commands = [_command(fields) for _, fields in batch.entries]
+        commands = [command for _, command in self._decoder.entries(batch)]
         if self._versions:
             unknown = unknown_names(self._app, self._versions, commands)
             await self._versions.leave_to_others(GROUP, self._partition, unknown)

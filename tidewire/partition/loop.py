@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from redis.exceptions import RedisError
 
 from tidewire.errors import Fenced
 from tidewire.functions import Batch, Functions, Operation, Owned, Stamp, Wait
 from tidewire.keys import Home
+from tidewire.records import Id
+
+T = TypeVar("T")
 
 MAX_BATCH_BYTES = 4 << 20
 """Bytes of entries that one batch holds. It always holds one entry, and a whole transaction whatever its size."""
@@ -22,6 +25,20 @@ MAX_BATCH_BYTES = 4 << 20
 
 class Incomplete(Exception):
     """The batch ends within its first transaction: it must be extended before it can be decided."""
+
+
+class Decoder(Generic[T]):
+    """Decodes the entries of a tenure's batches, each once: entries that are not consumed come again."""
+
+    def __init__(self, decode: Callable[[dict[bytes, bytes]], T]) -> None:
+        self._decode = decode
+        self._decoded: dict[Id, T] = {}
+
+    def entries(self, batch: Batch) -> list[tuple[Id, T]]:
+        """The batch's entries, in order."""
+        known = self._decoded
+        self._decoded = {id_: known[id_] if id_ in known else self._decode(fields) for id_, fields in batch.entries}
+        return list(self._decoded.items())
 
 
 class Outcome(NamedTuple):
