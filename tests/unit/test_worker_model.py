@@ -25,7 +25,7 @@ BROKEN = {
         WRONG,
     ),
     "call number": (
-        "if tonumber(args[5]) <= tonumber(call) then",
+        "if tonumber(call) <= tonumber(done) then",
         "if false then",
         WRONG,
     ),
