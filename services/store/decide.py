@@ -376,8 +376,8 @@ class _Batch:
         gaps = Gaps()
         for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
             # Before images are built: no other operation is about this item, so its condition cannot begin to hold.
-            # Of a client's write, the right to write is looked at before.
-            if isinstance(operation, Check) or rights.all:
+            # That of a write is looked at behind the right to write, which depends on its images.
+            if isinstance(operation, Check):
                 with gaps, within_operation(number):
                     rights.check_if_readable(self.app[operation.table], key, operation.condition)
         gaps.close()

@@ -83,17 +83,15 @@ class Rights:
         if not self.all and (hidden := table.hidden.intersection(names)):
             raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
 
-    def check_if_readable(self, table: Table, key: ItemKey, condition: Condition | None) -> None:
+    def check_if_readable(self, table: Table, key: ItemKey, condition: Condition) -> None:
         """`if`, of an item that the user may read as it is, or that is not there; else nothing.
 
         So nothing is told that `get` would not tell.
         """
-        if condition is None:
-            return
         item = self._view.item(table, key)
-        if item is None and not self.all and not condition.absent:
+        if item is None and not condition.absent and not self.all:
             self.readable(table, key)
-        if item is not None and self.may_read(table, item):
+        elif self.all or (item is not None and self.may_read(table, item)):
             self.check(table, key, condition)
 
     def check(self, table: Table, key: ItemKey, condition: Condition | None) -> None:

@@ -126,6 +126,9 @@ class Model:
         keys = [self.key(operation) for operation in body["operations"]]
         if len(set(keys)) < len(keys) or len({key[1] for key in keys}) > 1:
             return "bad_request"
+        checks = [operation for operation in body["operations"] if operation["action"] == "check"]
+        if any(self.one(operation) == "conflict" for operation in checks):
+            return "conflict"  # they are looked at first
         for operation in body["operations"]:
             outcome = self.one(operation)
             if isinstance(outcome, str):

@@ -53,7 +53,8 @@ class Around:
         self.under_way.pop()
         return {fact: self.world.fetch(fact) for fact in facts}
 
-    async def lease_renew(self, owned: Owned, length_ms: int) -> None:
+    async def batch(self, owned: Owned, count: int, size_bytes: int) -> None:
+        assert (count, size_bytes) == (0, 0)
         if self.fenced:
             raise Fenced("another worker owns this partition")
 
