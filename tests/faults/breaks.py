@@ -131,6 +131,13 @@ BREAKS = {
         [Fault(6.0 + 25.0 * number, "stall_redis", None, 0, 6.0 + number) for number in range(3)],
         {"absence", "socket"},
         PROBED,
+        also=(
+            (
+                "tidewire/lua/service.lua",
+                "  if not expires or expires > now then return 0 end\n",
+                "  if not expires then return 0 end\n",
+            ),
+        ),
         seconds=80.0,
     ),
     "no command has a budget, and none is decided apart": Break(
@@ -152,6 +159,25 @@ BREAKS = {
                 )
             ),
         ),
+        seconds=60.0,
+    ),
+    "changes of unknown tables are passed by processes that do not know them": Break(
+        "services/broadcaster/service.py",
+        "        await self._versions.leave_to_others(GROUP, self._partition, unknown)\n        return unknown\n",
+        "        return frozenset()\n",
+        [Fault(3.0, "roll_forward", None, 0, 0.0)],
+        {"loss", "leak"},
+        with_parts(["probes", "next"], STAYING._replace(stays_s=(1.0, 4.0))),
+        seconds=60.0,
+    ),
+    "every batch waits for the index, and in vain": Break(
+        "services/broadcaster/indexed.py",
+        "        deadline = time.monotonic() + (0 if self._behind else INDEX_PATIENCE_S)\n"
+        "        while await self._position() < id_:\n",
+        "        deadline = time.monotonic() + INDEX_PATIENCE_S\n        while True:\n",
+        [],
+        {"pause"},
+        with_parts(["probes", "flap"], STAYING._replace(flap_pause_s=(0.0, 1.0))),
         seconds=60.0,
     ),
     "a change stream is bounded in entries alone": Break(
