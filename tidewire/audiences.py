@@ -30,6 +30,9 @@ class Knowledge(Protocol):
     def members(self, membership: str, group: Scalar) -> Mapping[str, Item]:
         """All membership items of the group, by user."""
 
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> Iterable[Mapping[str, Item]]:
+        """All membership items of several groups. Groups that must be fetched first are named all at once."""
+
     def vacant(self, membership: str, group: Scalar) -> bool:
         """Whether the group has no members."""
 
@@ -207,9 +210,8 @@ class Peers(Audience):
         if only is not None:
             shared = known.any_member(self.membership, groups, only)
             return Recipients({only: True} if shared else {})
-        return Recipients(
-            {u: True for group in groups for u in known.members(self.membership, group) if isinstance(u, str)}
-        )
+        all_members = known.members_of_all(self.membership, groups)
+        return Recipients({u: True for members in all_members for u in members if isinstance(u, str)})
 
 
 @dataclass(frozen=True)

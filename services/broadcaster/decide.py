@@ -58,8 +58,8 @@ Known = Mapping[Group | GroupsOf, Any]
 
 
 class Missing(Exception):
-    def __init__(self, need: Group | GroupsOf) -> None:
-        self.need = need
+    def __init__(self, *needs: Group | GroupsOf) -> None:
+        self.needs = needs
 
 
 @dataclass
@@ -98,7 +98,7 @@ def deciding(
             except Missing as need:
                 if batch.router.appends > MAX_REDONE_APPENDS and not batch.has_learned:
                     return batch.done()
-                batch.missing.add(need.need)
+                batch.missing.update(need.needs)
         if batch.missing:
             continue  # only to find out what else is missing
         for _ in batch.send():
@@ -143,6 +143,15 @@ def _units(changes: Sequence[tuple[Id, Change | None]]) -> Iterator[tuple[int, U
             unit = []
     if unit:
         yield len(changes), unit
+
+
+def member_operation(keys: Keys, table: Membership, change: Change) -> Operation:
+    """What a membership's change does to the members of its group, as the broadcaster keeps them."""
+    group, user = change.key[table.key[0]], change.key[table.key[1]]
+    key = keys.members(table.name, group)
+    if change.new is None:
+        return Operation("HDEL", key, (pack(user),))
+    return Operation("HSET", key, (pack(user), pack(change.new)))
 
 
 def whole(changes: Sequence[tuple[Id, Change | None]]) -> int:
@@ -334,6 +343,12 @@ class _Batch:
         members: Members = self.known[name]
         return members
 
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[Members]:
+        names = [Group(membership, group) for group in groups]
+        if missing := [name for name in names if name not in self.known and name not in self.decision.groups]:
+            raise Missing(*missing)
+        return [self.members(membership, name.group) for name in names]
+
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         return self.members(membership, group).get(user)
 
@@ -356,13 +371,11 @@ class _Batch:
         name = Group(table.name, group)
         # Copied once a batch: the audiences of changes before this one are lists of their own.
         members = self.decision.groups.get(name) or dict(self.members(table.name, group))
-        key = self.keys.members(table.name, group)
         if change.new is None:
             members.pop(user, None)
-            self.decision.operations.append(Operation("HDEL", key, (pack(user),)))
         else:
             members[user] = change.new
-            self.decision.operations.append(Operation("HSET", key, (pack(user), pack(change.new))))
+        self.decision.operations.append(member_operation(self.keys, table, change))
         self.decision.groups[name] = members
         self.has_learned = True
 
@@ -466,6 +479,9 @@ class _AsIf:
 
     def members(self, membership: str, group: Scalar) -> Members:
         return self._known.members(membership, group)
+
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> Iterable[Members]:
+        return self._known.members_of_all(membership, groups)
 
     def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
         return any(self.member(membership, group, user) is not None for group in groups)

@@ -1,21 +1,31 @@
 """Repairing a partition whose broadcaster has missed changes: members are read from items, and all feeds begin anew.
 
 Changes are missed where they were trimmed before they were read, and where a broadcaster passed changes of a table that
-its application did not declare. The members of all groups are written in many small commits, so that no call to Redis
-is large. The last commit says that the repair is done: a new owner begins again from the start until then.
+its application did not declare. A repair has three steps:
+
+1. The members of groups are written as the items have them, in many small commits, so that no call to Redis is large.
+   The items may be ahead of the changes that come next.
+2. Changes up to the one that was the last when the items had been read are passed without telling anybody. Membership
+   changes among them are applied in order, so the members are in the end exactly those at that change.
+3. All feeds begin anew behind that change. Readers query, and find a state that contains it.
+
+The first commit notes that a repair is under way and the last one removes the note: a new owner begins again from the
+start until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 from tidewire.app import App, Membership
 from tidewire.backend import Backend
 from tidewire.functions import Operation
-from tidewire.keys import value_of
-from tidewire.records import Position, pack
+from tidewire.keys import Keys, value_of
+from tidewire.records import Change, Id, pack
 from tidewire.walk import Place, walk
+
+from .decide import member_operation
 
 MEMBERS_BATCH = 200
 """Members that one commit of a repair writes at most."""
@@ -25,25 +35,39 @@ MAX_COMMIT_BYTES = 1 << 20
 """Bytes of membership items in one commit of a repair, about."""
 
 
-class Repair(NamedTuple):
-    """A repair under way."""
+class Repair:
+    """A repair under way. `memberships` are those whose members are not known."""
 
-    position: Position
-    """Feeds begin anew before this change: what they missed comes before it."""
-    consumed: int
-    """Entries of the batch to acknowledge at the end: the trimmed one that showed the gap, or none."""
-    passed: tuple[int, int]
-    """Id up to which all changes count as passed at the end."""
-    pieces: AsyncIterator[list[Operation]]
+    def __init__(self, app: App, backend: Backend, partition: int, memberships: Iterable[str]) -> None:
+        self._pieces = members_as_they_are(app, backend, partition, memberships)
+        self.until: Id | None = None
+        """Changes up to this id are passed without telling anybody; None while members are being written."""
+
+    async def piece(self, last: Id) -> list[Operation] | None:
+        """The next operations of the first step; None at its end. `last` is the id of the newest change by now."""
+        piece = await anext(self._pieces, None)
+        if piece is None and self.until is None:
+            self.until = last
+        return piece
 
 
-async def members_as_they_are(app: App, backend: Backend, partition: int) -> AsyncIterator[list[Operation]]:
-    """The operations that make the known members those of the items, in pieces of a bounded size.
+def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -> list[Operation]:
+    """The operations that apply membership changes to the known members."""
+    found = []
+    for _, change in changes:
+        table = app.tables.get(change.table) if change else None
+        if change and isinstance(table, Membership):
+            found.append(member_operation(keys, table, change))
+    return found
 
-    Items may be ahead of the changes that come next. Those are applied in order after that, and end in the same state.
-    """
+
+async def members_as_they_are(
+    app: App, backend: Backend, partition: int, memberships: Iterable[str]
+) -> AsyncIterator[list[Operation]]:
+    """The operations that make the known members those of the items, in pieces of a bounded size."""
+    names = frozenset(memberships)
     for table in app.tables.values():
-        if isinstance(table, Membership):
+        if table.name in names and isinstance(table, Membership):
             async for piece in _cleared(backend, partition, table.name):
                 yield piece
             async for piece in _written(backend, partition, table.name):

@@ -16,7 +16,7 @@ from tidewire.backend import Backend
 from tidewire.functions import Batch, FeedBounds, Operation, Owned
 from tidewire.keys import Home
 from tidewire.lifecycle import Service
-from tidewire.partition.gaps import id_of, unbroken
+from tidewire.partition.gaps import unbroken
 from tidewire.partition.loop import Decoder, Incomplete, Outcome
 from tidewire.partition.worker import Worker
 from tidewire.records import Change, Id, Position, pack, stream_id, unpack
@@ -25,7 +25,7 @@ from tidewire.versions import Versions
 from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
-from .repair import Repair, members_as_they_are
+from .repair import Repair, applied
 from .route import AppendUnits, Call, Feeds, StoreBodies
 
 log = structlog.get_logger(__name__)
@@ -78,6 +78,8 @@ class BroadcasterTenure:
         """Tables and topics whose changes a broadcaster passed without knowing them, as the partition notes them."""
         self._next_unknown: frozenset[str] = frozenset()
         self._repair: Repair | None = None
+        self._repair_noted = False
+        """Whether the partition notes that a repair is under way."""
 
     def destinations(self) -> list[Home]:
         keys = self._backend.keys
@@ -85,20 +87,17 @@ class BroadcasterTenure:
 
     async def decide(self, batch: Batch) -> Outcome | None:
         if self._passed is None:
-            self._passed, self._unknown = await self._begin()
+            self._passed, self._unknown, self._repair_noted = await self._begin()
         self._next_passed, self._next_unknown, self._written = self._passed, self._unknown, []
         self._decision = Decision()
-        if self._repair is None and self._unknown & self._versions.names:
-            self._repair = self._over_unknown(batch)
-        if self._repair:
-            return await self._step(self._repair)
-        if not batch.entries:
-            return None
         changes = self._decoder.entries(batch)
+        if self._repair is None:
+            self._repair = self._needed_repair(changes)
+        if self._repair:
+            return await self._step(self._repair, batch, changes)
+        if not changes:
+            return None
         sound = unbroken(self._passed, changes)
-        if not sound:
-            self._repair = self._over_gap(*changes[0])
-            return await self._step(self._repair)
         count = whole(changes[:sound])
         if not count and sound == len(changes) and not batch.at_end:
             raise Incomplete
@@ -151,10 +150,12 @@ class BroadcasterTenure:
         for at in self._written:
             AGE_SECONDS.observe(max(now - at, 0) / 1000)
 
-    async def _begin(self) -> tuple[Id, frozenset[str]]:
-        """What the partition notes of how far its broadcasters have come."""
-        passed, unknown = await self._backend.commands.hmget(self._owned.home.partition, "passed", "unknown")
-        return stream_id(passed) if passed else (0, 0), frozenset(unpack(unknown)) if unknown else frozenset()
+    async def _begin(self) -> tuple[Id, frozenset[str], bool]:
+        """What the partition notes of how far its broadcasters have come, and whether a repair is under way."""
+        fields = ("passed", "unknown", "repair")
+        passed, unknown, repair = await self._backend.commands.hmget(self._owned.home.partition, *fields)
+        names = frozenset(unpack(unknown)) if unknown else frozenset[str]()
+        return stream_id(passed) if passed else (0, 0), names, repair is not None
 
     def _notes(self) -> list[Operation]:
         """The same, as it will be."""
@@ -177,46 +178,56 @@ class BroadcasterTenure:
 
     # ── repairs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _over_gap(self, id_: Id, change: Change | None) -> Repair:
-        """Changes were trimmed before they were read: whom they concerned is not known any more."""
-        GAPS.inc()
-        log.error("changes_lost", partition=self._partition, after=self._passed, before=id_)
-        # A trimmed entry that is still pending is passed itself; otherwise what comes before the first change.
-        lost = change is None
-        passed = id_ if change is None or change.previous is None else id_of(change.previous)
-        generation = self._owned.fence.generation if change is None else change.generation
-        return self._repair_at(Position(self._partition, generation, *id_), int(lost), passed)
-
-    def _over_unknown(self, batch: Batch) -> Repair:
-        """A predecessor passed changes of a table that it did not know and this application declares."""
-        log.warning("repair_of_unknown", partition=self._partition, tables=sorted(self._unknown & self._versions.names))
+    def _needed_repair(self, changes: Changes) -> Repair | None:
         assert self._passed is not None
-        generation = self._owned.fence.generation
-        if not batch.entries:
-            # Nothing can be below the id that follows the last one, and the next change is not below it.
-            ms, seq = batch.last
-            return self._repair_at(Position(self._partition, generation, ms, seq + 1), 0, self._passed)
-        id_, fields = batch.entries[0]
-        change = _change(fields)
-        position = Position(self._partition, change.generation if change else generation, *id_)
-        return self._repair_at(position, 0, self._passed)
-
-    def _repair_at(self, position: Position, consumed: int, passed: Id) -> Repair:
+        memberships = {name for name, table in self._app.tables.items() if isinstance(table, Membership)}
+        if changes and not unbroken(self._passed, changes):
+            # Changes were trimmed before they were read: whom they concerned is not known any more.
+            GAPS.inc()
+            log.error("changes_lost", partition=self._partition, after=self._passed, before=changes[0][0])
+        elif self._repair_noted:
+            log.warning("repair_resumed", partition=self._partition)
+        elif unknown := self._unknown & self._versions.names:
+            # A predecessor passed changes of a table that it did not know and this application declares.
+            log.warning("repair_of_unknown", partition=self._partition, tables=sorted(unknown))
+            memberships &= unknown
+        else:
+            return None
         self._groups.forget()
         self._known = self._groups.begin()
-        pieces = members_as_they_are(self._app, self._backend, self._partition)
-        return Repair(position, consumed, passed, pieces)
+        return Repair(self._app, self._backend, self._partition, memberships)
 
-    async def _step(self, repair: Repair) -> Outcome:
-        """The next piece of a repair. Feeds begin anew after the last one: whoever queries then finds the new state."""
-        piece = await anext(repair.pieces, None)
-        if piece is not None:
-            return Outcome(0, piece)
-        self._repair = None
-        self._next_passed = repair.passed
-        self._next_unknown = self._unknown - self._versions.names
-        links: dict[Home, list[Reset]] = {home: [Reset(repair.position)] for home in self.destinations()}
-        return Outcome(repair.consumed, self._notes(), links)
+    async def _step(self, repair: Repair, batch: Batch, changes: Changes) -> Outcome:
+        """The next commit of a repair."""
+        partition, notes = self._owned.home.partition, list[Operation]()
+        if not self._repair_noted:
+            notes = [Operation("HSET", partition, ("repair", "1"))]
+            self._repair_noted = True
+        if (piece := await repair.piece(batch.last)) is not None:
+            return Outcome(0, [*notes, *piece])
+        until = repair.until
+        assert until is not None
+        silent = [one for one in changes if one[0] <= until]
+        if silent:
+            self._next_passed = silent[-1][0]
+        self._next_unknown |= self._untold(silent)
+        operations = [*notes, *applied(self._app, self._backend.keys, silent)]
+        if silent and len(silent) == len(changes) and silent[-1][0] < until:
+            return Outcome(len(silent), [*operations, *self._notes()])
+        self._next_passed = max(self._next_passed, until)
+        self._next_unknown -= self._versions.names
+        self._repair, self._repair_noted = None, False
+        # Behind all that destinations have taken, and not above the next change.
+        reset = Reset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
+        links: dict[Home, list[Reset]] = {home: [reset] for home in self.destinations()}
+        operations += [*self._notes(), Operation("HDEL", partition, ("repair",))]
+        return Outcome(len(silent), operations, links)
+
+    def _untold(self, changes: Changes) -> frozenset[str]:
+        """Tables of changes that this application does not declare."""
+        return frozenset(change.table for _, change in changes if change and change.event != "SEND") - set(
+            self._app.tables
+        )
 
 
 class Reset(Struct):

@@ -168,6 +168,9 @@ class View:
     def members(self, membership: str, group: Scalar) -> dict[str, Item]:
         raise NotImplementedError("the store asks of one user at a time")
 
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[dict[str, Item]]:
+        raise NotImplementedError("the store asks of one user at a time")
+
     def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
         table = self.app[membership]
         keys = [ItemKey(membership, group, user) for group in groups]

@@ -42,6 +42,9 @@ class Known:
         assert membership == "members"
         return self.groups_.get(group, {})
 
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[Mapping[str, Item]]:
+        return [self.members(membership, group) for group in groups]
+
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
         return self.members(membership, group).get(user)
 

@@ -488,6 +488,20 @@ class TestBounds:
         changes = [((NOW, n), world.change("messages", None, {"room": f"r{n}", "id": 1})) for n in range(50)]
         assert decide(world.app, KEYS, {}, PARTITION, changes) == {Group("members", f"r{n}") for n in range(50)}
 
+    def test_all_groups_of_a_user_whose_peers_are_told_are_named_at_once(self) -> None:
+        app = App("peers")
+        rooms = app.membership("members", group="room", member="user")
+        app.table("faces", key="user", readers=rooms.peers("user"))
+        app.check()
+        change = Change("INSERT", "faces", {"user": "u"}, 1, {"user": "u"}, None, NOW, "u", None, None)
+        known: dict[Group | GroupsOf, Any] = {}
+        rounds = 0
+        while isinstance(needs := decide(app, KEYS, known, PARTITION, [((NOW, 1), change)]), set):
+            rounds += 1
+            for need in needs:
+                known[need] = [f"r{n}" for n in range(1000)] if isinstance(need, GroupsOf) else {"v": {}}
+        assert rounds == 2, "the groups of the user, and their members"
+
     def test_a_large_body_is_stored_once_for_many_feeds_and_a_small_one_copied(self) -> None:
         world, names = World(), [f"u{n}" for n in range(40)]
         for size, is_stored in ((500, False), (100_000, True)):

@@ -188,7 +188,7 @@ async def test_members_are_rebuilt_in_small_commits(monkeypatch: pytest.MonkeyPa
             await backend.commands.hset(KEYS.items("members", group.group), field, pack(ItemRecord(1, 1, "x", item)))
             await backend.commands.zadd(KEYS.order("members", group.group), {field: 0})
     pieces = 0
-    async for piece in members_as_they_are(make_app(), backend, 2):
+    async for piece in members_as_they_are(make_app(), backend, 2, ["members"]):
         assert 0 < len(piece) <= 3
         pieces += 1
         for command, key, args in piece:
