@@ -8,12 +8,23 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 
-from tidewire.services.cli.embedded import free_port
+from tidewire.services.cli import embedded
 
 __all__ = ["LONG", "free_port", "wait_until"]
 
 LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
 """Whether what takes minutes is done in full (`make test-long`), or in a short form."""
+
+
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """A free port that this process was not given before: one that is about to be used may still look free."""
+    while (port := embedded.free_port()) in _given:
+        pass
+    _given.add(port)
+    return port
 
 
 async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:
