@@ -40,7 +40,8 @@ def expected() -> set[bytes]:
     """Every key that there is a reason for."""
     partitions = range(KEYS.partitions)
     stage = {KEYS.stage_settings(), KEYS.tables(), KEYS.sort_kinds(), KEYS.services(), KEYS.credentials()}
-    stage |= {KEYS.authorizations(), KEYS.revocations()}
+    stage |= {KEYS.authorizations(), KEYS.revocations(), KEYS.applications(), KEYS.dependents()}
+    stage.add(KEYS.group_versions(KEYS.partition_of(KEPT)))
     for partition in partitions:
         stage |= {KEYS.partition(partition), KEYS.links(partition), KEYS.indexes(partition)}
         stage |= {KEYS.commands(partition), KEYS.changes(partition)}
@@ -106,7 +107,8 @@ async def eventually_only(stage: Stage) -> None:
         found: dict[bytes, Any] = {}
         async for key in redis.scan_iter(match=prefix + b"*", count=1000):
             ttl_ms = await redis.pttl(key)
-            if key not in reasons and not (key.endswith(b":replies") and ttl_ms > 0):
+            # What gateways have sent and been answered has a TTL.
+            if key not in reasons and not ((key.endswith(b":replies") or b":sent:" in key) and ttl_ms > 0):
                 found[key] = ttl_ms
         for partition in range(KEYS.partitions):
             for stream in (KEYS.commands(partition), KEYS.changes(partition)):
@@ -136,6 +138,8 @@ async def eventually_only(stage: Stage) -> None:
         await eventually(none)
     except TimeoutError:
         raise AssertionError(f"left without a reason: {sorted(last.items())[:20]}, {len(last)} in all") from None
+    versions = KEYS.group_versions(KEYS.partition_of(KEPT))
+    assert await redis.hkeys(versions) == [KEYS.group_field("members", KEPT)]
     for table, item in items(KEPT):
         value = next(iter(item.values()))
         assert await redis.hlen(KEYS.items(table, value)) == sum(
