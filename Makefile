@@ -16,7 +16,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test coverage test-long faults check format wheel-check clean
+.PHONY: help install up test coverage test-long breaks faults check format wheel-check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ coverage: $(INSTALLED) ## unit and contract tests, with the lines that none of t
 
 test-long: $(INSTALLED) $(BROWSER_MODULES) ## all tests in full: 100,000 writes, all of it on a cluster, more kills
 	@TIDEWIRE_TEST_LONG=1 $(BIN)/python -m pytest $(ARGS)
+
+breaks: $(INSTALLED) ## take out one guard after another, and see that the checker of runs under faults notices
+	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k broken $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)
