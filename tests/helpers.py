@@ -19,9 +19,14 @@ LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
 _given: set[int] = set()
 
 
+WORKERS = 16
+"""Processes that run tests at the same time, at most."""
+
+
 def free_port() -> int:
-    """A free port that this process was not given before: one that is about to be used may still look free."""
-    while (port := embedded.free_port()) in _given:
+    """A free port that no process of this test run is given twice: one that is about to be used may still look free."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    while (port := embedded.free_port()) in _given or port % WORKERS != worker:
         pass
     _given.add(port)
     return port
