@@ -65,7 +65,7 @@ class Authorizer:
         await self._trim(entries[-1][0])
 
     async def _note_credentials(self) -> None:
-        """Stages of earlier releases have credentials of which the settings say nothing."""
+        """Note that the stage has credentials, where an earlier release created it."""
         if await self._backend.commands.exists(self._backend.keys.credentials()):
             try:
                 await keyring.note_credentials(self._backend)
@@ -84,7 +84,7 @@ class Authorizer:
                 raise Unauthenticated("the auth_key is not valid: it has the form tw_<id>_<secret>")
             raw = await self._backend.commands.hget(self._backend.keys.credentials(), key.id)
             if raw is None and await keyring.credentials_lost(self._backend):
-                log.error("credentials_lost", advice="restore the stage from a backup, or create its keys anew")
+                log.error("credentials_lost", advice="restore the stage from a backup, or create new keys")
                 MISSING.inc()
                 raise Overloaded("the credentials of this stage cannot be read: try again later")
             credential = Credential(*unpack(raw)) if raw else None

@@ -384,7 +384,8 @@ class _Batch:
     def send(self) -> Iterator[None]:
         """Route the deliveries since `begin`. A feed gets those of a transaction one after another, all in one call."""
         appends: dict[int, list[Append]] = {}
-        told = self._told_in_transaction() if self.transaction is not None and len(self.deliveries) > 1 else None
+        in_transaction = self.transaction is not None and len(self.deliveries) > 1
+        told = _ToldInTransaction(self.deliveries) if in_transaction else None
         for number, delivery in enumerate(self.deliveries):
             # By body, then by destination: a body is encoded once, however many feeds it goes to.
             bodies: dict[tuple[str, bool, Condition], dict[int, list[bytes]]] = {}
@@ -406,9 +407,6 @@ class _Batch:
         assert self.position
         # Also where the last change has no append at a destination: decided again by a new owner, it may have one.
         yield from self.router.add(self.position, appends)
-
-    def _told_in_transaction(self) -> _ToldInTransaction:
-        return _ToldInTransaction(self.deliveries)
 
     def encoded(self, delivery: _Delivery, event: str, asks: Condition, *, more: bool) -> FeedBody:
         kind = TYPES.get(event, "change")

@@ -39,34 +39,41 @@ class Feed:
 
 
 class Feeds:
-    """All feeds that a process has met. A key costs more to make than to remember."""
+    """The feeds of a batch, and of batches before it: a key costs more to make than to remember."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._users: dict[str, Feed] = {}
         self._topics: dict[str, Feed] = {}
 
-    def forget_some(self) -> None:
-        """Stay within the bound. Called between batches: within one, a feed is one object."""
-        if len(self._users) + len(self._topics) > MAX_FEEDS_KEPT:
-            self._users.clear()
-            self._topics.clear()
+    def __len__(self) -> int:
+        return len(self._users) + len(self._topics)
 
     def user(self, name: str) -> Feed:
-        feed = self._users.get(name)
-        if feed is None:
-            key = self._keys.user_feed(name)
-            feed = Feed(name, is_topic=False, partition=self._keys.partition_of(name), key=key)
-            self._users[name] = feed
-        return feed
+        return self._users.get(name) or self._new(self._users, name, self._keys.user_feed(name), is_topic=False)
 
     def topic(self, name: str) -> Feed:
-        feed = self._topics.get(name)
-        if feed is None:
-            key = self._keys.topic_feed(name)
-            feed = Feed(name, is_topic=True, partition=self._keys.partition_of(name), key=key)
-            self._topics[name] = feed
+        return self._topics.get(name) or self._new(self._topics, name, self._keys.topic_feed(name), is_topic=True)
+
+    def _new(self, known: dict[str, Feed], name: str, key: bytes, *, is_topic: bool) -> Feed:
+        feed = known[name] = Feed(name, is_topic=is_topic, partition=self._keys.partition_of(name), key=key)
         return feed
+
+
+class FeedCache:
+    """The feeds that a process has met."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._feeds = Feeds(keys)
+
+    def begin(self) -> Feeds:
+        """The feeds for one batch. They are replaced as a whole: batches of other partitions may be under way, and
+        within a batch a feed is one object.
+        """
+        if len(self._feeds) > MAX_FEEDS_KEPT:
+            self._feeds = Feeds(self._keys)
+        return self._feeds
 
 
 class StoreBodies(NamedTuple):

@@ -26,7 +26,7 @@ from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
 from .repair import Repair, applied
-from .route import AppendUnits, Call, Feeds, StoreBodies
+from .route import AppendUnits, Call, FeedCache, StoreBodies
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class BroadcasterTenure:
     """The broadcaster's work on one partition while it owns it."""
 
     def __init__(
-        self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: Feeds
+        self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: FeedCache
     ) -> None:
         self._app = app
         self._feeds = feeds
@@ -121,8 +121,8 @@ class BroadcasterTenure:
 
     async def _decided(self, changes: Changes) -> Decision | set[Group | GroupsOf]:
         """Decide in steps, between which other partitions of this process get their turn."""
-        self._feeds.forget_some()
-        steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, self._feeds)
+        feeds = self._feeds.begin()
+        steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, feeds)
         resumed, spent_s = time.perf_counter(), 0.0
         time_is_up: bool | None = None  # a generator takes nothing else at first
         while True:
@@ -260,7 +260,7 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
         return BroadcasterTenure(app, backend, versions, partition, owned, feeds)
 
-    feeds = Feeds(backend.keys)
+    feeds = FeedCache(backend.keys)
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
     body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 

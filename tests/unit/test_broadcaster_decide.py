@@ -27,7 +27,14 @@ from tidewire.services.broadcaster.decide import (
     deciding,
     whole,
 )
-from tidewire.services.broadcaster.route import MAX_CALL_APPENDS, MAX_CALL_BYTES, AppendUnits, Call, StoreBodies
+from tidewire.services.broadcaster.route import (
+    MAX_CALL_APPENDS,
+    MAX_CALL_BYTES,
+    AppendUnits,
+    Call,
+    FeedCache,
+    StoreBodies,
+)
 from tidewire.sight import sight
 
 KEYS = Keys("dev", 4)
@@ -686,6 +693,19 @@ def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
     assert ends == sorted(ends)
     assert all(min(some) > end for some, end in zip(numbers[1:], ends, strict=False)), "none is in two calls"
     assert len({feed for unit in units for append in unit.appends for feed in append.feeds}) == 5000
+
+
+def test_feeds_are_forgotten_as_a_whole_so_that_a_batch_under_way_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tidewire.services.broadcaster.route.MAX_FEEDS_KEPT", 1)
+    cache = FeedCache(KEYS)
+    feeds = cache.begin()
+    alice = feeds.user("alice")
+    feeds.topic("alice")
+    assert len(feeds) == 2
+    assert cache.begin() is not feeds, "beyond the bound, the next batch begins with none"
+    assert feeds.user("alice") is alice, "while this one goes on with the same objects"
 
 
 SOME = st.lists(st.sampled_from(USERS), max_size=3, unique=True)
