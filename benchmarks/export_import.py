@@ -26,7 +26,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 
 from benchmarks.store import PARTITIONS, bare_writes, clear, floor, item
-from tidewire.keys import Keys
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import free_port
 
 COMMAND = [sys.executable, "-m", "tidewire.services.cli.main"]

@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from tidewire import App, user
-from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.functions import Append, FeedBounds, Unit
-from tidewire.keys import Keys
-from tidewire.records import Change, FeedBody, Position, pack
+from tidewire.model.records import Change, FeedBody, Position, pack
+from tidewire.process.settings import Settings
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Append, FeedBounds, Unit
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import Embedded, free_port
 from tidewire.services.cli.service import start
 from tidewire.services.cli.up import Child
-from tidewire.settings import Settings
 
 app = App("benchmark")
 app.table("mail", key="id", readers=user("to"))

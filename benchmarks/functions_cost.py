@@ -20,11 +20,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.functions import Append, Effect, FeedBounds, Operation, Owned, Stamp, Unit, feed_number
-from tidewire.keys import Keys, sort_bytes
-from tidewire.records import FeedBody, ItemRecord, Position, pack
+from tidewire.model.records import FeedBody, ItemRecord, Position, pack
+from tidewire.model.values import sort_bytes
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Append, Effect, FeedBounds, Owned, RedisCommand, Stamp, Unit, feed_number
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import Embedded
 from tidewire.services.cli.service import start
 from tidewire.services.cli.up import Child
@@ -90,11 +92,11 @@ async def calls(backend: Backend) -> dict[str, Call]:
         return functions.link_append(home, "b:1", 1, BOUNDS, [unit])
 
     def apply() -> Awaitable[Any]:
-        effect = Effect(Position(0, 0, now, next(numbers)), 1, (Operation("HSET", home.partition, ("x", "1")),))
+        effect = Effect(Position(0, 0, now, next(numbers)), 1, (RedisCommand("HSET", home.partition, ("x", "1")),))
         return functions.link_apply(home, "i:1", 1, [effect])
 
     def commit() -> Awaitable[Any]:
-        write = Operation("HSET", home.partition, ("x", "1"))
+        write = RedisCommand("HSET", home.partition, ("x", "1"))
         return functions.commit(mine, next(numbers), (), [write], count=256, size_bytes=BATCH_BYTES)
 
     return {

@@ -34,10 +34,11 @@ from benchmarks.isolation_attacks import ATTACKS, USERS, Order
 from benchmarks.isolation_crowd import Member, Plan, Sample
 from benchmarks.isolation_report import GOAL_RATIO, Phase, goals, summary, tables
 from benchmarks.isolation_socket import ATTACKED, PARTITIONS, STAGE, Frame, connected, names
-from tidewire import keyring
-from tidewire.backend import Backend, connect
 from tidewire.errors import TidewireError
-from tidewire.keys import Keys
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import end_with_parent, free_port, running
 from tidewire.services.cli.service import start
 

@@ -22,7 +22,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.isolation_socket import UNREACHABLE, Frame, Socket, connected, names
-from tidewire.backend import Backend
+from tidewire.redis.backend import Backend
 from tidewire.services.cli.service import start
 
 NICE = 10

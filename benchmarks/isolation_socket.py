@@ -13,7 +13,7 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from tidewire.keys import Keys
+from tidewire.redis.keys import Keys
 from tidewire.tasks import end
 
 Frame = dict[str, Any]

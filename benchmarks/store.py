@@ -30,11 +30,13 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 
 from tidewire import App, everyone, user
-from tidewire.backend import Backend, connect
-from tidewire.bus import Bus
 from tidewire.errors import TidewireError
-from tidewire.keys import Keys, sort_bytes
-from tidewire.records import Change, Command, ItemRecord, pack
+from tidewire.model.records import Change, Command, ItemRecord, pack
+from tidewire.model.values import sort_bytes
+from tidewire.process.bus import Bus
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import Embedded, free_port
 from tidewire.services.cli.service import start
 from tidewire.services.cli.status import owners

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tidewire import App, everyone
-from tidewire.records import Item
+from tidewire.model.records import Item
 
 BIG = "x" * 200_000
-MOST_BYTES = 262144
+MAX_BYTES = 262144
 LONG_KEY = "k" * 1025
 
 
@@ -219,7 +219,7 @@ def _wrong() -> list[Wrong]:
         put("notes", {"id": "n", "x": [{"y": 2**64}]}, "64 bits", "$.item.x[0].y"),
         put("notes", {"id": 2**64}, "64 bits", "$.item.id"),
         put("notes", {"id": -(2**63) - 1}, "64 bits", "$.item.id"),
-        put("notes", {"id": "n", "x": BIG + BIG}, str(MOST_BYTES), code="too_large"),
+        put("notes", {"id": "n", "x": BIG + BIG}, str(MAX_BYTES), code="too_large"),
         put("orders", {"id": "o", "owner": "alice", "at": "noon"}, "'orders'", "$.at"),
         put("orders", {"id": "o"}, "'orders'", "`owner`"),
         put("orders", {"id": 5, "owner": "alice"}, "'orders'", "$.id"),
@@ -268,7 +268,7 @@ def _wrong() -> list[Wrong]:
         update("[]", "empty name", set=[[[], 1]]),
         update("32 names", set={".".join("a" * 33): 1}),
         update("64 levels", "$.a.a.a.a", set={"a.a.a.a.a": nested(60)}),
-        update(str(MOST_BYTES), code="too_large", key="big", set={"y": BIG}),
+        update(str(MAX_BYTES), code="too_large", key="big", set={"y": BIG}),
         update("'id'", "key", set={"id": "m"}),
         update("'id'", "key", set={"id": None}),
         update("'id'", "not an object", set={"id.a": 1}),

@@ -15,14 +15,14 @@ import msgspec
 
 from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, Vacant, nobody
 from tidewire.errors import BadRequest, ConfigurationError
-from tidewire.keys import LARGEST_KEY_NUMBER, Scalar, canonical, sort_bytes, tuple_bytes
-from tidewire.records import Item
+from tidewire.model.records import Item
+from tidewire.model.values import LARGEST_KEY_NUMBER, ItemKey, Scalar, canonical, tuple_bytes
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 STREAM_VIEWS = ("KEYS_ONLY", "NEW_IMAGE", "OLD_IMAGE", "NEW_AND_OLD_IMAGES")
 CONNECTIONS = "connections"
 BY_MEMBER = "by_member"
-MOST_KEY_BYTES = 1024
+MAX_KEY_BYTES = 1024
 """Of a string in a key, as UTF-8."""
 
 
@@ -38,18 +38,6 @@ class Write(NamedTuple):
 Writers = Audience | Callable[[Write], Audience | bool]
 Schema = type[msgspec.Struct] | Callable[[Item], Any]
 """What an item must pass: a msgspec Struct, or a callable that raises for an item that does not fit."""
-
-
-class ItemKey(NamedTuple):
-    """One item: partition-key value, and sort-key value (None where the table has no sort key)."""
-
-    table: str
-    partition: Scalar
-    sort: Scalar | None
-
-    @property
-    def field(self) -> bytes:
-        return b"" if self.sort is None else sort_bytes(self.sort)
 
 
 @dataclass(frozen=True)
@@ -149,7 +137,7 @@ class Table:
 
     def _key_value(self, item: Item, attribute: str) -> Scalar:
         value = item.get(attribute)
-        if type(value) is str and len(value) <= MOST_KEY_BYTES // 4:
+        if type(value) is str and len(value) <= MAX_KEY_BYTES // 4:
             return value  # as most are, and short enough in any script
         if attribute not in item:
             raise BadRequest(f"key attribute {attribute!r} of table {self.name!r} is missing")
@@ -164,8 +152,8 @@ def key_value(value: Any, what: str) -> Scalar:
         if not abs(value) <= LARGEST_KEY_NUMBER:
             raise BadRequest(f"{what} must be a number between -2^53 and 2^53")
         return canonical(value)
-    if len(value.encode()) > MOST_KEY_BYTES:
-        raise BadRequest(f"{what} is longer than {MOST_KEY_BYTES} bytes")
+    if len(value.encode()) > MAX_KEY_BYTES:
+        raise BadRequest(f"{what} is longer than {MAX_KEY_BYTES} bytes")
     return value
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from tidewire.claims import Condition, both, claim_is, either, holds
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Scalar, canonical
-from tidewire.records import Item
+from tidewire.model.claims import ClaimCondition, both, claim_is, either, holds
+from tidewire.model.records import Item
+from tidewire.model.values import Scalar, canonical
 
 
 class Knowledge(Protocol):
@@ -50,11 +50,11 @@ class Reader(NamedTuple):
 class Recipients(NamedTuple):
     """Who a change goes to, each under a condition that their connections' claims must meet."""
 
-    users: Mapping[str, Condition] = {}
-    topics: Mapping[str, Condition] = {}  # the followers of each
-    open: Condition = False  # every connection that meets it
+    users: Mapping[str, ClaimCondition] = {}
+    topics: Mapping[str, ClaimCondition] = {}  # the followers of each
+    open: ClaimCondition = False  # every connection that meets it
 
-    def user(self, name: str) -> Condition:
+    def user(self, name: str) -> ClaimCondition:
         """What a connection of that user must meet, whichever way it gets here."""
         return either(self.users.get(name, False), self.open)
 
@@ -115,7 +115,7 @@ class Claim(Audience):
 
     name: str
 
-    def _condition(self, item: Item) -> Condition:
+    def _condition(self, item: Item) -> ClaimCondition:
         value = item.get(self.name)
         return claim_is(self.name, value) if isinstance(value, str | int | float) else False
 
@@ -324,7 +324,7 @@ class Union(Audience):
         yield from self.right.parts()
 
 
-def _merged(left: Mapping[str, Condition], right: Mapping[str, Condition]) -> dict[str, Condition]:
+def _merged(left: Mapping[str, ClaimCondition], right: Mapping[str, ClaimCondition]) -> dict[str, ClaimCondition]:
     found = dict(left)
     for name, condition in right.items():
         found[name] = either(found.get(name, False), condition)
@@ -354,7 +354,7 @@ class Intersection(Audience):
         yield from self.right.parts()
 
 
-def _possible(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
+def _possible(conditions: Mapping[str, ClaimCondition]) -> dict[str, ClaimCondition]:
     return {name: condition for name, condition in conditions.items() if condition is not False}
 
 

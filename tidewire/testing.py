@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import fakeredis
 from redis.asyncio import Redis
 
-from tidewire import keyring
 from tidewire.app import App
-from tidewire.backend import BLOCK_MS, Backend, Entry, StreamEntries
 from tidewire.client import Client
-from tidewire.keys import Keys
-from tidewire.lifecycle import Service, listen
-from tidewire.settings import Settings
+from tidewire.process.lifecycle import Service, listen
+from tidewire.process.settings import Settings
+from tidewire.redis import keyring
+from tidewire.redis.backend import BLOCK_MS, Backend, Entry, StreamEntries
+from tidewire.redis.keys import Keys
 
 T = TypeVar("T")
 
@@ -74,7 +74,10 @@ class Stage:
 
 @contextlib.asynccontextmanager
 async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> AsyncIterator[Stage]:
-    """Run store, broadcaster, authorizer and gateway until the block is left. `settings` as in tidewire.settings."""
+    """Run store, broadcaster, authorizer and gateway until the block is left.
+
+    `settings` are those of tidewire.process.settings.
+    """
     # By name: this module is shared, and what is shared imports no service.
     services = {
         kind: import_module(f"tidewire.services.{kind}.service")

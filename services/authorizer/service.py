@@ -9,13 +9,13 @@ import structlog
 from prometheus_client import Counter
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
-from tidewire import keyring
-from tidewire.backend import Backend, Entry
-from tidewire.bus import Answers
-from tidewire.credentials import ApiKey, verify
 from tidewire.errors import Overloaded, RequestError, Unauthenticated
-from tidewire.lifecycle import Service
-from tidewire.records import Authorization, Credential, Reply, stream_id, unpack
+from tidewire.model.credentials import ApiKey, verify
+from tidewire.model.records import Authorization, Credential, Reply, stream_id, unpack
+from tidewire.process.bus import Answers
+from tidewire.process.lifecycle import Service
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend, Entry
 
 log = structlog.get_logger(__name__)
 

@@ -18,11 +18,12 @@ import structlog
 
 from tidewire.app import App, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, claim_topic, resolve
-from tidewire.claims import Condition, both, either, unless
-from tidewire.functions import Append, Operation
-from tidewire.keys import Home, Keys, Scalar
-from tidewire.records import RECHECK, Change, FeedBody, Id, Item, ItemRecord, Opened, Position, pack
-from tidewire.sight import sight
+from tidewire.model.claims import ClaimCondition, both, either, unless
+from tidewire.model.records import RECHECK, Change, FeedBody, Id, Item, ItemRecord, Opened, Position, pack
+from tidewire.model.values import Scalar
+from tidewire.redis.functions import Append, RedisCommand
+from tidewire.redis.keys import Home, Keys
+from tidewire.visibility import sight
 
 from .route import STEP_FEEDS, Call, Feed, Feeds, Router
 
@@ -66,7 +67,7 @@ class Missing(Exception):
 class Decision:
     consumed: int = 0
     """How many of the changes were decided, from the first on."""
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[RedisCommand] = field(default_factory=list)
     links: dict[Home, list[Call]] = field(default_factory=dict)
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """The groups that changed, as they are after the batch."""
@@ -145,13 +146,13 @@ def _units(changes: Sequence[tuple[Id, Change | None]]) -> Iterator[tuple[int, U
         yield len(changes), unit
 
 
-def member_operation(keys: Keys, table: Membership, change: Change) -> Operation:
+def member_operation(keys: Keys, table: Membership, change: Change) -> RedisCommand:
     """What a membership's change does to the members of its group, as the broadcaster keeps them."""
     group, user = change.key[table.key[0]], change.key[table.key[1]]
     key = keys.members(table.name, group)
     if change.new is None:
-        return Operation("HDEL", key, (pack(user),))
-    return Operation("HSET", key, (pack(user), pack(change.new)))
+        return RedisCommand("HDEL", key, (pack(user),))
+    return RedisCommand("HSET", key, (pack(user), pack(change.new)))
 
 
 def whole(changes: Sequence[tuple[Id, Change | None]]) -> int:
@@ -205,7 +206,7 @@ class _Plain(NamedTuple):
         return self.fields
 
 
-Told = Sequence[tuple[str, Condition]]
+Told = Sequence[tuple[str, ClaimCondition]]
 """As which events a feed is told of something, and to which connections. No connection meets two of the conditions."""
 Heard = dict[Feed, Told]
 TYPES = {"message": "message", "reset": "reset", RECHECK: RECHECK}
@@ -388,7 +389,7 @@ class _Batch:
         told = _ToldInTransaction(self.deliveries) if in_transaction else None
         for number, delivery in enumerate(self.deliveries):
             # By body, then by destination: a body is encoded once, however many feeds it goes to.
-            bodies: dict[tuple[str, bool, Condition], dict[int, list[bytes]]] = {}
+            bodies: dict[tuple[str, bool, ClaimCondition], dict[int, list[bytes]]] = {}
             for count, (feed, events) in enumerate(delivery.heard.items(), 1):
                 if not count % STEP_FEEDS:
                     yield
@@ -408,7 +409,7 @@ class _Batch:
         # Also where the last change has no append at a destination: decided again by a new owner, it may have one.
         yield from self.router.add(self.position, appends)
 
-    def encoded(self, delivery: _Delivery, event: str, asks: Condition, *, more: bool) -> FeedBody:
+    def encoded(self, delivery: _Delivery, event: str, asks: ClaimCondition, *, more: bool) -> FeedBody:
         kind = TYPES.get(event, "change")
         frame = delivery.about.body(delivery.position, event)
         if self.transaction is not None and kind == "change":
@@ -422,7 +423,7 @@ def _written(body: tuple[Any, Any]) -> str:
     return repr(body[0])
 
 
-def _at_once(told: Told) -> Iterator[tuple[str, bool, Condition]]:
+def _at_once(told: Told) -> Iterator[tuple[str, bool, ClaimCondition]]:
     for event, asks in told:
         yield event, False, asks
 
@@ -434,13 +435,13 @@ class _ToldInTransaction:
     """
 
     def __init__(self, deliveries: Sequence[_Delivery]) -> None:
-        self._later: list[dict[Feed, list[Condition]]] = []
+        self._later: list[dict[Feed, list[ClaimCondition]]] = []
         """For each delivery and feed: which connections hear more after it; one condition for each event."""
-        after: dict[Feed, Condition] = {}
+        after: dict[Feed, ClaimCondition] = {}
         for delivery in reversed(deliveries):
-            here: dict[Feed, list[Condition]] = {}
+            here: dict[Feed, list[ClaimCondition]] = {}
             for feed, told in delivery.heard.items():
-                conditions: list[Condition] = []
+                conditions: list[ClaimCondition] = []
                 for event, asks in reversed(told):
                     later = after.get(feed, False)
                     conditions.append(later)
@@ -450,7 +451,7 @@ class _ToldInTransaction:
             self._later.append(here)
         self._later.reverse()
 
-    def __call__(self, number: int, feed: Feed, told: Told) -> Iterator[tuple[str, bool, Condition]]:
+    def __call__(self, number: int, feed: Feed, told: Told) -> Iterator[tuple[str, bool, ClaimCondition]]:
         """The entries of a feed for one delivery, as (event, `more`, condition)."""
         for (event, asks), later in zip(told, self._later[number][feed], strict=True):
             if event in TYPES:
@@ -511,7 +512,7 @@ def heard(feeds: Feeds, event: str, table: str, before: Recipients, after: Recip
 
 
 def _heard_by_users(
-    feeds: Feeds, event: str, before: Mapping[str, Condition], after: Mapping[str, Condition], found: Heard
+    feeds: Feeds, event: str, before: Mapping[str, ClaimCondition], after: Mapping[str, ClaimCondition], found: Heard
 ) -> Iterator[None]:
     """The same for named users. The usual case is a large group whose members all saw the item and see it."""
     plain = ((event, True),)
@@ -534,7 +535,7 @@ def _heard_by_users(
             found[feeds.user(user)] = told
 
 
-def open_topics(table: str, condition: Condition) -> dict[str, Condition]:
+def open_topics(table: str, condition: ClaimCondition) -> dict[str, ClaimCondition]:
     """The topics that reach every connection that meets the condition, and what they are still to be asked for."""
     if isinstance(condition, bool):
         return {table: True} if condition else {}
@@ -543,14 +544,14 @@ def open_topics(table: str, condition: Condition) -> dict[str, Condition]:
         return {claim_topic(*parts): True}
     if kind == "all":
         return {topic: both(rest, *parts[1:]) for topic, rest in open_topics(table, parts[0]).items()}
-    found: dict[str, Condition] = {}
+    found: dict[str, ClaimCondition] = {}
     for part in parts:
         for topic, rest in open_topics(table, part).items():
             found[topic] = either(found.get(topic, False), rest)
     return found
 
 
-def variants(event: str, saw: Condition, sees: Condition) -> list[tuple[str, Condition]]:
+def variants(event: str, saw: ClaimCondition, sees: ClaimCondition) -> list[tuple[str, ClaimCondition]]:
     """A change as its readers know it: what becomes visible is entered, what ceases to be is left."""
     if saw is True and sees is True:
         return [(event, True)]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tidewire.app import BY_MEMBER, App
-from tidewire.backend import Backend
-from tidewire.functions import Arg
-from tidewire.keys import Scalar
-from tidewire.records import ItemRecord, unpack
+from tidewire.model.records import ItemRecord, unpack
+from tidewire.model.values import Scalar
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Arg
 
 from .decide import Group, GroupsOf, Members
 

@@ -11,8 +11,8 @@ from prometheus_client import Counter
 
 from tidewire.app import App
 from tidewire.audiences import Audience, Peers
-from tidewire.backend import Backend
-from tidewire.records import Change, unpack
+from tidewire.model.records import Change, unpack
+from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 

@@ -19,11 +19,12 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from tidewire.app import App, Membership
-from tidewire.backend import Backend
-from tidewire.functions import Operation
-from tidewire.keys import Keys, value_of
-from tidewire.records import Change, Id, pack
-from tidewire.walk import Place, walk
+from tidewire.model.records import Change, Id, pack
+from tidewire.model.values import value_of
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import RedisCommand
+from tidewire.redis.keys import Keys
+from tidewire.redis.walk import WalkPosition, walk
 
 from .decide import member_operation
 
@@ -43,7 +44,7 @@ class Repair:
         self.until: Id | None = None
         """Changes up to this id are passed without telling anybody; None while members are being written."""
 
-    async def piece(self, last: Id) -> list[Operation] | None:
+    async def piece(self, last: Id) -> list[RedisCommand] | None:
         """The next operations of the first step; None at its end. `last` is the id of the newest change by now."""
         piece = await anext(self._pieces, None)
         if piece is None and self.until is None:
@@ -51,7 +52,7 @@ class Repair:
         return piece
 
 
-def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -> list[Operation]:
+def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -> list[RedisCommand]:
     """The operations that apply membership changes to the known members."""
     found = []
     for _, change in changes:
@@ -63,7 +64,7 @@ def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -
 
 async def members_as_they_are(
     app: App, backend: Backend, partition: int, memberships: Iterable[str]
-) -> AsyncIterator[list[Operation]]:
+) -> AsyncIterator[list[RedisCommand]]:
     """The operations that make the known members those of the items, in pieces of a bounded size."""
     names = frozenset(memberships)
     for table in app.tables.values():
@@ -74,7 +75,7 @@ async def members_as_they_are(
                 yield piece
 
 
-async def _cleared(backend: Backend, partition: int, membership: str) -> AsyncIterator[list[Operation]]:
+async def _cleared(backend: Backend, partition: int, membership: str) -> AsyncIterator[list[RedisCommand]]:
     keys, last = backend.keys, b"-"
     while True:
         values = keys.values(partition, membership)
@@ -82,19 +83,19 @@ async def _cleared(backend: Backend, partition: int, membership: str) -> AsyncIt
         if not names:
             return
         last = b"(" + names[-1]
-        yield [Operation("UNLINK", keys.members(membership, value_of(name)), ()) for name in names]
+        yield [RedisCommand("UNLINK", keys.members(membership, value_of(name)), ()) for name in names]
 
 
-async def _written(backend: Backend, partition: int, membership: str) -> AsyncIterator[list[Operation]]:
+async def _written(backend: Backend, partition: int, membership: str) -> AsyncIterator[list[RedisCommand]]:
     keys = backend.keys
-    place: Place | None = None
+    place: WalkPosition | None = None
     while found := await walk(backend, partition, membership, place, MEMBERS_BATCH):
         place = found[-1][0]
-        piece: list[Operation] = []
+        piece: list[RedisCommand] = []
         size_bytes = 0
         for _, key, record in found:
             item = pack(record.item)
-            piece.append(Operation("HSET", keys.members(membership, key.partition), (pack(key.sort), item)))
+            piece.append(RedisCommand("HSET", keys.members(membership, key.partition), (pack(key.sort), item)))
             size_bytes += len(item)
             if size_bytes > MAX_COMMIT_BYTES:
                 yield piece

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from typing import NamedTuple
 
-from tidewire.functions import LARGE_BODY_BYTES, WHOLE, Append, Unit, body_id, feed_number, reference
-from tidewire.keys import Home, Keys
-from tidewire.records import Position
+from tidewire.model.records import Position
+from tidewire.redis.functions import LARGE_BODY_BYTES, WHOLE, Append, Unit, body_id, feed_number, reference
+from tidewire.redis.keys import Home, Keys
 
 MAX_CALL_APPENDS = 2000
 MAX_CALL_BYTES = 1 << 20
@@ -161,11 +161,11 @@ class Router:
 def refer(appends: list[Append]) -> tuple[list[Append], dict[bytes, bytes]]:
     """The appends to one destination with references to bodies whose copies would take too much, and those bodies."""
     # The more changes a transaction has, the less each may take: a feed gets all of them in one call.
-    most_bytes = MAX_COPIED_BYTES // (1 + len(appends) // 16)
+    max_bytes = MAX_COPIED_BYTES // (1 + len(appends) // 16)
     found: list[Append] = []
     bodies: dict[bytes, bytes] = {}
     for append in appends:
-        if append.size_bytes > LARGE_BODY_BYTES and append.size_bytes * len(append.feeds) > most_bytes:
+        if append.size_bytes > LARGE_BODY_BYTES and append.size_bytes * len(append.feeds) > max_bytes:
             id_ = body_id(append.position, append.body)
             bodies[id_] = append.body
             append = append._replace(body=reference(id_))  # noqa: PLW2901 - the same append, shortened

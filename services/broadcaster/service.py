@@ -12,15 +12,15 @@ from prometheus_client import Counter, Histogram
 from redis.exceptions import RedisError
 
 from tidewire.app import App, Membership
-from tidewire.backend import Backend
-from tidewire.functions import Batch, FeedBounds, Operation, Owned
-from tidewire.keys import Home
-from tidewire.lifecycle import Service
-from tidewire.partition.gaps import unbroken
-from tidewire.partition.loop import Decoder, Incomplete, Outcome
-from tidewire.partition.worker import Worker
-from tidewire.records import Change, Id, Position, pack, stream_id, unpack
-from tidewire.versions import Versions
+from tidewire.model.records import Change, Id, Position, pack, stream_id, unpack
+from tidewire.process.lifecycle import Service
+from tidewire.process.partition.gaps import unbroken
+from tidewire.process.partition.loop import Decoder, Incomplete, Outcome
+from tidewire.process.partition.worker import Worker
+from tidewire.process.versions import Versions
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Batch, FeedBounds, Owned, RedisCommand
+from tidewire.redis.keys import Home
 
 from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
@@ -157,12 +157,12 @@ class BroadcasterTenure:
         names = frozenset(unpack(unknown)) if unknown else frozenset[str]()
         return stream_id(passed) if passed else (0, 0), names, repair is not None
 
-    def _notes(self) -> list[Operation]:
+    def _notes(self) -> list[RedisCommand]:
         """The same, as it will be."""
         partition, (ms, seq) = self._owned.home.partition, self._next_passed
-        notes = [Operation("HSET", partition, ("passed", f"{ms}-{seq}"))]
+        notes = [RedisCommand("HSET", partition, ("passed", f"{ms}-{seq}"))]
         if self._next_unknown != self._unknown:
-            notes.append(Operation("HSET", partition, ("unknown", pack(sorted(self._next_unknown)))))
+            notes.append(RedisCommand("HSET", partition, ("unknown", pack(sorted(self._next_unknown)))))
         return notes
 
     async def _not_known(self, changes: Changes) -> frozenset[str]:
@@ -199,9 +199,9 @@ class BroadcasterTenure:
 
     async def _step(self, repair: Repair, batch: Batch, changes: Changes) -> Outcome:
         """The next commit of a repair."""
-        partition, notes = self._owned.home.partition, list[Operation]()
+        partition, notes = self._owned.home.partition, list[RedisCommand]()
         if not self._repair_noted:
-            notes = [Operation("HSET", partition, ("repair", "1"))]
+            notes = [RedisCommand("HSET", partition, ("repair", "1"))]
             self._repair_noted = True
         if (piece := await repair.piece(batch.last)) is not None:
             return Outcome(0, [*notes, *piece])
@@ -220,7 +220,7 @@ class BroadcasterTenure:
         # Behind all that destinations have taken, and not above the next change.
         reset = Reset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
         links: dict[Home, list[Reset]] = {home: [reset] for home in self.destinations()}
-        operations += [*self._notes(), Operation("HDEL", partition, ("repair",))]
+        operations += [*self._notes(), RedisCommand("HDEL", partition, ("repair",))]
         return Outcome(len(silent), operations, links)
 
     def _untold(self, changes: Changes) -> frozenset[str]:

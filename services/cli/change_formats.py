@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from tidewire.errors import ConfigurationError
-from tidewire.records import Change, Item, Position
+from tidewire.model.records import Change, Item, Position
 
 FORMATS = ("json", "dynamodb")
 NEW, OLD = frozenset({"NEW_IMAGE", "NEW_AND_OLD_IMAGES"}), frozenset({"OLD_IMAGE", "NEW_AND_OLD_IMAGES"})

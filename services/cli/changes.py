@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import typer
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend, Entry
-from tidewire.records import Change, Position, stream_id, unpack
+from tidewire.model.records import Change, Position, stream_id, unpack
+from tidewire.redis.backend import Backend, Entry
 from tidewire.tasks import end
 
 PAGE = 100

@@ -14,7 +14,7 @@ from tidewire.errors import ConfigurationError
 from .options import Data, Json, Redis, Stage, option
 
 if TYPE_CHECKING:
-    from tidewire.backend import Backend
+    from tidewire.redis.backend import Backend
 
 DATA = Path(".tidewire")
 

@@ -16,17 +16,18 @@ import typer
 
 from tidewire.app import CONNECTIONS, Table
 from tidewire.audiences import nobody
-from tidewire.backend import Backend
 from tidewire.errors import BadRequest, ConfigurationError
-from tidewire.keys import Keys, name_of
-from tidewire.records import Declaration
-from tidewire.walk import Found, Place, walk
+from tidewire.model.records import Declaration
+from tidewire.model.values import name_of
+from tidewire.redis.backend import Backend
+from tidewire.redis.keys import Keys
+from tidewire.redis.walk import Found, WalkPosition, walk
 
 from . import progress
 from .output import write
 from .reach import declaration_of, declarations
 
-MOST_AT_A_TIME = 1000
+MAX_AT_A_TIME = 1000
 PAGE_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 16
 RESUME = ": the same command with --resume goes on"
@@ -47,7 +48,7 @@ class Mark(NamedTuple):
 
     partition: int
     table: str
-    place: Place
+    place: WalkPosition
 
 
 def table_of(name: str, declaration: Declaration) -> Table:
@@ -108,7 +109,7 @@ async def pages(
                 more = len(found) == at_a_time
                 if found:
                     after = found[-1][0]
-                    at_a_time = min(MOST_AT_A_TIME, len(found) * PAGE_BYTES // max(len(lines), 1) + 1)
+                    at_a_time = min(MAX_AT_A_TIME, len(found) * PAGE_BYTES // max(len(lines), 1) + 1)
             done += all_values
 
 
@@ -148,7 +149,7 @@ def mark_of(line: bytes, tables: Mapping[str, Table], keys: Keys, file: str) -> 
         key = tables[last.table].key_of(last.item)
     except (msgspec.DecodeError, UnicodeDecodeError, BadRequest) as error:
         raise ConfigurationError(f"--resume: the last line of {file} is not one of an export: {error}") from None
-    return Mark(keys.partition_of(key.partition), last.table, Place(name_of(key.partition), key.field))
+    return Mark(keys.partition_of(key.partition), last.table, WalkPosition(name_of(key.partition), key.field))
 
 
 def last_whole_line(file: BinaryIO) -> tuple[int, bytes | None]:

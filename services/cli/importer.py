@@ -17,12 +17,12 @@ import typer
 from redis.exceptions import RedisError
 
 from tidewire.app import CONNECTIONS
-from tidewire.backend import Backend
-from tidewire.bus import Bus
 from tidewire.errors import ConfigurationError, Overloaded, RequestError, Timeout
-from tidewire.records import Command
-from tidewire.registry import new_id
-from tidewire.settings import load
+from tidewire.model.records import Command
+from tidewire.process.bus import Bus
+from tidewire.process.registry import new_id
+from tidewire.process.settings import load
+from tidewire.redis.backend import Backend
 from tidewire.tasks import end
 
 from . import progress
@@ -32,9 +32,9 @@ from .reach import declarations
 
 USER = "tidewire:import"
 BLOCK_BYTES = 1 << 18
-MOST_WAITING_BYTES = 4 << 20
+MAX_WAITING_BYTES = 4 << 20
 """Of lines that are read and not yet done: no more are read meanwhile."""
-MOST_OUTSTANDING = 64
+MAX_OUTSTANDING = 64
 """Commands on their way, each for another partition."""
 PATIENCE_S = 60.0
 """An import ends when for so long no store has done anything for it."""
@@ -81,10 +81,10 @@ class _Import:
             backend,
             lambda: self._id,
             timeout_s=self._settings.request_timeout_s,
-            most_queued=self._settings.commands_max,
-            most_queued_bytes=self._settings.commands_bytes,
+            max_queued=self._settings.commands_max,
+            max_queued_bytes=self._settings.commands_bytes,
         )
-        self._senders = [asyncio.Event() for _ in range(min(backend.keys.partitions, MOST_OUTSTANDING))]
+        self._senders = [asyncio.Event() for _ in range(min(backend.keys.partitions, MAX_OUTSTANDING))]
         self._room = asyncio.Event()
         self._all_read = False
         self._answered_at = time.monotonic()
@@ -115,7 +115,7 @@ class _Import:
                         break
                     if partition is not None:
                         self._senders[partition % len(self._senders)].set()
-                    if ledger.waiting_bytes > MOST_WAITING_BYTES:
+                    if ledger.waiting_bytes > MAX_WAITING_BYTES:
                         self._room.clear()
                         await self._room.wait()
                 if ledger.fault:
@@ -134,7 +134,7 @@ class _Import:
                 if parcel := self._ledger.parcel(partition):
                     idle = False
                     await self._deliver(partition, parcel)
-                    if self._ledger.waiting_bytes < MOST_WAITING_BYTES // 2 or self._ledger.fault:
+                    if self._ledger.waiting_bytes < MAX_WAITING_BYTES // 2 or self._ledger.fault:
                         self._room.set()
             if idle and self._all_read:
                 return

@@ -14,9 +14,9 @@ import msgspec
 
 from tidewire.app import CONNECTIONS, Table
 from tidewire.errors import BadRequest
-from tidewire.keys import Keys
-from tidewire.protocol import fault_in
-from tidewire.records import Item
+from tidewire.model.protocol import fault_in
+from tidewire.model.records import Item
+from tidewire.redis.keys import Keys
 
 PARCEL_ITEMS = 250
 PARCEL_BYTES = 1 << 18

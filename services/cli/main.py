@@ -203,7 +203,7 @@ def keys_create(
     as_json: Json = True,
 ) -> None:
     """Make a key. It is shown this once."""
-    from tidewire import keyring
+    from tidewire.redis import keyring
 
     if role not in ("client", "service"):
         raise typer.BadParameter("client or service", param_hint="--role")
@@ -227,7 +227,7 @@ def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_js
     from rich.console import Console
     from rich.table import Table
 
-    from tidewire import keyring
+    from tidewire.redis import keyring
 
     found = with_redis(redis, data, stage, keyring.listing, may_be_new=True)
     if as_json:
@@ -249,7 +249,7 @@ def keys_revoke(
     id_: Annotated[str, typer.Argument(metavar="ID")], redis: Redis = None, data: Data = DATA, stage: Stage = None
 ) -> None:
     """Refuse a key from now on, and close its connections."""
-    from tidewire import keyring
+    from tidewire.redis import keyring
 
     async def revoke(backend: Any) -> bool:
         return await keyring.revoke(backend, id_)

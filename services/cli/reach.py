@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 from tidewire.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from tidewire.backend import Backend
-    from tidewire.records import Declaration
+    from tidewire.model.records import Declaration
+    from tidewire.redis.backend import Backend
 
 T = TypeVar("T")
 
@@ -29,9 +29,9 @@ def with_redis(
     """
     from redis.exceptions import ConnectionError, TimeoutError
 
-    from tidewire.addresses import redacted
-    from tidewire.backend import connect_existing
-    from tidewire.settings import load
+    from tidewire.process.settings import load
+    from tidewire.redis.addresses import redacted
+    from tidewire.redis.connect import connect_existing
     from tidewire.tasks import run
 
     from .embedded import running
@@ -56,7 +56,7 @@ def with_redis(
 
 async def declarations(backend: Backend) -> dict[str, Declaration]:
     """The tables by name, sorted, as the stores have declared them."""
-    from tidewire.records import Declaration, text, unpack
+    from tidewire.model.records import Declaration, text, unpack
 
     found = await backend.commands.hgetall(backend.keys.tables())
     return {text(name): Declaration(*unpack(raw)) for name, raw in sorted(found.items())}

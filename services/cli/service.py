@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tidewire import lifecycle, telemetry
 from tidewire.app import App, load_app
-from tidewire.backend import Backend, connect
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys
-from tidewire.registry import all_services
-from tidewire.settings import Settings, load
+from tidewire.process import lifecycle, telemetry
+from tidewire.process.registry import all_services
+from tidewire.process.settings import Settings, load
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 
 
 def import_app(reference: str) -> App:

@@ -10,9 +10,10 @@ from redis.exceptions import ResponseError
 from rich.console import Console
 from rich.table import Table
 
-from tidewire.backend import NO_EVICTION, Backend
-from tidewire.records import unpack
-from tidewire.registry import all_services
+from tidewire.model.records import unpack
+from tidewire.process.registry import all_services
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import NO_EVICTION
 
 STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
 

@@ -19,13 +19,15 @@ from typing import Any
 import structlog
 import typer
 
-from tidewire import keyring, lifecycle, telemetry
-from tidewire.backend import Backend, connect
-from tidewire.credentials import ApiKey
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys
-from tidewire.records import Credential, unpack
-from tidewire.settings import Settings, load
+from tidewire.model.credentials import ApiKey
+from tidewire.model.records import Credential, unpack
+from tidewire.process import lifecycle, telemetry
+from tidewire.process.settings import Settings, load
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 
 from .embedded import Embedded, announce, end_with_parent, locked, write_private
 from .service import import_app, start

@@ -6,9 +6,10 @@ from collections import OrderedDict
 
 from prometheus_client import Counter
 
-from tidewire.backend import Backend
-from tidewire.functions import FeedEntry, referred
-from tidewire.keys import Home
+from tidewire.model.feeds import FeedEntry
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import referred
+from tidewire.redis.keys import Home
 
 MAX_KEPT_BYTES = 32 << 20
 """Bodies that a gateway keeps in memory. The one used longest ago is evicted first."""

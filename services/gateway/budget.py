@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from tidewire.errors import Overloaded
-from tidewire.protocol import Get, Query, Transact, Update
+from tidewire.model.protocol import Get, Query, Transact, Update
 
 PAGE_BYTES = 1 << 20
 """A page of a query ends at this size."""
@@ -31,7 +31,7 @@ MAX_WAIT_S = 2.0
 """Longest time for a request to wait for room in its user's budget or the gateway's."""
 
 
-def most_bytes(request: object, item_bytes: int) -> int:
+def max_bytes(request: object, item_bytes: int) -> int:
     """The most bytes that the answer of a request can have, with items of at most that size."""
     item = (item_bytes or PAGE_BYTES) + ENVELOPE_BYTES
     match request:

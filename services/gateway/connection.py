@@ -14,11 +14,10 @@ import structlog
 from redis.exceptions import RedisError
 from websockets.exceptions import ConnectionClosed
 
-from tidewire.claims import holds
 from tidewire.errors import BadRequest, Internal, NotFound, Overloaded, PermissionDenied, RequestError, Unauthenticated
-from tidewire.feeds import Cursor, Reset, follow_on
-from tidewire.functions import FeedEntry
-from tidewire.protocol import (
+from tidewire.model.claims import holds
+from tidewire.model.feeds import Cursor, FeedEntry, Reset, follow_on
+from tidewire.model.protocol import (
     Auth,
     Follow,
     Get,
@@ -31,7 +30,7 @@ from tidewire.protocol import (
     parse_request,
     request_id,
 )
-from tidewire.records import RECHECK, Principal
+from tidewire.model.records import RECHECK, Principal
 from tidewire.tasks import end
 
 from .budget import Room
@@ -49,7 +48,7 @@ ALL = 1 << 40
 """More entries than a feed has, and more bytes."""
 NOWHERE = Cursor("0", 0, "0")
 """A cursor that is always refused."""
-MOST_TOPICS = 1000
+MAX_TOPICS = 1000
 """That one connection follows."""
 CLEARING_S = 60.0
 """Time, in seconds, that a refused handshake has to leave its feeds. Calls to Redis give up long before."""
@@ -332,8 +331,8 @@ class Connection:
             place = self._places.get(request.topic)
             following: Welcome | None = None
             if place is None:
-                if len(self._places) > MOST_TOPICS:
-                    raise BadRequest(f"a connection follows at most {MOST_TOPICS} topics")
+                if len(self._places) > MAX_TOPICS:
+                    raise BadRequest(f"a connection follows at most {MAX_TOPICS} topics")
                 keys = self.core.backend.keys.topic_feed(request.topic)
                 following = await self._place(keys, request.topic, request.cursor)
                 place = following.place

@@ -7,11 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.bus import Bus
 from tidewire.errors import PermissionDenied, TooLarge
-from tidewire.keys import Scalar
-from tidewire.lifecycle import Service
-from tidewire.protocol import (
+from tidewire.model.protocol import (
     STORE_ACTIONS,
     WRITES,
     Get,
@@ -23,9 +20,12 @@ from tidewire.protocol import (
     parse_operations,
     within_operation,
 )
-from tidewire.records import Command, Principal
+from tidewire.model.records import Command, Principal
+from tidewire.model.values import Scalar
+from tidewire.process.bus import Bus
+from tidewire.process.lifecycle import Service
 
-from .budget import AnswerBudget, Room, most_bytes
+from .budget import AnswerBudget, Room, max_bytes
 from .direct import Direct
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
@@ -45,8 +45,8 @@ class Core:
             self.backend,
             lambda: self.id,
             timeout_s=self.settings.request_timeout_s,
-            most_queued=self.settings.commands_max,
-            most_queued_bytes=self.settings.commands_bytes,
+            max_queued=self.settings.commands_max,
+            max_queued_bytes=self.settings.commands_bytes,
         )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s)
@@ -67,7 +67,7 @@ class Core:
     ) -> Room:
         """Room for the request's answer. Raises Overloaded when there is none for a while."""
         user = principal.user if principal.role != "service" else None
-        return await self.answers.room(connection, user, most_bytes(request, self.settings.limit_item_bytes), gone)
+        return await self.answers.room(connection, user, max_bytes(request, self.settings.limit_item_bytes), gone)
 
     def begin(
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any

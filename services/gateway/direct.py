@@ -10,12 +10,12 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
-from tidewire.bus import Answers, Bus, Inbox
 from tidewire.errors import NotFound, RequestError
-from tidewire.records import Direct as Record
-from tidewire.records import Reply, unpack
-from tidewire.registry import Registry
+from tidewire.model.records import Direct as Record
+from tidewire.model.records import Reply, unpack
+from tidewire.process.bus import Answers, Bus, Inbox
+from tidewire.process.registry import Registry
+from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 

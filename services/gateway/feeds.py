@@ -17,12 +17,12 @@ import structlog
 from prometheus_client import Counter
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
-from tidewire.feeds import Announcement, Cursor, Reset, follow_on, head_of, resume
-from tidewire.functions import LARGE_BODY_BYTES, FeedEntry
-from tidewire.keys import Home
-from tidewire.protocol import feed_frame, json_to_msgpack
-from tidewire.records import FeedBody, unpack
+from tidewire.model.feeds import Announcement, Cursor, FeedEntry, Reset, follow_on, head_of, resume
+from tidewire.model.protocol import feed_frame, json_to_msgpack
+from tidewire.model.records import FeedBody, unpack
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import LARGE_BODY_BYTES
+from tidewire.redis.keys import Home
 from tidewire.tasks import end
 
 from .bodies import Bodies

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import structlog
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
-from tidewire.bus import Bus
 from tidewire.errors import Unauthenticated
-from tidewire.records import Authorization, Principal
+from tidewire.model.records import Authorization, Principal
+from tidewire.process.bus import Bus
+from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 

@@ -27,8 +27,8 @@ from tidewire.errors import (
     Unauthenticated,
     UnsupportedAction,
 )
-from tidewire.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
-from tidewire.records import Principal
+from tidewire.model.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
+from tidewire.model.records import Principal
 from tidewire.tasks import end
 
 from . import handshake

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from tidewire.app import CONNECTIONS
 from tidewire.errors import NotFound, RequestError
-from tidewire.registry import FORGET_AFTER_MS, Service
+from tidewire.process.registry import FORGET_AFTER_MS, Registration
 
 from .connection import Connection
 from .core import Core
@@ -120,7 +120,7 @@ class Presence:
                     except (RequestError, RedisError, OSError) as error:
                         log.warning("sweep_failed", gateway=gateway.id, error=str(error))
 
-    async def _sweep(self, dead: Service) -> None:
+    async def _sweep(self, dead: Registration) -> None:
         """By state, again and again: what the dead gateway had on its way may still arrive after a first sweep."""
         keys, functions = self._core.backend.keys, self._core.backend.functions
         # From here on it is dead, whatever it says: a gateway that comes back finds the mark and takes another id.

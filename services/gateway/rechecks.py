@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from tidewire.app import App
 from tidewire.audiences import Members, Peers
-from tidewire.backend import Backend
+from tidewire.redis.backend import Backend
 
 from .feeds import Feeds
 

@@ -21,8 +21,7 @@ from websockets.typing import Subprotocol
 
 from tidewire.app import App
 from tidewire.errors import BadRequest, NotFound, RateLimited, RequestError, Unauthenticated, UnsupportedAction
-from tidewire.lifecycle import Service
-from tidewire.protocol import (
+from tidewire.model.protocol import (
     SUBPROTOCOL,
     Auth,
     decode_frame,
@@ -30,8 +29,9 @@ from tidewire.protocol import (
     parse_request,
     request_id,
 )
-from tidewire.records import Principal
-from tidewire.telemetry import serve_http
+from tidewire.model.records import Principal
+from tidewire.process.lifecycle import Service
+from tidewire.process.telemetry import serve_http
 
 from . import handshake, rechecks
 from .connection import Connection

@@ -8,7 +8,7 @@ from typing import Any
 from tidewire.app import App
 from tidewire.audiences import Audience, Claim, Everyone, Intersection, Union, claim_topic
 from tidewire.errors import NotFound
-from tidewire.records import Principal
+from tidewire.model.records import Principal
 
 ANY = "*"
 """In place of a claim's name: a function may return an audience of any."""

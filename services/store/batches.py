@@ -13,8 +13,8 @@ from dataclasses import replace
 from redis.exceptions import OutOfMemoryError
 
 from tidewire.app import App
-from tidewire.backend import Backend
-from tidewire.records import Command
+from tidewire.model.records import Command
+from tidewire.redis.backend import Backend
 
 from .budget import UNLIMITED, Account, Clock, Cut, Limits, cut
 from .decide import CHORES, LOAD, SWEEP, Decision, Needs, decide, foresee
@@ -115,8 +115,8 @@ class Deciding:
         for facts in charged.values():
             wanted |= facts
         sizes: Sizes = {}
-        most_bytes = self._limits.bytes if self._cut.limit == 1 else 0
-        self._facts |= await fetch(self._backend, self._situation.partition, wanted, sizes, most_bytes=most_bytes)
+        max_bytes = self._limits.bytes if self._cut.limit == 1 else 0
+        self._facts |= await fetch(self._backend, self._situation.partition, wanted, sizes, max_bytes=max_bytes)
         for number, facts in charged.items():
             self._accounts[number].add_bytes(sum(sizes.get(fact, 0) for fact in facts))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tidewire.errors import TooLarge
-from tidewire.settings import Settings
+from tidewire.process.settings import Settings
 
 Clock = Callable[[], float]
 """Seconds of CPU time. The CPU time of the thread, so that a busy machine makes no command more expensive."""

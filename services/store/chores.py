@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tidewire.app import CONNECTIONS, ItemKey, Membership
-from tidewire.functions import Operation
-from tidewire.keys import Scalar, name_of
+from tidewire.app import CONNECTIONS, Membership
+from tidewire.model.values import ItemKey, Scalar, name_of
+from tidewire.redis.functions import RedisCommand
 
 from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
 from .view import EXPIRY, Gaps, View, expiry_of, keep_expiry, member_of
@@ -53,7 +53,7 @@ def trim(view: View) -> Trimmed:
     assert situation.keep_since is not None
     oldest = min(situation.keep_since, stream.read_by_all)
     if oldest > stream.first:
-        view.effects.operations.append(Operation("XTRIM", changes, ("MINID", "=", f"{oldest[0]}-{oldest[1]}")))
+        view.effects.operations.append(RedisCommand("XTRIM", changes, ("MINID", "=", f"{oldest[0]}-{oldest[1]}")))
     keep, more = stream.length, False
     if situation.keep_bytes and stream.size_bytes > situation.keep_bytes:
         keep = kept_by_bytes(stream, situation.keep_bytes)
@@ -63,7 +63,7 @@ def trim(view: View) -> Trimmed:
     if keep >= stream.length:
         return Trimmed({}, more=False)
     # What this commit has appended so far stays as well: it is not part of what the stream was when it was looked at.
-    view.effects.operations.append(Operation("XTRIM", changes, ("MAXLEN", "=", keep + view.appended)))
+    view.effects.operations.append(RedisCommand("XTRIM", changes, ("MAXLEN", "=", keep + view.appended)))
     # What was trimmed before is still counted as unread by the server; it was told then.
     unread = {group: min(count, stream.length) for group, count in stream.unread.items()}
     return Trimmed({group: count - keep for group, count in unread.items() if count > keep}, more)
@@ -78,17 +78,17 @@ Entries differ in size. Trimming in steps, with a look at the memory after each,
 """
 
 
-def kept_by_bytes(stream: Stream, most_bytes: int) -> int:
-    """How many entries one trim keeps of a stream that takes more memory than `most_bytes`."""
+def kept_by_bytes(stream: Stream, max_bytes: int) -> int:
+    """How many entries one trim keeps of a stream that takes more memory than `max_bytes`."""
     length, size_bytes = stream.length, stream.size_bytes
     part, least = STEPS
-    fit = length * most_bytes // size_bytes
+    fit = length * max_bytes // size_bytes
     keep = length - max((length - fit) // part, length // least, 1)
     unread = min(max(stream.unread.values(), default=0), length) if stream.counted else length
     if keep >= unread:
         return keep
     # Whatever was read goes. Unread entries go when the stream is many times too large, down to that.
-    fit_unread = length * UNREAD_FACTOR * most_bytes // size_bytes
+    fit_unread = length * UNREAD_FACTOR * max_bytes // size_bytes
     return min(unread, max(fit_unread, keep))
 
 
@@ -116,25 +116,25 @@ def purge(view: View) -> tuple[int, bool]:
         assert record is None or record.item is None, "a live item has no tombstone"
         if record and key.table != CONNECTIONS:
             floor = max(floor, record.version)
-        operations.append(Operation("HDEL", view.keys.items(key.table, key.partition), (key.field,)))
-        operations.append(Operation("ZREM", view.keys.tombstones(situation.partition), (member_of(key),)))
+        operations.append(RedisCommand("HDEL", view.keys.items(key.table, key.partition), (key.field,)))
+        operations.append(RedisCommand("ZREM", view.keys.tombstones(situation.partition), (member_of(key),)))
     for (table, partition), count in groups.items():
         if view.know(FieldsFact(table, partition)) <= count:
             values = view.keys.values(situation.partition, table)
-            operations.append(Operation("ZREM", values, (name_of(partition),)))
+            operations.append(RedisCommand("ZREM", values, (name_of(partition),)))
             operations += _forget_group(view, table, partition)
     if floor > situation.floor:
-        operations.append(Operation("HSET", view.keys.partition(situation.partition), ("floor", floor)))
+        operations.append(RedisCommand("HSET", view.keys.partition(situation.partition), ("floor", floor)))
     return floor, may_be_more
 
 
-def _forget_group(view: View, table: str, group: Scalar) -> Iterable[Operation]:
+def _forget_group(view: View, table: str, group: Scalar) -> Iterable[RedisCommand]:
     """What is kept of a membership's group, once its last tombstone is gone. Its changes have passed, or are lost."""
     if isinstance(view.app.tables.get(table), Membership):
         keys = view.keys
         versions = keys.group_versions(view.situation.partition)
-        yield Operation("HDEL", versions, (keys.group_field(table, group),))
-        yield Operation("DEL", keys.members(table, group), ())
+        yield RedisCommand("HDEL", versions, (keys.group_field(table, group),))
+        yield RedisCommand("DEL", keys.members(table, group), ())
 
 
 def _of_tombstones(keys: Iterable[ItemKey], groups: Iterable[tuple[str, Scalar]]) -> Iterable[Fact]:

@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from tidewire.app import CONNECTIONS, App, ItemKey, Table
+from tidewire.app import CONNECTIONS, App, Table
 from tidewire.errors import BadRequest, Internal, Overloaded, PermissionDenied, RequestError, Timeout
-from tidewire.functions import Operation
-from tidewire.keys import Keys
-from tidewire.protocol import (
+from tidewire.model.protocol import (
     WRITES,
     Check,
     Delete,
@@ -30,7 +28,10 @@ from tidewire.protocol import (
     parse_request,
     within_operation,
 )
-from tidewire.records import Command, Item, Reply, pack
+from tidewire.model.records import Command, Item, Reply, pack
+from tidewire.model.values import ItemKey
+from tidewire.redis.functions import RedisCommand
+from tidewire.redis.keys import Keys
 
 from . import chores
 from .budget import MAX_BATCH_CPU_S, Account, Clock, Exhausted
@@ -64,7 +65,7 @@ class Detached(NamedTuple):
 @dataclass
 class Decision:
     consumed: int = 0
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[RedisCommand] = field(default_factory=list)
     replies: dict[str, list[Reply]] = field(default_factory=dict)
     last: tuple[int, int] = (0, 0)
     floor: int = 0
@@ -180,7 +181,7 @@ class _Batch:
             ttl_ms = self.deadlines[gateway] - self.situation.now + 1000
             if ttl_ms > 0:
                 key = self.keys.asked(self.situation.partition, gateway)
-                self.decision.operations.append(Operation("SET", key, (number, "PX", ttl_ms)))
+                self.decision.operations.append(RedisCommand("SET", key, (number, "PX", ttl_ms)))
 
     def chores(self) -> Iterator[Callable[[], None]]:
         if self.situation.expire:
@@ -242,7 +243,9 @@ class _Batch:
         if repeat:
             self.answered[repeat] = reply
             key = self.keys.request(self.situation.partition, repeat.user, repeat.request)
-            self.decision.operations.append(Operation("SET", key, (pack(reply), "PX", max(command.request_ttl_ms, 1))))
+            self.decision.operations.append(
+                RedisCommand("SET", key, (pack(reply), "PX", max(command.request_ttl_ms, 1)))
+            )
         self.reply(command, reply)
 
     def last_of(self, gateway: str) -> int:
@@ -265,7 +268,7 @@ class _Batch:
         for number, (id_, change) in enumerate(effects.changes, 1):
             more = name is not None and number < len(effects.changes)
             record = pack(change._replace(transaction=name, more=more) if name is not None else change)
-            decision.operations.append(Operation("XADD", stream, (f"{id_[0]}-{id_[1]}", "r", record)))
+            decision.operations.append(RedisCommand("XADD", stream, (f"{id_[0]}-{id_[1]}", "r", record)))
             decision.size_bytes += 2 * len(record)
         decision.operations += effects.operations
         decision.changes += len(effects.changes)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tidewire.app import App
-from tidewire.backend import Backend
-from tidewire.functions import Operation
-from tidewire.records import pack, unpack
-from tidewire.walk import Place, walk
+from tidewire.model.records import pack, unpack
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import RedisCommand
+from tidewire.redis.walk import WalkPosition, walk
 
 from .view import expiry_of, keep_expiry
 
@@ -19,7 +19,7 @@ class Noted(NamedTuple):
     """How far a table's items of a partition are noted as those that expire."""
 
     attribute: str
-    place: Place | None  # the last one that was; None at the start
+    place: WalkPosition | None  # the last one that was; None at the start
     done: bool = False
 
 
@@ -32,7 +32,7 @@ class Expiries:
         self._partition = partition
         self._noted: dict[str, Noted] | None = None
 
-    async def step(self) -> list[Operation]:
+    async def step(self) -> list[RedisCommand]:
         """To be done before all else that is in the batch, which may know better; [] when there is nothing left."""
         keep = False
         if self._noted is None:
@@ -49,8 +49,8 @@ class Expiries:
         operations = [keep_expiry(expiries, key, expiry_of(table, record.item)) for _, key, record in found]
         return [*operations, self._kept()]
 
-    def _kept(self) -> Operation:
-        return Operation("HSET", self._backend.keys.partition(self._partition), ("expires", pack(self._noted)))
+    def _kept(self) -> RedisCommand:
+        return RedisCommand("HSET", self._backend.keys.partition(self._partition), ("expires", pack(self._noted)))
 
     async def _found(self) -> tuple[dict[str, Noted], bool]:
         """What is noted, and whether less of it holds than was kept.
@@ -65,7 +65,7 @@ class Expiries:
                 continue
             attribute, place, done = stored.get(table.name, (None, None, False))
             if attribute == table.expires:
-                found[table.name] = Noted(attribute, None if place is None else Place(*place), done)
+                found[table.name] = Noted(attribute, None if place is None else WalkPosition(*place), done)
             else:
                 found[table.name] = Noted(table.expires, None)
         return found, any(name not in found or found[name].attribute != one[0] for name, one in stored.items())

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from tidewire.app import ItemKey
-from tidewire.backend import Backend
-from tidewire.functions import Arg
-from tidewire.keys import Keys, Scalar
-from tidewire.records import ItemRecord, Reply, stream_id, text, unpack
+from tidewire.model.records import ItemRecord, Reply, stream_id, text, unpack
+from tidewire.model.values import ItemKey, Scalar
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Arg
+from tidewire.redis.keys import Keys
 
 PAGE_BYTES = 1 << 20
 """A page of a query ends here, with a `next`."""
@@ -136,11 +136,11 @@ Sizes = dict[Fact, int]
 
 
 async def fetch(
-    backend: Backend, partition: int, facts: Iterable[Fact], sizes: Sizes | None = None, *, most_bytes: int = 0
+    backend: Backend, partition: int, facts: Iterable[Fact], sizes: Sizes | None = None, *, max_bytes: int = 0
 ) -> dict[Fact, Value]:
     """All of them, concurrently: simple ones in few round trips, the others in calls of their own.
 
-    `sizes` is told the bytes of each. With `most_bytes`, fetching stops soon after so many: then not all are returned.
+    `sizes` is told the bytes of each. With `max_bytes`, fetching stops soon after so many: then not all are returned.
     """
     simple: list[Fact] = []
     others: list[Fact] = []
@@ -151,19 +151,19 @@ async def fetch(
     fetched_bytes = 0
     for begin in range(0, max(len(simple), len(others)), MAX_FETCH):
         some = simple[begin : begin + MAX_FETCH]
-        pages = others[begin : begin + MAX_FETCH] if not most_bytes else []
+        pages = others[begin : begin + MAX_FETCH] if not max_bytes else []
         found, *values = await asyncio.gather(
             _simple(backend, partition, some, sizes), *(_other(backend, partition, fact, sizes) for fact in pages)
         )
         known |= {**found, **dict(zip(pages, values, strict=True))}
         fetched_bytes += sum(sizes.get(fact, 0) for fact in some)
-        if most_bytes and fetched_bytes > most_bytes:
+        if max_bytes and fetched_bytes > max_bytes:
             return known
-    if most_bytes:
+    if max_bytes:
         for fact in others:  # one at a time: each may have a page of bytes
             known[fact] = await _other(backend, partition, fact, sizes)
             fetched_bytes += sizes.get(fact, 0)
-            if fetched_bytes > most_bytes:
+            if fetched_bytes > max_bytes:
                 break
     return known
 

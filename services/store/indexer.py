@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import structlog
 from prometheus_client import Gauge
 
-from tidewire.app import App, ItemKey, index_field, index_key
-from tidewire.backend import Backend
-from tidewire.functions import Batch, Effect, Operation, Owned
-from tidewire.keys import Home, Keys
-from tidewire.partition.gaps import id_of, unbroken
-from tidewire.partition.loop import Outcome
-from tidewire.records import Change, Id, Item, ItemRecord, Position, pack, unpack
-from tidewire.versions import Versions
-from tidewire.walk import Place, walk
+from tidewire.app import App, index_field, index_key
+from tidewire.model.records import Change, Id, Item, ItemRecord, Position, pack, unpack
+from tidewire.model.values import ItemKey
+from tidewire.process.partition.gaps import id_of, unbroken
+from tidewire.process.partition.loop import Outcome
+from tidewire.process.versions import Versions
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Batch, Effect, Owned, RedisCommand
+from tidewire.redis.keys import Home, Keys
+from tidewire.redis.walk import WalkPosition, walk
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +58,7 @@ class Filling(NamedTuple):
     """How far an index is filled, or emptied, from this partition's items."""
 
     add: bool
-    place: Place | None  # the last item that was carried; None at the start
+    place: WalkPosition | None  # the last item that was carried; None at the start
     done: bool = False
     sound: bool = True  # False: before it is filled, entries go that no item has
     only_in: tuple[int, ...] = ()
@@ -66,7 +67,7 @@ class Filling(NamedTuple):
     @classmethod
     def of(cls, stored: Sequence[Any]) -> Filling:
         found = cls(*stored)
-        place = None if found.place is None else Place(*found.place)
+        place = None if found.place is None else WalkPosition(*found.place)
         return found._replace(place=place, only_in=tuple(found.only_in))
 
     def stored(self) -> bytes:
@@ -118,7 +119,7 @@ class Entry(NamedTuple):
     """What an index has of one item, and where."""
 
     partition: int
-    operations: tuple[Operation, ...]
+    operations: tuple[RedisCommand, ...]
 
 
 def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> Entry | None:
@@ -127,7 +128,9 @@ def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> E
     if where is None:
         return None
     partition, items, order, field = where
-    return Entry(partition, (Operation("HSET", items, (field, pack(record))), Operation("ZADD", order, ("0", field))))
+    return Entry(
+        partition, (RedisCommand("HSET", items, (field, pack(record))), RedisCommand("ZADD", order, ("0", field)))
+    )
 
 
 def entry_removed(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> Entry | None:
@@ -135,7 +138,7 @@ def entry_removed(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> 
     if where is None:
         return None
     partition, items, order, field = where
-    return Entry(partition, (Operation("HDEL", items, (field,)), Operation("ZREM", order, (field,))))
+    return Entry(partition, (RedisCommand("HDEL", items, (field,)), RedisCommand("ZREM", order, (field,))))
 
 
 def _where(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> tuple[int, bytes, bytes, bytes] | None:
@@ -229,15 +232,19 @@ class IndexerTenure:
         if self._oldest is not None:
             LAG.labels(self._partition).set(max(time.time() - self._oldest / 1000, 0))
 
-    def _operations(self) -> list[Operation]:
+    def _operations(self) -> list[RedisCommand]:
         """What is kept of how far it has come."""
         assert self._indexes is not None
         stored = self._keys.indexes(self._partition)
         changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
-        operations = [Operation("HSET", stored, (index.field, filling.stored())) for index, filling in changed.items()]
-        operations += [Operation("HDEL", stored, (index.field,)) for index in self._indexes.keys() - self._next.keys()]
+        operations = [
+            RedisCommand("HSET", stored, (index.field, filling.stored())) for index, filling in changed.items()
+        ]
+        operations += [
+            RedisCommand("HDEL", stored, (index.field,)) for index in self._indexes.keys() - self._next.keys()
+        ]
         if self._next_followed != self._followed:
-            operations.append(Operation("HSET", self._owned.home.partition, ("indexed", pack(self._next_followed))))
+            operations.append(RedisCommand("HSET", self._owned.home.partition, ("indexed", pack(self._next_followed))))
         return operations
 
     async def _stored(self) -> dict[Index, Filling]:

@@ -10,7 +10,7 @@ import structlog
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
-from tidewire.backend import Backend
+from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tidewire.app import ItemKey, Table, index_field
+from tidewire.app import Table, index_field
 from tidewire.errors import BadRequest, TooLarge
-from tidewire.keys import prefix_bytes, sort_bytes, tuple_bytes
-from tidewire.protocol import Edge, Get, Query
-from tidewire.records import Item, ItemRecord
+from tidewire.model.protocol import Edge, Get, Query
+from tidewire.model.records import Item, ItemRecord
+from tidewire.model.values import ItemKey, prefix_bytes, sort_bytes, tuple_bytes
 
 from .facts import PAGE_BYTES, Fact, Page, PageFact
 from .rights import Rights

@@ -17,13 +17,13 @@ from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
 from tidewire.app import App
-from tidewire.backend import Backend
-from tidewire.bus import Answers
 from tidewire.errors import Fenced, Internal, Overloaded, RequestError, Timeout
-from tidewire.functions import Owned
-from tidewire.protocol import Get, Query, parse_request
-from tidewire.records import Command, Reply
-from tidewire.settings import Settings
+from tidewire.model.protocol import Get, Query, parse_request
+from tidewire.model.records import Command, Reply
+from tidewire.process.bus import Answers
+from tidewire.process.settings import Settings
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Owned
 from tidewire.tasks import end
 
 from .budget import Account, Limits
@@ -174,7 +174,7 @@ class Reads:
                 account.check()
                 sizes: Sizes = {}
                 facts |= await fetch(
-                    self._backend, read.situation.partition, need.facts, sizes, most_bytes=self._limits.bytes
+                    self._backend, read.situation.partition, need.facts, sizes, max_bytes=self._limits.bytes
                 )
                 account.add_bytes(sum(sizes.values()))
                 account.check()

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 import structlog
 
-from tidewire.app import ItemKey, Table, Write
+from tidewire.app import Table, Write
 from tidewire.audiences import Audience, Reader, resolve
 from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied
-from tidewire.protocol import Condition
-from tidewire.records import Command, Item
+from tidewire.model.protocol import Condition
+from tidewire.model.records import Command, Item
+from tidewire.model.values import ItemKey
 
 from .view import View, same
 

@@ -12,17 +12,17 @@ from prometheus_client import Counter, Histogram
 from redis.exceptions import ResponseError
 
 from tidewire.app import App
-from tidewire.backend import Backend
-from tidewire.bus import Answers
 from tidewire.errors import ConfigurationError, Timeout
-from tidewire.functions import Batch, Operation, Owned, Wait
-from tidewire.keys import Home
-from tidewire.lifecycle import Service
-from tidewire.partition.loop import Decoder, Outcome
-from tidewire.partition.worker import Worker
-from tidewire.records import Command, Declaration, Reply, pack, stream_id, unpack
-from tidewire.settings import Settings
-from tidewire.versions import Versions
+from tidewire.model.records import Command, Declaration, Reply, pack, stream_id, unpack
+from tidewire.process.bus import Answers
+from tidewire.process.lifecycle import Service
+from tidewire.process.partition.loop import Decoder, Outcome
+from tidewire.process.partition.worker import Worker
+from tidewire.process.settings import Settings
+from tidewire.process.versions import Versions
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Batch, Owned, RedisCommand, Wait
+from tidewire.redis.keys import Home
 
 from .batches import Deciding
 from .budget import Limits
@@ -141,7 +141,7 @@ class StoreTenure:
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]
             # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.
-            operations.append(Operation("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
+            operations.append(RedisCommand("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
         DECIDE_SECONDS.observe(time.perf_counter() - begun)
         if not operations:
             return None

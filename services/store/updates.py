@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tidewire.errors import BadRequest
-from tidewire.protocol import MAX_DEPTH, Assignments, Path, Update, fault_in
-from tidewire.records import Item
+from tidewire.model.protocol import MAX_DEPTH, Assignments, Path, Update, fault_in
+from tidewire.model.records import Item
 
 
 def apply_update(item: Item, update: Update) -> Item:

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tidewire.app import BY_MEMBER, CONNECTIONS, App, ItemKey, Membership, Table
+from tidewire.app import BY_MEMBER, CONNECTIONS, App, Membership, Table
 from tidewire.errors import BadRequest, RequestError, TooLarge
-from tidewire.functions import Operation
-from tidewire.keys import Keys, Scalar, name_of
-from tidewire.records import Change, Item, ItemRecord, Opened, pack
-from tidewire.sight import sight
+from tidewire.model.records import Change, Item, ItemRecord, Opened, pack
+from tidewire.model.values import ItemKey, Scalar, name_of
+from tidewire.redis.functions import RedisCommand
+from tidewire.redis.keys import Keys
+from tidewire.visibility import sight
 
 from .budget import Account
 from .facts import CountFact, Fact, ItemFact, KindFact, Page, PageFact, Value
 
-MOST_GROUPS = 1000
+MAX_GROUPS = 1000
 """Of one user, as far as who shares a group with whom is asked."""
 OPENED_ITEMS = 100
 OPENED_BYTES = 65536
@@ -102,7 +103,7 @@ class Effects:
 
     items: dict[ItemKey, ItemRecord] = field(default_factory=dict)
     changes: list[tuple[tuple[int, int], Change]] = field(default_factory=list)
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[RedisCommand] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)  # of sort keys, by table, where these writes settle them
 
 
@@ -188,7 +189,7 @@ class View:
     def groups(self, membership: str, user: str) -> list[Scalar]:
         table = self.app[membership]
         order, items = self.keys.index(membership, table.index(BY_MEMBER), user)[::-1]
-        page: Page = self.know(PageFact(order, items, b"-", b"+", MOST_GROUPS, reverse=False))
+        page: Page = self.know(PageFact(order, items, b"-", b"+", MAX_GROUPS, reverse=False))
         return [table.key_of(record.item).partition for record in page.records if record.item is not None]
 
     def _grown(self, key: ItemKey) -> int:
@@ -260,7 +261,7 @@ class View:
         self.effects.changes.append((id_, change))
         self.effects.items[key] = written
         self.effects.operations.append(
-            Operation("HSET", self.keys.items(key.table, key.partition), (key.field, packed))
+            RedisCommand("HSET", self.keys.items(key.table, key.partition), (key.field, packed))
         )
         if isinstance(table, Membership):
             self._keep_group(table, key, old, new, id_)
@@ -341,16 +342,18 @@ class View:
         if table.sorted:
             order = self.keys.order(key.table, key.partition)
             operations.append(
-                Operation("ZADD", order, ("0", key.field)) if live else Operation("ZREM", order, (key.field,))
+                RedisCommand("ZADD", order, ("0", key.field)) if live else RedisCommand("ZREM", order, (key.field,))
             )
         if not live:
             # A connection's id never comes again: nobody will ask for its version.
             since = 0 if table.name == CONNECTIONS else id_[0]
-            operations.append(Operation("ZADD", self.keys.tombstones(partition), (since, member_of(key))))
+            operations.append(RedisCommand("ZADD", self.keys.tombstones(partition), (since, member_of(key))))
         elif record is None:
-            operations.append(Operation("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition))))
+            operations.append(
+                RedisCommand("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition)))
+            )
         else:
-            operations.append(Operation("ZREM", self.keys.tombstones(partition), (member_of(key),)))
+            operations.append(RedisCommand("ZREM", self.keys.tombstones(partition), (member_of(key),)))
 
     def _keep_group(
         self, table: Membership, key: ItemKey, old: Item | None, new: Item | None, id_: tuple[int, int]
@@ -359,10 +362,10 @@ class View:
         situation, keys = self.situation, self.keys
         version = b"%d-%d-%d" % (situation.generation, *id_)
         field = keys.group_field(table.name, key.partition)
-        self.effects.operations.append(Operation("HSET", keys.group_versions(situation.partition), (field, version)))
+        self.effects.operations.append(RedisCommand("HSET", keys.group_versions(situation.partition), (field, version)))
         if sight(self.app, table, old, new).topics:
             channel = keys.rechecks(situation.partition)
-            self.effects.operations.append(Operation("SPUBLISH", channel, (str(key.sort),)))
+            self.effects.operations.append(RedisCommand("SPUBLISH", channel, (str(key.sort),)))
 
     def _keep_expiry(self, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
         before, after = (expiry_of(table, image) for image in (old, new))
@@ -376,11 +379,11 @@ class View:
             self.forget_connection(str(old.get("gateway")), key)
         if new is not None:
             connected = self.keys.connected(self.situation.partition, str(new.get("gateway")))
-            self.effects.operations.append(Operation("SADD", connected, (pack((key.partition, key.sort)),)))
+            self.effects.operations.append(RedisCommand("SADD", connected, (pack((key.partition, key.sort)),)))
 
     def forget_connection(self, gateway: str, key: ItemKey) -> None:
         connected = self.keys.connected(self.situation.partition, gateway)
-        self.effects.operations.append(Operation("SREM", connected, (pack((key.partition, key.sort)),)))
+        self.effects.operations.append(RedisCommand("SREM", connected, (pack((key.partition, key.sort)),)))
 
     def _check_size(self, item: Item) -> None:
         limit = self.situation.item_bytes
@@ -425,10 +428,12 @@ def member_of(key: ItemKey) -> bytes:
     return pack([key.table, key.partition, key.sort])
 
 
-def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> Operation:
+def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> RedisCommand:
     """Note among those that expire when this one does."""
     member = member_of(key)
-    return Operation("ZREM", expiries, (member,)) if at is None else Operation("ZADD", expiries, (repr(at), member))
+    return (
+        RedisCommand("ZREM", expiries, (member,)) if at is None else RedisCommand("ZADD", expiries, (repr(at), member))
+    )
 
 
 def expiry_of(table: Table, item: Item | None) -> float | None:

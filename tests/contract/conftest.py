@@ -25,8 +25,8 @@ from websockets.typing import Subprotocol
 from tests import locales, topologies
 from tests.helpers import LONG, free_port
 from tidewire import App, Write, claim, everyone, testing, user
-from tidewire.backend import connect
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 Frame = dict[str, Any]

@@ -13,9 +13,10 @@ import pytest
 from redis.asyncio.cluster import RedisCluster
 
 from tests.helpers import wait_until
-from tidewire.backend import Backend, connect
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import FakeBackend
 
 _stages = itertools.count(1)

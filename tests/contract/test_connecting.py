@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import websockets
 
-from tidewire import keyring
+from tidewire.redis import keyring
 from tidewire.testing import Stage
 
 from .conftest import Open, as_user, eventually, wire

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tidewire.backend import Backend
 from tidewire.errors import ConfigurationError
-from tidewire.functions import Call, StreamBounds
-from tidewire.records import Change, Position
+from tidewire.model.records import Change, Position
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Call, StreamBounds
 from tidewire.services.cli import importer
 from tidewire.services.cli.changes import Found, print_changes
 from tidewire.services.cli.exporter import export

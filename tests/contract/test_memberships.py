@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 from tidewire import App, everyone
-from tidewire.backend import Backend
+from tidewire.redis.backend import Backend
 from tidewire.tasks import end
 from tidewire.testing import Stage
 

@@ -11,11 +11,11 @@ import pytest
 from prometheus_client import generate_latest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tidewire.lifecycle import Service, listen
+from tidewire.process.lifecycle import Service, listen
+from tidewire.process.settings import Settings
 from tidewire.services.gateway.service import build as build_gateway
 from tidewire.services.store.indexer import LAG
 from tidewire.services.store.service import StoreTenure
-from tidewire.settings import Settings
 from tidewire.tasks import end
 from tidewire.testing import Stage
 

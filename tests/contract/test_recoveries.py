@@ -9,9 +9,9 @@ import pytest
 from redis.exceptions import ConnectionError
 
 from tidewire import App, everyone, testing
-from tidewire.backend import connect
-from tidewire.functions import Functions
-from tidewire.keys import Keys
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import Functions
+from tidewire.redis.keys import Keys
 from tidewire.services.gateway.feeds import Feeds
 from tidewire.testing import Stage
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tidewire import keyring
+from tidewire.redis import keyring
 from tidewire.testing import Stage
 
 from .conftest import Open, Wire, as_user, post

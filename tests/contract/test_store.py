@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tidewire import App, everyone, testing
-from tidewire.backend import connect
 from tidewire.client import Client
-from tidewire.keys import Keys
-from tidewire.records import Change, unpack
+from tidewire.model.records import Change, unpack
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.status import collect
 from tidewire.testing import Stage
 

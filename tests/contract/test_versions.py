@@ -12,12 +12,13 @@ import pytest
 
 from tests.helpers import wait_until
 from tidewire import App, everyone
-from tidewire.backend import Backend, connect
-from tidewire.keys import Keys
-from tidewire.lifecycle import Service, listen
-from tidewire.partition.worker import Worker
-from tidewire.records import unpack
-from tidewire.settings import Settings
+from tidewire.model.records import unpack
+from tidewire.process.lifecycle import Service, listen
+from tidewire.process.partition.worker import Worker
+from tidewire.process.settings import Settings
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.testing import Stage
 
 from .conftest import Wire, as_user, eventually

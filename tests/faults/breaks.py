@@ -51,14 +51,14 @@ PROBED = with_parts(["probes"], STAYING)
 
 BREAKS = {
     "a link takes again what it has taken": Break(
-        "tidewire/lua/feed.lua",
+        "tidewire/redis/lua/feed.lua",
         "    local is_new = order > 0 or (order == 0 and effect[4] > after)\n",
         "    local is_new = true\n    after = NOTHING\n",
         again("swallow_link", "broadcaster", 8),
         {"double"},
     ),
     "a new owner does not stamp its epoch": Break(
-        "tidewire/partition/loop.py",
+        "tidewire/process/partition/loop.py",
         "self._announce(to) for to in self._tenure.destinations())",
         "self._announce(to) for to in self._tenure.destinations()[:0])",
         again("hold_note", "broadcaster", 5, lasts_s=9.5, every_s=22.0),
@@ -67,14 +67,14 @@ BREAKS = {
         partitions=64,
     ),
     "nothing is fenced": Break(
-        "tidewire/lua/generation.lua",
+        "tidewire/redis/lua/generation.lua",
         "  return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch\n",
         "  return false\n",
         again("hold_commit", "store", 5, lasts_s=6.0, every_s=8.0),
         {"double", "disorder", "loss", "reset"},  # it depends on whose ids are the greater
     ),
     "what is pending is not read again": Break(
-        "tidewire/lua/stream.lua",
+        "tidewire/redis/lua/stream.lua",
         "  local from = after\n",
         "  local from = '>'\n",
         again("swallow_read", "broadcaster", 6),
@@ -89,7 +89,7 @@ BREAKS = {
         STAYING,
     ),
     "feeds of a change that is sent in pieces are told apart by something else than their numbers": Break(
-        "tidewire/lua/link.lua",
+        "tidewire/redis/lua/link.lua",
         "  return tonumber(string.sub(redis.sha1hex(feed), 1, 13), 16)\n",
         "  return 0\n",
         [],
@@ -108,7 +108,7 @@ BREAKS = {
         seconds=15.0,
     ),
     "a partition whose loop failed is left alone for long": Break(
-        "tidewire/partition/worker.py",
+        "tidewire/process/partition/worker.py",
         "            self._retry_at[partition] = time.monotonic() + 0.5\n",
         "            self._retry_at[partition] = time.monotonic() + 40.0\n",
         again("cut", "store", 6, lasts_s=1.0, every_s=5.0),
@@ -125,7 +125,7 @@ BREAKS = {
         seconds=25.0,
     ),
     "everybody is dead whose word has expired": Break(
-        "tidewire/liveness.py",
+        "tidewire/process/liveness.py",
         "service for service, at in self._suspected.items() if begun_s - at >= CONFIRMED_LEASES * self._lease_s",
         "service for service, gone in expired.items() if gone",
         [Fault(6.0 + 25.0 * number, "stall_redis", None, 0, 6.0 + number) for number in range(3)],
@@ -133,7 +133,7 @@ BREAKS = {
         PROBED,
         also=(
             (
-                "tidewire/lua/service.lua",
+                "tidewire/redis/lua/service.lua",
                 "  if not expires or expires > now then return 0 end\n",
                 "  if not expires then return 0 end\n",
             ),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tidewire.records import Change
+from tidewire.model.records import Change
 
 from .images import digest
 from .pace import is_watched, tenant_of

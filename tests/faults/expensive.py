@@ -17,9 +17,9 @@ from typing import Any
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from tidewire import keyring
-from tidewire.backend import Backend
 from tidewire.client import Client
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
 
 from .pace import SPRAWL, Pace
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
-from tidewire.records import Change, stream_id, unpack
+from tidewire.model.records import Change, stream_id, unpack
+from tidewire.redis.backend import Backend
 
 from .check import Report
 from .expect import Written

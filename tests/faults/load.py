@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tests.helpers import wait_until
-from tidewire import keyring
-from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import RequestError, TidewireError
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
 
 from .expensive import Expensive
 from .logs import Acknowledged, Late, User

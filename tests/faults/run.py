@@ -18,11 +18,11 @@ from typing import Any
 
 from tests import locales
 from tests.helpers import wait_until
-from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
-from tidewire.records import ItemRecord, unpack
-from tidewire.walk import walk
+from tidewire.model.records import ItemRecord, unpack
+from tidewire.redis.backend import Backend
+from tidewire.redis.walk import walk
 
 from .bounds import MAX_BYTES, check_absences, check_late, check_memory, check_pauses, check_sockets, longest_pauses
 from .check import (

@@ -23,8 +23,9 @@ from redis.exceptions import RedisError
 
 from tests import topologies
 from tests.helpers import free_port, wait_until
-from tidewire.backend import Backend, connect_existing
-from tidewire.keys import Keys
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect_existing
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.embedded import Embedded
 
 from .proxy import Proxy

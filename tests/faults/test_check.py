@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tidewire.records import Change
+from tidewire.model.records import Change
 
 from .check import ReaderLog, Report, check_connections, check_history, check_reader, check_steps
 from .expect import MEMBERSHIPS, Written, expect

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tidewire import keyring
-from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
 
 from .logs import Absence, Peak, Probe, Reconnect, Span
 from .readers import open_connection

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from tidewire.backend import Backend
 from tidewire.client import Client
 from tidewire.errors import TidewireError
-from tidewire.records import Change, unpack
+from tidewire.model.records import Change, unpack
+from tidewire.redis.backend import Backend
 
 Seen = tuple[str, str, int]
 """(table, sort key, version) of a change."""

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from tests.helpers import free_port
-from tidewire.backend import Backend, connect_existing
 from tidewire.client import Client
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect_existing
 
 COMMAND = [sys.executable, "-m", "tidewire.services.cli.main"]
 

@@ -68,7 +68,7 @@ class Writers:
 async def traffic(up: Up, rate: float) -> AsyncIterator[tuple[list[Reader], Writers]]:
     """All users connected, each in a room, all reading, messages flowing. At the end all is compared."""
     async with contextlib.AsyncExitStack() as stack:
-        from tidewire import keyring
+        from tidewire.redis import keyring
 
         backend = await stack.enter_async_context(await up.backend())
         keys = {user: str(await keyring.create(backend, user)) for user in USERS}

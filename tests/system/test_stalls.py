@@ -17,7 +17,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.protocol import State
 
 from tests.helpers import LONG, wait_until
-from tidewire import keyring
+from tidewire.redis import keyring
 
 from .conftest import Up, descendants
 

@@ -139,7 +139,7 @@ async def test_the_connections_of_a_killed_gateway_are_removed(new_up: Any) -> N
 
         async def connections() -> set[str]:
             raw = await backend.commands.hgetall(backend.keys.items("connections", "alice"))
-            from tidewire.records import ItemRecord, unpack
+            from tidewire.model.records import ItemRecord, unpack
 
             records = [ItemRecord(*unpack(value)) for value in raw.values()]
             return {str(record.item["connection"]) for record in records if record.item}

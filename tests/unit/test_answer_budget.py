@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.errors import Overloaded
-from tidewire.protocol import parse_request
+from tidewire.model.protocol import parse_request
 from tidewire.services.gateway import budget
-from tidewire.services.gateway.budget import PAGE_BYTES, SMALL_BYTES, AnswerBudget, most_bytes
+from tidewire.services.gateway.budget import PAGE_BYTES, SMALL_BYTES, AnswerBudget, max_bytes
 
 
 def asked(action: str, **fields: Any) -> int:
-    return most_bytes(parse_request({"action": action, **fields}), 262_144)
+    return max_bytes(parse_request({"action": action, **fields}), 262_144)
 
 
 def test_the_most_that_an_answer_can_have_follows_from_its_request() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tidewire.app import App, ItemKey, Table, load_app
+from tidewire.app import App, Table, load_app
 from tidewire.audiences import everyone, nobody, user
 from tidewire.errors import BadRequest, ConfigurationError
+from tidewire.model.values import ItemKey
 
 SENSELESS: dict[str, tuple[Callable[[App], Any], str]] = {
     "a name with a space": (lambda a: a.table("my table", key="id"), "my table"),

@@ -20,10 +20,10 @@ from tidewire.audiences import (
     topic,
     user,
 )
-from tidewire.claims import both, claim_is, either, holds, unless
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Scalar
-from tidewire.records import Item, pack, unpack
+from tidewire.model.claims import both, claim_is, either, holds, unless
+from tidewire.model.records import Item, pack, unpack
+from tidewire.model.values import Scalar
 
 PEOPLE = ["alice", "bob", "carol", "dave"]
 GROUPS: list[Scalar] = ["r1", "r2", 3]

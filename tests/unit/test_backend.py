@@ -2,10 +2,10 @@
 
 import pytest
 
-from tidewire.addresses import ClusterAddress, SentinelsAddress, redacted
-from tidewire.backend import backend_at
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys
+from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, redacted
+from tidewire.redis.connect import backend_at
+from tidewire.redis.keys import Keys
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tidewire.app import App
 from tidewire.audiences import Audience, claim, everyone, topic, user
-from tidewire.claims import holds
-from tidewire.functions import WHOLE, Append, Unit, feed_number, referred
-from tidewire.keys import Home, Keys
-from tidewire.records import Change, FeedBody, Item, unpack
+from tidewire.model.claims import holds
+from tidewire.model.records import Change, FeedBody, Item, unpack
+from tidewire.redis.functions import WHOLE, Append, Unit, feed_number, referred
+from tidewire.redis.keys import Home, Keys
 from tidewire.services.broadcaster.decide import (
     MAX_BATCH_APPENDS,
     MAX_BATCH_BYTES,
@@ -35,7 +35,7 @@ from tidewire.services.broadcaster.route import (
     FeedCache,
     StoreBodies,
 )
-from tidewire.sight import sight
+from tidewire.visibility import sight
 
 KEYS = Keys("dev", 4)
 PARTITION, GENERATION, NOW = 2, 1, 1_795_409_459_002

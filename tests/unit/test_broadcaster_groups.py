@@ -9,9 +9,9 @@ import fakeredis
 import pytest
 
 from tidewire.app import App
-from tidewire.functions import Arg
-from tidewire.keys import Keys
-from tidewire.records import Change, ItemRecord, pack, unpack
+from tidewire.model.records import Change, ItemRecord, pack, unpack
+from tidewire.redis.functions import Arg
+from tidewire.redis.keys import Keys
 from tidewire.services.broadcaster.decide import Group, Members
 from tidewire.services.broadcaster.groups import GroupCache, Groups
 from tidewire.services.broadcaster.indexed import IndexWait, last_of_peers, peer_memberships

@@ -12,12 +12,12 @@ import pytest
 from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 
 from tests.helpers import wait_until
-from tidewire import bus as module
-from tidewire.bus import Bus, Inbox
 from tidewire.errors import Overloaded, Timeout
-from tidewire.functions import Call, StreamBounds
-from tidewire.keys import Keys
-from tidewire.records import Reply, pack
+from tidewire.model.records import Reply, pack
+from tidewire.process import bus as module
+from tidewire.process.bus import Bus, Inbox
+from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.keys import Keys
 from tidewire.testing import FakeBackend
 
 
@@ -51,7 +51,7 @@ async def test_one_asked_after_all_have_timed_out_times_out_too() -> None:
 
 
 async def test_what_has_timed_out_makes_room_for_others() -> None:
-    bus = unsent(0.01, most_waiting=1)
+    bus = unsent(0.01, max_waiting=1)
     first = ask(bus)
     with pytest.raises(Overloaded):
         ask(bus)

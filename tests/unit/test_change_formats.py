@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tidewire.app import STREAM_VIEWS
 from tidewire.errors import ConfigurationError
-from tidewire.records import Change, Position
+from tidewire.model.records import Change, Position
 from tidewire.services.cli.change_formats import (
     as_dynamodb,
     as_json,

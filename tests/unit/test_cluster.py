@@ -10,8 +10,8 @@ import pytest
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, ConnectionError, MovedError, ResponseError, TryAgainError
 
-from tidewire import cluster
-from tidewire.cluster import Address, ClusterWire, Slots, key_of, ranges_of
+from tidewire.redis import cluster_wire as cluster
+from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, key_of, ranges_of
 
 A, B = ("a", 1), ("b", 2)
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidewire.credentials import ApiKey, verify
 from tidewire.errors import Unauthenticated
-from tidewire.records import Credential
+from tidewire.model.credentials import ApiKey, verify
+from tidewire.model.records import Credential
 
 NOW = 1_795_409_459_002
 

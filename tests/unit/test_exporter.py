@@ -6,9 +6,10 @@ import io
 
 import pytest
 
-from tidewire.app import App, ItemKey
+from tidewire.app import App
 from tidewire.errors import ConfigurationError
-from tidewire.keys import Keys, name_of
+from tidewire.model.values import ItemKey, name_of
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.exporter import BLOCK_BYTES, last_whole_line, mark_of
 
 KEYS = Keys("dev", 8)

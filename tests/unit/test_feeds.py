@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidewire.feeds import Announcement, Cursor, Reset, chained, follow_on, head_of, resume
-from tidewire.functions import FeedEntry, FeedState
+from tidewire.model.feeds import Announcement, Cursor, FeedEntry, FeedState, Reset, chained, follow_on, head_of, resume
 
 EPOCH = "1795409459002"
 START = "0"

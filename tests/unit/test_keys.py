@@ -5,7 +5,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidewire.keys import LARGEST_KEY_NUMBER, Keys, Scalar, name_of, sort_bytes
+from tidewire.model.values import LARGEST_KEY_NUMBER, Scalar, name_of, sort_bytes
+from tidewire.redis.keys import Keys
 
 NUMBERS = st.integers(-LARGEST_KEY_NUMBER, LARGEST_KEY_NUMBER) | st.floats(
     -LARGEST_KEY_NUMBER, LARGEST_KEY_NUMBER, allow_nan=False

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.app import App
-from tidewire.keys import Keys
+from tidewire.redis.keys import Keys
 from tidewire.services.cli.ledger import PARCEL_BYTES, PARCEL_ITEMS, Ledger
 
 KEYS = Keys("dev", 3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tidewire.settings import Settings
+from tidewire.process.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 LIMITS = (ROOT / "docs" / "limits.md").read_text()
@@ -15,14 +15,14 @@ BOUNDED = ("_max", "_bytes", "_entries", "_window_s", "_timeout_s", "_retention_
 
 
 def _constants() -> list[tuple[str, str]]:
-    """(module, constant) of each bound: MAX_…, and those of before that name."""
+    """(module, constant) of each bound: MAX_…"""
     found = []
     for folder in ("tidewire", "services"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             module = str(path.relative_to(ROOT / folder))
             if module.startswith(("services", "examples")):  # the same files, through symbolic links
                 continue
-            lines = re.findall(r"^((?:(?:MAX|MOST)_[A-Z_]+(?:, )?)+)(?:: \w+)? = ", path.read_text(), re.MULTILINE)
+            lines = re.findall(r"^((?:MAX_[A-Z_]+(?:, )?)+)(?:: \w+)? = ", path.read_text(), re.MULTILINE)
             found += [(module, name) for line in lines for name in line.split(", ")]
     return found
 

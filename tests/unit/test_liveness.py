@@ -7,7 +7,7 @@ import heapq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidewire.liveness import Liveness
+from tidewire.process.liveness import Liveness
 
 LEASE_S = 3.0
 BEAT_S = LEASE_S / 3

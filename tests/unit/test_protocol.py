@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.errors import BadRequest, RequestError, UnsupportedAction
-from tidewire.protocol import (
+from tidewire.model.protocol import (
     ACTIONS,
     Delete,
     Get,
@@ -27,7 +27,7 @@ from tidewire.protocol import (
     parse_request,
     request_id,
 )
-from tidewire.records import FeedBody
+from tidewire.model.records import FeedBody
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 LEAVES = (

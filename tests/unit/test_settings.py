@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tidewire.errors import ConfigurationError
-from tidewire.settings import Settings, load
+from tidewire.process.settings import Settings, load
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:

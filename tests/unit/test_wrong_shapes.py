@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.shapes import GOOD, MOST_BYTES, NO_JSON, SEEDS, WRONG, Wrong, make_app
+from tests.shapes import GOOD, MAX_BYTES, NO_JSON, SEEDS, WRONG, Wrong, make_app
 from tidewire.errors import BadRequest, RequestError
-from tidewire.protocol import STORE_ACTIONS, decode_frame, parse_request
+from tidewire.model.protocol import STORE_ACTIONS, decode_frame, parse_request
 
 from .world import World
 
 
 def seeded() -> World:
-    world = World(make_app(), item_bytes=MOST_BYTES)
+    world = World(make_app(), item_bytes=MAX_BYTES)
     for table, item in SEEDS:
         world.do("alice", "put", table=table, item=item)
     return world

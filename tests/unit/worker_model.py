@@ -20,26 +20,25 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
-from tidewire.feeds import chained
-from tidewire.functions import (
+from tidewire.model.feeds import chained, entry_of
+from tidewire.model.records import Position, pack, unpack
+from tidewire.process.partition.loop import Incomplete, Outcome, PartitionLoop
+from tidewire.redis.functions import (
     VERSION,
     WHOLE,
     Append,
     Batch,
     FeedBounds,
     Functions,
-    Operation,
     Owned,
+    RedisCommand,
     Unit,
     body_id,
-    entry_of,
     feed_number,
     reference,
     referred,
 )
-from tidewire.keys import Home, Keys
-from tidewire.partition.loop import Incomplete, Outcome, PartitionLoop
-from tidewire.records import Position, pack, unpack
+from tidewire.redis.keys import Home, Keys
 
 KEYS = Keys("t", 3)
 SOURCE = 0
@@ -190,7 +189,7 @@ class ModelTenure:
                 raise Incomplete
         taken = batch.entries[:count]
         links = {KEYS.home(partition): self.calls(partition, taken) for partition in range(KEYS.partitions)}
-        return Outcome(len(taken), [Operation("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
+        return Outcome(len(taken), [RedisCommand("RPUSH", DONE, (fields[b"n"],)) for _, fields in taken], links)
 
     def calls(self, partition: int, taken: list[Entry]) -> list[Call]:
         calls = [Call([], [])]

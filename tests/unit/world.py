@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tidewire.app import App, ItemKey
+from tidewire.app import App
 from tidewire.errors import RequestError
-from tidewire.keys import Keys
-from tidewire.protocol import Get, Query, parse_request
-from tidewire.records import Change, Command, ItemRecord, Position, Reply, unpack
+from tidewire.model.protocol import Get, Query, parse_request
+from tidewire.model.records import Change, Command, ItemRecord, Position, Reply, unpack
+from tidewire.model.values import ItemKey
+from tidewire.redis.keys import Keys
 from tidewire.services.store.batches import DETACHABLE
 from tidewire.services.store.budget import UNLIMITED, Account, Cut, cut
 from tidewire.services.store.decide import CHORES, Decision, decide, wire_error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
-from tidewire.keys import Scalar, canonical, sort_bytes
+from tidewire.model.values import Scalar, canonical, sort_bytes
 
 Frame = dict[str, Any]
 Item = dict[str, Any]

@@ -19,7 +19,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from tidewire.wire import Wire, pause, without_errors
+from tidewire.redis.wire import Wire, pause, without_errors
 
 SLOTS = 16384
 MAX_TRIES = 10

@@ -12,14 +12,14 @@ import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend, Waiter
 from tidewire.errors import Declined, Fenced
-from tidewire.functions import Owned
-from tidewire.partition.loop import Link, PartitionLoop, Stamps, Tenure
-from tidewire.registry import Registry
-from tidewire.settings import Settings
+from tidewire.process.partition.loop import Link, PartitionLoop, Stamps, Tenure
+from tidewire.process.registry import Registry
+from tidewire.process.settings import Settings
+from tidewire.process.versions import Versions
+from tidewire.redis.backend import Backend, Waiter
+from tidewire.redis.functions import Owned
 from tidewire.tasks import end
-from tidewire.versions import Versions
 
 log = structlog.get_logger(__name__)
 

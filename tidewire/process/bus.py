@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 import structlog
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
-from tidewire.backend import Backend
 from tidewire.errors import Overloaded, RequestError, Timeout, from_wire
-from tidewire.functions import Call, StreamBounds
-from tidewire.records import JSON, Reply, pack, stream_id, unpack
+from tidewire.model.records import JSON, Reply, pack, stream_id, unpack
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Call, StreamBounds
 
 log = structlog.get_logger(__name__)
 
@@ -84,14 +84,14 @@ class Bus:
         name: Callable[[], str],
         *,
         timeout_s: float,
-        most_waiting: int = 10_000,
-        most_queued: int = 10_000,
-        most_queued_bytes: int = 64 << 20,
+        max_waiting: int = 10_000,
+        max_queued: int = 10_000,
+        max_queued_bytes: int = 64 << 20,
     ) -> None:
         self._backend = backend
         self._timeout_s = timeout_s
-        self._most_waiting = most_waiting
-        self._bounds = StreamBounds(most_queued, most_queued_bytes)
+        self._most_waiting = max_waiting
+        self._bounds = StreamBounds(max_queued, max_queued_bytes)
         self._inbox = Inbox(backend, lambda: backend.keys.replies(name()))
         self._sender = secrets.token_hex(8)
         self._calls = itertools.count(1)

@@ -1,5 +1,5 @@
 -- Feeds and the bodies that their entries refer to. The first keys of each function are those of a Home
--- (tidewire/keys.py): partition, changes, links, feeds, bodies, references.
+-- (tidewire/redis/keys.py): partition, changes, links, feeds, bodies, references.
 local FEEDS, BODIES, REFERENCES, HOME = 4, 5, 6, 6
 
 -- The states of a partition's open feeds are fields of one hash, named by the key of the feed's stream, so that a call reads

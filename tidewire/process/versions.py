@@ -22,10 +22,10 @@ from redis.exceptions import RedisError
 
 from tidewire.app import App
 from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, nobody
-from tidewire.backend import Backend
 from tidewire.errors import Declined
-from tidewire.records import pack, text, unpack
-from tidewire.registry import Registry, Service
+from tidewire.model.records import pack, text, unpack
+from tidewire.process.registry import Registration, Registry
+from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 
@@ -176,11 +176,11 @@ class Versions:
             for service in self._others()
         )
 
-    def _others(self) -> list[Service]:
+    def _others(self) -> list[Registration]:
         registry = self._registry
         return [registry.services[id_] for id_ in registry.live(registry.kind) if id_ != registry.id]
 
-    def _of(self, service: Service) -> Names:
+    def _of(self, service: Registration) -> Names:
         return self._known.get(str(service.info.get("application")), frozenset())
 
     async def _look(self) -> None:
@@ -192,6 +192,6 @@ class Versions:
         self._known |= {text(digest): frozenset(unpack(raw)) for digest, raw in found.items()}
 
 
-def _declines(service: Service, group: str) -> dict[int, Names]:
+def _declines(service: Registration, group: str) -> dict[int, Names]:
     declined = service.info.get("declines", {}).get(group, {})
     return {int(partition): frozenset(names) for partition, names in declined.items()}

@@ -17,11 +17,11 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
-from tidewire.backend import Backend
 from tidewire.errors import Fenced
-from tidewire.functions import Owned
-from tidewire.liveness import Liveness
-from tidewire.registry import FORGET_AFTER_MS, Heard, Registry, listed
+from tidewire.process.liveness import Liveness
+from tidewire.process.registry import FORGET_AFTER_MS, BeatReply, Registry, listed
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Owned
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
@@ -203,7 +203,7 @@ class Keeper:
         verdict = self._liveness.judge(begun, ended, {one.id: not one.alive for one in services.values()})
         restarted = self._server not in (None, beat.server)
         self._server = beat.server
-        heard = Heard(id_, ended, beat.now, services, verdict, beat.swept, verdict.interrupted or restarted)
+        heard = BeatReply(id_, ended, beat.now, services, verdict, beat.swept, verdict.interrupted or restarted)
         self._tell(self._registry.take, heard)
         for service in verdict.dead:
             one = services[service]

@@ -16,13 +16,14 @@ from prometheus_client import Counter
 from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
-from tidewire.keys import Home
-from tidewire.records import Id, Position, stream_id
+from tidewire.model.feeds import FeedEntry, FeedState, entry_of
+from tidewire.model.records import Id, Position, stream_id
+from tidewire.redis.keys import Home
 
 PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service")
 """Files of lua/ in the order in which they are joined: a local function is known from its own line on."""
 
-_TEXT = "\n".join(files("tidewire.lua").joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in PARTS)
+_TEXT = "\n".join(files("tidewire.redis.lua").joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in PARTS)
 VERSION = hashlib.sha1(_TEXT.encode(), usedforsecurity=False).hexdigest()[:8]
 """In the names of library and functions: a server refuses a second library that has a function of the same name."""
 LIBRARY = f"tidewire_{VERSION}"
@@ -81,7 +82,7 @@ class Batch(NamedTuple):
     """Whether the stream had no entry after these when it was asked for more."""
 
 
-class Operation(NamedTuple):
+class RedisCommand(NamedTuple):
     """One Redis command of a commit: its key is declared, its arguments are few (unpack holds about 8,000)."""
 
     command: str
@@ -185,13 +186,7 @@ class Effect(NamedTuple):
 
     position: Position
     number: int  # of the effect within the change, from 1 on
-    operations: tuple[Operation, ...]
-
-
-class FeedState(NamedTuple):
-    epoch: str
-    seq: int
-    tag: str
+    operations: tuple[RedisCommand, ...]
 
 
 class Beat(NamedTuple):
@@ -201,13 +196,6 @@ class Beat(NamedTuple):
     now: int  # ms since 1970, the server's
     server: bytes  # its replication id, which changes when it restarts or fails over; empty where there is no INFO
     services: dict[str, tuple[int, bytes]]  # expiry in ms and information, of dead ones too
-
-
-class FeedEntry(NamedTuple):
-    seq: int
-    tag: str
-    position: str
-    body: bytes  # or a reference to one: see `referred`
 
 
 class Functions:
@@ -270,7 +258,7 @@ class Functions:
         owned: Owned,
         number: int,
         acknowledged: Iterable[tuple[int, int]],
-        operations: Iterable[Operation],
+        operations: Iterable[RedisCommand],
         wait: Wait | None = None,
         *,
         count: int,
@@ -416,7 +404,7 @@ class Functions:
         await self._call("service_forget", (services,), service)
 
 
-def _declare(operations: Iterable[Operation], keys: list[bytes], index: dict[bytes, int], args: list[Arg]) -> None:
+def _declare(operations: Iterable[RedisCommand], keys: list[bytes], index: dict[bytes, int], args: list[Arg]) -> None:
     """Append operations to a call's arguments, and the keys that they add to its keys."""
     for operation in operations:
         at = index.setdefault(operation.key, len(keys) + 1)
@@ -444,10 +432,3 @@ def _fields(raw: Any) -> dict[bytes, bytes]:
 
 def _entry(id_: bytes, fields: list[bytes]) -> FeedEntry:
     return entry_of(id_, fields[1])
-
-
-def entry_of(id_: bytes, text: bytes) -> FeedEntry:
-    """An entry of a feed by its id, `<epoch>-<seq - 1>`, and what it holds, `<tag> <position> <total>\\n<body>`."""
-    head, _, body = text.partition(b"\n")
-    tag, position, _ = head.decode().split(" ")
-    return FeedEntry(stream_id(id_)[1] + 1, tag, position, body)

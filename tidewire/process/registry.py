@@ -10,16 +10,16 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from tidewire.backend import Backend
-from tidewire.functions import Owned, split_beat
-from tidewire.liveness import Verdict
-from tidewire.records import pack, text, unpack
+from tidewire.model.records import pack, text, unpack
+from tidewire.process.liveness import Verdict
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import Owned, split_beat
 
 FORGET_AFTER_MS = 60_000
 """How long a dead service stays listed, in ms. A gateway is forgotten by the one that swept it."""
 
 
-class Service(NamedTuple):
+class Registration(NamedTuple):
     """One process, as registered."""
 
     id: str
@@ -32,7 +32,7 @@ class Service(NamedTuple):
         return str(self.info.get("kind"))
 
 
-class Heard(NamedTuple):
+class BeatReply(NamedTuple):
     """What the keeper heard with one beat."""
 
     id: str
@@ -41,7 +41,7 @@ class Heard(NamedTuple):
     """When the answer came, on the monotonic clock."""
     now_ms: int
     """The server's time then."""
-    services: dict[str, Service]
+    services: dict[str, Registration]
     verdict: Verdict
     swept: bool
     """Another gateway has removed this one's connections."""
@@ -54,9 +54,9 @@ def new_id() -> str:
     return secrets.token_hex(6)
 
 
-def listed(now: int, raw: dict[str, tuple[int, bytes]]) -> dict[str, Service]:
+def listed(now: int, raw: dict[str, tuple[int, bytes]]) -> dict[str, Registration]:
     """The services of a beat's answer."""
-    return {id_: Service(id_, expiry > now, now - expiry, unpack(info)) for id_, (expiry, info) in raw.items()}
+    return {id_: Registration(id_, expiry > now, now - expiry, unpack(info)) for id_, (expiry, info) in raw.items()}
 
 
 class Leases:
@@ -94,7 +94,7 @@ class Registry:
     def __init__(self, kind: str, describe: Callable[[], dict[str, Any]]) -> None:
         self.id = new_id()
         self.kind = kind
-        self.services: dict[str, Service] = {}
+        self.services: dict[str, Registration] = {}
         self.heard_at = 0.0  # monotonic; of the last answer
         self.leases = Leases()
         self.on_swept: Callable[[], None] = lambda: None
@@ -116,7 +116,7 @@ class Registry:
         """Ids of the live services of a kind, sorted. While the registry was away, nobody is taken off."""
         return sorted(service.id for service in self._of(self._verdict.live) if service.kind == kind)
 
-    def dead(self, kind: str) -> list[Service]:
+    def dead(self, kind: str) -> list[Registration]:
         """Services of a kind whose death is confirmed."""
         return [service for service in self._of(self._verdict.dead) if service.kind == kind]
 
@@ -124,7 +124,7 @@ class Registry:
         """What this process tells the others, packed."""
         return pack(self._fixed | self._describe())
 
-    def take(self, heard: Heard) -> None:
+    def take(self, heard: BeatReply) -> None:
         """Take what the keeper heard."""
         self.heard_at = heard.at_s
         self._clock_offset_ms = heard.now_ms - heard.at_s * 1000
@@ -145,11 +145,11 @@ class Registry:
         """Take the word back, for good: others need not wait until it expires."""
         await self.on_leave()
 
-    def _of(self, ids: frozenset[str]) -> list[Service]:
+    def _of(self, ids: frozenset[str]) -> list[Registration]:
         return [service for id_, service in self.services.items() if id_ in ids]
 
 
-async def all_services(backend: Backend) -> dict[str, Service]:
+async def all_services(backend: Backend) -> dict[str, Registration]:
     """The list, for a process that is no service itself."""
     now = await backend.now_ms()
     raw = await backend.commands.hgetall(backend.keys.services())

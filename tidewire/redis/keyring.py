@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tidewire.backend import Backend
-from tidewire.credentials import ApiKey
-from tidewire.records import Credential, pack, text, unpack
+from tidewire.model.credentials import ApiKey
+from tidewire.model.records import Credential, pack, text, unpack
+from tidewire.redis.backend import Backend
 
 REVOCATIONS_KEPT = 100_000
 CREDENTIALS = "credentials"

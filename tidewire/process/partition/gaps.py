@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidewire.records import Change, Id
+from tidewire.model.records import Change, Id
 
 
 def unbroken(passed: Id, changes: Sequence[tuple[Id, Change | None]]) -> int:

@@ -148,7 +148,7 @@ class FeedBody(NamedTuple):
 
     type: str  # change, message, reset; RECHECK is for the gateway alone
     rest: bytes
-    asks: Any = True  # the condition that a connection's claims must meet, as in tidewire/claims.py
+    asks: Any = True  # the condition that a connection's claims must meet, as in tidewire/model/claims.py
 
 
 RECHECK = "recheck"

@@ -13,9 +13,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from redis.exceptions import RedisError
 
 from tidewire.errors import Fenced
-from tidewire.functions import Batch, Functions, Operation, Owned, Stamp, Wait
-from tidewire.keys import Home
-from tidewire.records import Id
+from tidewire.model.records import Id
+from tidewire.redis.functions import Batch, Functions, Owned, RedisCommand, Stamp, Wait
+from tidewire.redis.keys import Home
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
     """The decision on the first `consumed` entries of a batch. The next batch begins with the others."""
 
     consumed: int
-    operations: Sequence[Operation]
+    operations: Sequence[RedisCommand]
     links: Mapping[Home, Sequence[Any]] = {}
     """For each destination: calls in order, each what the worker's `Link` takes."""
     wait: Wait | None = None

@@ -10,29 +10,28 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
-from tidewire.app import ItemKey
-from tidewire.backend import Backend
-from tidewire.functions import versioned
-from tidewire.keys import sort_value, value_of
-from tidewire.records import ItemRecord, unpack
+from tidewire.model.records import ItemRecord, unpack
+from tidewire.model.values import ItemKey, sort_value, value_of
+from tidewire.redis.backend import Backend
+from tidewire.redis.functions import versioned
 
 VALUES_AT_A_TIME = 128
 """Few enough that their items fit into memory, should all be as large as they may."""
 PAGE_BYTES = 4 << 20
 
 
-class Place(NamedTuple):
+class WalkPosition(NamedTuple):
     """Where one item stands in that order."""
 
     value: bytes  # the partition-key value, as `name_of`
     field: bytes  # the sort key's bytes; empty in a table without one
 
 
-Found = tuple[Place, ItemKey, ItemRecord]
+Found = tuple[WalkPosition, ItemKey, ItemRecord]
 Call = tuple[bytes | str | int, ...]
 
 
-async def walk(backend: Backend, partition: int, table: str, after: Place | None, count: int) -> list[Found]:
+async def walk(backend: Backend, partition: int, table: str, after: WalkPosition | None, count: int) -> list[Found]:
     """The next live items after a place, `count` of them, fewer only at the end."""
     found: list[Found] = []
     last = None if after is None else after.value
@@ -68,7 +67,7 @@ async def _alone(backend: Backend, table: str, names: list[bytes]) -> list[Found
     values = [value_of(name) for name in names]
     records = await _ask(backend, [("HGET", backend.keys.items(table, value), b"") for value in values])
     return [
-        (Place(name, b""), ItemKey(table, value, None), record)
+        (WalkPosition(name, b""), ItemKey(table, value, None), record)
         for name, value, raw in zip(names, values, records, strict=True)
         if raw is not None and (record := ItemRecord(*unpack(raw))).item is not None
     ]
@@ -95,13 +94,13 @@ async def _in_order(backend: Backend, table: str, names: list[bytes], count: int
     for name, (cut, *flat) in zip(wanted, await _ask(backend, calls), strict=True):
         found += _found(table, name, zip(flat[::2], flat[1::2], strict=True))
         if cut and len(found) < count:
-            found += await _rest(backend, table, Place(name, flat[-2]), count - len(found))
+            found += await _rest(backend, table, WalkPosition(name, flat[-2]), count - len(found))
         if len(found) >= count:
             break
     return found
 
 
-async def _rest(backend: Backend, table: str, after: Place, count: int) -> list[Found]:
+async def _rest(backend: Backend, table: str, after: WalkPosition, count: int) -> list[Found]:
     """The live items of one value after a place."""
     value = value_of(after.value)
     order, items = backend.keys.order(table, value), backend.keys.items(table, value)
@@ -120,7 +119,7 @@ async def _rest(backend: Backend, table: str, after: Place, count: int) -> list[
 def _found(table: str, name: bytes, page: Iterable[tuple[bytes, bytes]]) -> list[Found]:
     value = value_of(name)
     return [
-        (Place(name, field), ItemKey(table, value, sort_value(field)), record)
+        (WalkPosition(name, field), ItemKey(table, value, sort_value(field)), record)
         for field, raw in page
         if (record := ItemRecord(*unpack(raw))).item is not None
     ]

@@ -14,7 +14,7 @@ import msgpack
 import msgspec
 
 from tidewire.errors import BadRequest, RequestError, UnsupportedAction
-from tidewire.records import FeedBody
+from tidewire.model.records import FeedBody
 
 SUBPROTOCOL = "tidewire.msgpack"
 MAX_DEPTH = 64
@@ -111,7 +111,7 @@ OPERATIONS: dict[str, type[Put] | type[Update] | type[Delete] | type[Check]] = {
     "delete": Delete,
     "check": Check,
 }
-MOST_OPERATIONS = 100
+MAX_OPERATIONS = 100
 
 
 class Auth(_Request, kw_only=True):
@@ -162,7 +162,7 @@ ACTIONS: dict[str, type[_Request]] = {
 }
 WRITES = frozenset({"put", "update", "delete", "transact", "send"})
 STORE_ACTIONS = (WRITES - {"send"}) | {"get", "query"}
-MOST_NAME_BYTES = 1024
+MAX_NAME_BYTES = 1024
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -222,8 +222,8 @@ def parse_request(frame: dict[str, Any]) -> _Request:
     if isinstance(request, Send):
         names = {"user": request.user, "connection": request.connection}
     for name, value in names.items():
-        if value is not None and not 1 <= len(value.encode()) <= MOST_NAME_BYTES:
-            raise BadRequest(f"{action}: {name} is a string of 1 to {MOST_NAME_BYTES} bytes")
+        if value is not None and not 1 <= len(value.encode()) <= MAX_NAME_BYTES:
+            raise BadRequest(f"{action}: {name} is a string of 1 to {MAX_NAME_BYTES} bytes")
     if isinstance(request, Send) and (request.user is None) == (request.connection is None):
         raise BadRequest("send: either user or connection says who it is for")
     if (
@@ -232,8 +232,8 @@ def parse_request(frame: dict[str, Any]) -> _Request:
         and not 1 <= len(request.request) <= 256
     ):
         raise BadRequest(f"{action}: request is a string of 1 to 256 characters")
-    if isinstance(request, Transact) and not 1 <= len(request.operations) <= MOST_OPERATIONS:
-        raise BadRequest(f"transact: operations are 1 to {MOST_OPERATIONS}, not {len(request.operations)}")
+    if isinstance(request, Transact) and not 1 <= len(request.operations) <= MAX_OPERATIONS:
+        raise BadRequest(f"transact: operations are 1 to {MAX_OPERATIONS}, not {len(request.operations)}")
     if request.traceparent is not None and not is_traceparent(request.traceparent):
         raise BadRequest(f"{action}: traceparent is not one of W3C Trace Context (00-<trace id>-<parent id>-<flags>)")
     return request

@@ -8,7 +8,7 @@ import secrets
 from typing import NamedTuple
 
 from tidewire.errors import Unauthenticated
-from tidewire.records import Credential, Principal
+from tidewire.model.records import Credential, Principal
 
 SECRET_BYTES = 24
 

@@ -25,7 +25,7 @@ PING_S = 1.0
 MAX_SILENCE_S = 2.0
 """Longest time from a ping until anything is heard. After it the connection is dropped."""
 
-Heard = Callable[[bytes, bytes | None], None]
+OnMessage = Callable[[bytes, bytes | None], None]
 """Called with a channel and a message; with None when the channel is subscribed to."""
 
 
@@ -47,7 +47,7 @@ class Subscriber:
     their order. A node that is away is waited for.
     """
 
-    def __init__(self, nodes: Nodes, heard: Heard) -> None:
+    def __init__(self, nodes: Nodes, heard: OnMessage) -> None:
         self._nodes = nodes
         self._heard = heard
         self._at: dict[bytes, _Connection] = {}

@@ -1,8 +1,8 @@
--- What all functions of the library share. tidewire/functions.py joins the files of this folder into one library and
+-- What all functions of the library share. tidewire/redis/functions.py joins the files of this folder into one library and
 -- gives library and functions names that end in a digest of the text, so that two releases can run on one server.
 --
 -- Every key is declared in KEYS, all of one partition. What can be refused is refused before the first write: a write
--- that was done stays done when a later command fails. Each function has a typed wrapper in tidewire/functions.py.
+-- that was done stays done when a later command fails. Each function has a typed wrapper in tidewire/redis/functions.py.
 
 -- 'allow-oom': the function also runs at maxmemory. Everything that frees memory or keeps order must: leases, trims,
 -- deletes and acknowledgements. Growing writes are refused earlier, by the store.

@@ -10,7 +10,20 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidewire.functions import FeedEntry, FeedState, entry_of
+from tidewire.model.records import stream_id
+
+
+class FeedState(NamedTuple):
+    epoch: str
+    seq: int
+    tag: str
+
+
+class FeedEntry(NamedTuple):
+    seq: int
+    tag: str
+    position: str
+    body: bytes  # or a reference to one: see `referred`
 
 
 class Cursor(NamedTuple):
@@ -88,3 +101,10 @@ def resume(cursor: Cursor, state: FeedState, entries: list[FeedEntry]) -> Reset 
     for entry in entries:
         at = follow_on(at, entry) if at else None
     return None if at else Reset("cursor_unknown", head)
+
+
+def entry_of(id_: bytes, text: bytes) -> FeedEntry:
+    """An entry of a feed by its id, `<epoch>-<seq - 1>`, and what it holds, `<tag> <position> <total>\\n<body>`."""
+    head, _, body = text.partition(b"\n")
+    tag, position, _ = head.decode().split(" ")
+    return FeedEntry(stream_id(id_)[1] + 1, tag, position, body)

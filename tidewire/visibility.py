@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tidewire.app import App, Membership, Table
 from tidewire.audiences import Audience, Intersection, Members, Peers, Topic, Union
-from tidewire.records import Item
+from tidewire.model.records import Item
 
 
 class Sight(NamedTuple):

@@ -19,7 +19,7 @@ local function link_text(epoch, taken)
   return text(epoch) .. ' ' .. text(taken[1]) .. ' ' .. text(taken[2]) .. ' ' .. text(taken[3]) .. ' ' .. text(taken[4])
 end
 
--- Of a feed, a number below WHOLE. The same as `feed_number` in tidewire/functions.py.
+-- Of a feed, a number below WHOLE. The same as `feed_number` in tidewire/redis/functions.py.
 local function feed_number(feed)
   return tonumber(string.sub(redis.sha1hex(feed), 1, 13), 16)
 end

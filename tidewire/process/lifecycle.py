@@ -13,13 +13,13 @@ from typing import Any
 
 import structlog
 
-from tidewire import telemetry
-from tidewire.backend import Backend
 from tidewire.errors import ConfigurationError
-from tidewire.keeper import Keeper
-from tidewire.partition.worker import Worker
-from tidewire.registry import Registry
-from tidewire.settings import Settings
+from tidewire.process import telemetry
+from tidewire.process.keeper import Keeper
+from tidewire.process.partition.worker import Worker
+from tidewire.process.registry import Registry
+from tidewire.process.settings import Settings
+from tidewire.redis.backend import Backend
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)

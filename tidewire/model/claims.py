@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tidewire.keys import Scalar
+from tidewire.model.values import Scalar
 
-Condition = bool | tuple[Any, ...]
+ClaimCondition = bool | tuple[Any, ...]
 
 
-def claim_is(name: str, value: Scalar | bool) -> Condition:
+def claim_is(name: str, value: Scalar | bool) -> ClaimCondition:
     """Whose claim of that name has that value."""
     return ("is", name, value)
 
 
-def both(*conditions: Condition) -> Condition:
+def both(*conditions: ClaimCondition) -> ClaimCondition:
     """Where all of them hold."""
     return _joined("all", conditions, neutral=True)
 
 
-def either(*conditions: Condition) -> Condition:
+def either(*conditions: ClaimCondition) -> ClaimCondition:
     """Where one of them holds."""
     return _joined("any", conditions, neutral=False)
 
 
-def unless(condition: Condition) -> Condition:
+def unless(condition: ClaimCondition) -> ClaimCondition:
     """Where it does not hold."""
     if isinstance(condition, bool):
         return not condition
@@ -48,8 +48,8 @@ def holds(condition: Any, claims: Mapping[str, Any]) -> bool:
     return (all if kind == "all" else any)(holds(part, claims) for part in parts)
 
 
-def _joined(kind: str, conditions: tuple[Condition, ...], *, neutral: bool) -> Condition:
-    parts: dict[str, Condition] = {}  # by how they are written: each once, and in an order that is always the same
+def _joined(kind: str, conditions: tuple[ClaimCondition, ...], *, neutral: bool) -> ClaimCondition:
+    parts: dict[str, ClaimCondition] = {}  # by how they are written: each once, and in an order that is always the same
     for condition in conditions:
         if condition is neutral:
             continue

@@ -1,0 +1,1 @@
+"""Values that travel between processes, and rules about them. No I/O."""

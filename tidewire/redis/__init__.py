@@ -1,0 +1,1 @@
+"""Redis: connections to every topology, the Lua functions, and every key."""

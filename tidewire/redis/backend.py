@@ -1,0 +1,255 @@
+"""Connections to Redis, by URL. Services ask for what they need; which topology is behind it is decided here.
+
+Every key has a hash tag, and each call stays with one tag: so the same calls do for a single server and for a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, cast
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import (
+    OutOfMemoryError,
+    ResponseError,
+)
+
+from tidewire.errors import ConfigurationError
+from tidewire.redis.cluster_wire import ClusterWire
+from tidewire.redis.functions import Arg, Functions, Wait
+from tidewire.redis.keys import Keys
+from tidewire.redis.subscriber import OnMessage, Subscriber
+from tidewire.redis.wire import Wire, without_errors
+
+log = structlog.get_logger(__name__)
+
+BLOCK_MS = 1000
+"""How long a blocking read waits at the server. Shorter than `wire.MAX_SILENCE_S`, or it would be given up."""
+COMMANDS: dict[str, Any] = {
+    "socket_connect_timeout": 3,
+    "socket_timeout": 4,
+    "max_connections": 1000,
+    "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
+}
+"""redis-py's own way, for what is rare. A server that hangs holds a command up for less than 15 s."""
+LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
+"""For subscribers, which try again themselves."""
+Entry = tuple[bytes, dict[bytes, bytes]]
+"""A stream's entry: id and fields."""
+StreamEntries = tuple[bytes, list[Entry]]
+
+
+class Waiter:
+    """Waits for a stream to grow, on a connection of its own where that is to be had."""
+
+    def __init__(self, backend: Backend, stream: bytes, wire: Wire | ClusterWire | None) -> None:
+        self._backend = backend
+        self._stream = stream
+        self._wire = wire
+
+    async def __call__(self, last: tuple[int, int]) -> None:
+        """Until there is an entry after that id, or for a second."""
+        after = f"{last[0]}-{last[1]}"
+        if self._wire:
+            await self._wire.calls([("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._stream, after)])
+        else:
+            await self._backend.read({self._stream: after}, count=1)
+
+    async def aclose(self) -> None:
+        if self._wire:
+            await self._wire.aclose()
+
+
+class Backend:
+    """One stage on one Redis, as a process sees it. An async context manager.
+
+    Short commands share the `wire`. Blocking reads and confirmed writes each take a connection of their own from a
+    pool. `commands` is redis-py's client, for rare commands. Without a wire (fakeredis) it does everything.
+    """
+
+    make_another: Callable[[], Backend] | None = None
+
+    def __init__(
+        self, commands: Redis, listening: Redis, keys: Keys, wire: Wire | None = None, fanned: ClusterWire | None = None
+    ) -> None:
+        self.commands = commands
+        self._listening = listening
+        self._wire: Wire | ClusterWire | None = wire or fanned
+        self._idle: list[Wire | ClusterWire] = []
+        self._subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
+        self._when_moved: list[Callable[[], None]] = []
+        self.keys = keys
+        self.functions = Functions(self._wire or commands, self.confirmed)
+
+    async def __aenter__(self) -> Backend:
+        return self
+
+    def another(self) -> Backend | None:
+        """A second backend to the same place, not reached yet, for another thread; None where there can be none."""
+        return self.make_another() if self.make_another else None
+
+    async def reach(self) -> None:
+        """Find whoever is needed before the first command; of a cluster, its nodes."""
+        await self.commands.initialize()
+
+    async def __aexit__(self, *_: object) -> None:
+        for wire in (self._wire, *self._idle):
+            if wire:
+                await wire.aclose()
+        await self.commands.aclose()
+        await self._listening.aclose()
+
+    async def calls(self, commands: Iterable[tuple[Arg, ...]]) -> list[Any]:
+        """Plain commands, in one round trip; they may be done twice. Raises the first error, when all are done."""
+        if self._wire:
+            return await self._wire.calls(commands)
+        async with self.commands.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            found: list[Any] = await pipeline.execute()
+            return found
+
+    async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
+        """XREAD that waits up to a second; [] when nothing came."""
+        return await self.read_now(streams, count, BLOCK_MS)
+
+    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
+        """XREADGROUP of new entries for a competing consumer, waiting up to a second."""
+        return await self.read_group_now(stream, group, consumer, count, BLOCK_MS)
+
+    async def read_now(
+        self, streams: Mapping[bytes, bytes | str], count: int | None, block_ms: int | None
+    ) -> list[StreamEntries]:
+        options = () if count is None else ("COUNT", count)
+        return await self._read(("XREAD", *options), streams, block_ms)
+
+    async def read_group_now(
+        self, stream: bytes, group: str, consumer: str, count: int, block_ms: int | None
+    ) -> list[Entry]:
+        command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
+        found = await self._read(command, {stream: ">"}, block_ms)
+        return [entry for _, entries in found for entry in entries]
+
+    async def _read(
+        self, command: tuple[Arg, ...], streams: Mapping[bytes, bytes | str], block_ms: int | None
+    ) -> list[StreamEntries]:
+        waiting = () if block_ms is None else ("BLOCK", block_ms)
+        command = (*command, *waiting, "STREAMS", *streams, *streams.values())
+        if not self._wire:
+            return _streams(await self.commands.execute_command(*command))  # type: ignore[no-untyped-call]
+        async with self._own_wire(self._wire) as wire:
+            return _streams((await wire.calls([command]))[0])
+
+    @contextlib.asynccontextmanager
+    async def _own_wire(self, wire: Wire | ClusterWire) -> AsyncIterator[Wire | ClusterWire]:
+        """A wire that nobody else uses meanwhile."""
+        found = self._idle.pop() if self._idle else wire.another()
+        try:
+            yield found
+        except asyncio.CancelledError:
+            await found.aclose()  # its connection may still wait for an answer that is of no use
+            raise
+        finally:
+            self._idle.append(found)
+
+    async def confirmed(self, call: tuple[Arg, ...], wait: Wait) -> tuple[Any, int]:
+        """A call and, on the connection that wrote, WAIT or WAITAOF: (answer or error, how many confirmed)."""
+        assert self._wire, "only a real server has WAIT"
+        async with self._own_wire(self._wire) as wire:
+            answer, confirmed = await wire.answers([call, wait.command], cast(bytes, call[3]))
+        if isinstance(answer, Exception):
+            return answer, 0
+        if isinstance(confirmed, Exception):
+            raise confirmed
+        return answer, int(confirmed[0] if isinstance(confirmed, list) else confirmed)
+
+    async def wait(self, command: tuple[Arg, ...], key: bytes) -> Any:
+        """WAIT or WAITAOF by itself, at the node that has the key."""
+        assert self._wire, "only a real server has WAIT"
+        async with self._own_wire(self._wire) as wire:
+            return without_errors(await wire.answers([command], key))[0]
+
+    def waiter(self, stream: bytes) -> Waiter:
+        return Waiter(self, stream, self._wire and self._wire.another())
+
+    def subscriber(self, heard: OnMessage) -> Subscriber:
+        """One who hears channels, once it runs. It has connections of its own."""
+        made = Subscriber(self, heard)
+        self._subscribers.add(made)
+        return made
+
+    def when_moved(self, told: Callable[[], None]) -> None:
+        """Call it whenever a master was replaced. What that one had, and did not pass on, is lost."""
+        self._when_moved.append(told)
+
+    def node_of(self, channel: bytes) -> Redis:
+        return self._listening
+
+    async def find_node_of(self, channel: bytes) -> Redis:
+        return self.node_of(channel)
+
+    async def address_of(self, key: bytes) -> str:
+        """host:port of the node that has the key, as far as is known here; a socket's path."""
+        where: dict[str, Any] = self.node_of(key).connection_pool.connection_kwargs
+        return str(where["path"]) if "path" in where else f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+
+    async def now_ms(self) -> int:
+        """The server's time since 1970; of a cluster, that of any node."""
+        seconds, microseconds = await self.commands.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    async def ensure_group(self, stream: bytes, group: str) -> None:
+        """Create the consumer group, from the stream's beginning, unless it is there."""
+        await self.functions.ensure_group(stream, group)
+
+    async def may_evict(self) -> str | None:
+        """The maxmemory-policy under which the server evicts keys; None when it evicts nothing, or does not tell."""
+        try:
+            memory: Any = await self.commands.info("memory")
+        except ResponseError:
+            return None
+        policy = str(memory.get("maxmemory_policy", "noeviction"))
+        return policy if int(memory.get("maxmemory", 0)) > 0 and policy != "noeviction" else None
+
+    async def open_stage(self) -> None:
+        """Fix the stage's number of partitions, or find it as expected, and load the functions.
+
+        Raises ConfigurationError when the stage was created with another number.
+        """
+        settings = self.keys.stage_settings()
+        stored = int(await self.commands.hget(settings, "partitions") or 0)
+        if not stored:
+            await self.commands.hsetnx(settings, "partitions", str(self.keys.partitions))
+            stored = int(await self.commands.hget(settings, "partitions") or 0)
+        if stored != self.keys.partitions:
+            raise ConfigurationError(
+                f"stage {self.keys.stage!r} was created with {stored} partitions, and --partitions says "
+                f"{self.keys.partitions}: start with --partitions {stored}, or use another --stage"
+            )
+        try:
+            await self.functions.load()
+        except OutOfMemoryError as error:  # a server at its maxmemory may have them from an earlier start
+            log.warning("functions_not_loaded", error=str(error))
+
+
+def _streams(found: Any) -> list[StreamEntries]:
+    """One shape for the answers of RESP2 (pairs) and RESP3 (a mapping), raw or read by redis-py."""
+    pairs = found.items() if isinstance(found, dict) else (found or [])
+    return [(name, _entries(entries)) for name, entries in pairs]
+
+
+def _entries(raw: Any) -> list[Entry]:
+    if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], tuple | list):
+        raw = [entry for part in raw for entry in part]
+    return [(id_, _fields(fields)) for id_, fields in raw]
+
+
+def _fields(raw: Any) -> dict[bytes, bytes]:
+    """An entry's fields; none where it was trimmed while it was pending."""
+    return dict(zip(raw[::2], raw[1::2], strict=True)) if isinstance(raw, list) else raw or {}

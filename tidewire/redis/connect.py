@@ -1,0 +1,107 @@
+"""Connects to Redis by URL. The URL decides which topology is behind a backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import MasterNotFoundError
+from redis.exceptions import (
+    AuthenticationError,
+    MovedError,
+    RedisError,
+)
+
+from tidewire.errors import ConfigurationError
+from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, redacted
+from tidewire.redis.backend import COMMANDS, LISTENING, Backend
+from tidewire.redis.cluster import ClusterBackend, NotACluster
+from tidewire.redis.keys import Keys
+from tidewire.redis.sentinel import SentinelBackend
+from tidewire.redis.wire import Wire
+
+log = structlog.get_logger(__name__)
+
+NO_EVICTION = "Redis may remove keys that Tidewire needs: set maxmemory-policy noeviction"
+
+
+def backend_at(url: str, keys: Keys) -> Backend:
+    """A backend that has not been reached yet. Raises ConfigurationError for an address that is none of ours."""
+    backend = _backend_at(url, keys)
+    backend.make_another = lambda: backend_at(url, backend.keys)
+    return backend
+
+
+def _backend_at(url: str, keys: Keys) -> Backend:
+    scheme = url.partition("://")[0]
+    if scheme == "redis+cluster":
+        return ClusterBackend(ClusterAddress.parse(url), keys)
+    if scheme == "redis+sentinel":
+        return SentinelBackend(SentinelsAddress.parse(url), keys)
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ConfigurationError(
+            f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://…, "
+            "redis+sentinel://host:26379,host:26379/service or redis+cluster://host:6379,host:6379 is needed"
+        )
+    try:
+        commands = Redis.from_url(url, **COMMANDS)
+        wire = Wire(commands.connection_pool.make_connection)
+        return Backend(commands, Redis.from_url(url, **LISTENING), keys, wire)
+    except ValueError as error:
+        raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
+
+
+async def connect(url: str, keys: Keys) -> Backend:
+    """A backend whose server answers and whose stage is open. Raises ConfigurationError with one sentence."""
+    backend = backend_at(url, keys)
+    try:
+        async with _explained(url):
+            await backend.reach()
+            version = (await backend.commands.info("server")).get("redis_version", "0")
+            if int(str(version).split(".", 1)[0]) < 7:
+                raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
+            await backend.open_stage()
+            if policy := await backend.may_evict():
+                log.warning("keys_may_be_evicted", maxmemory_policy=policy, advice=NO_EVICTION)
+    except BaseException:
+        await backend.__aexit__()
+        raise
+    return backend
+
+
+async def connect_existing(url: str, stage: str, partitions: int) -> Backend:
+    """A backend of a stage with the partitions it was created with; `partitions` where it is yet to be created."""
+    backend = backend_at(url, Keys(stage, partitions))
+    try:
+        async with _explained(url):
+            await backend.reach()
+            stored = await backend.commands.hget(backend.keys.stage_settings(), "partitions")
+    except BaseException:
+        await backend.__aexit__()
+        raise
+    backend.keys = Keys(stage, int(stored or partitions))
+    return backend
+
+
+@contextlib.asynccontextmanager
+async def _explained(url: str) -> AsyncIterator[None]:
+    """What goes wrong on the way to Redis, as one sentence."""
+    at = f"Redis at {redacted(url)}"
+    try:
+        yield
+    except NotACluster:
+        raise ConfigurationError(
+            f"{at} is not in cluster mode: name a single server as redis://host:port, or set cluster-enabled yes"
+        ) from None
+    except MovedError:
+        raise ConfigurationError(f"{at} is a node of a cluster: name it as redis+cluster://host:port") from None
+    except AuthenticationError as error:
+        raise ConfigurationError(f"{at} does not answer ({error}): check its password") from None
+    except MasterNotFoundError:
+        raise ConfigurationError(
+            f"{at} does not answer: no sentinel there is reachable and knows a master of the service's name"
+        ) from None
+    except (RedisError, OSError) as error:
+        raise ConfigurationError(f"{at} does not answer ({error}): is it running, and reachable?") from None

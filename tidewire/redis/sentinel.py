@@ -1,0 +1,69 @@
+"""A stage on the master that sentinels name."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+
+from tidewire.redis.addresses import SentinelsAddress
+from tidewire.redis.backend import COMMANDS, LISTENING
+from tidewire.redis.cluster_wire import Address
+from tidewire.redis.keys import Keys
+from tidewire.redis.masters import MAX_LOOK_S, REPLACED, MasterWatch, break_connections
+from tidewire.redis.wire import Wire
+
+log = structlog.get_logger(__name__)
+
+
+class SentinelBackend(MasterWatch):
+    """A stage on the master that sentinels name: it is asked for whenever a connection is made, and once a second.
+
+    An operator's `SENTINEL FAILOVER` leaves the old master alive and writable until the sentinels have told it whom to
+    follow, ten seconds later or more. Writes that it accepts meanwhile are lost. A connection that was being made while
+    the master changed may have gone to the old one, so each look drops every connection to another server.
+    """
+
+    def __init__(self, address: SentinelsAddress, keys: Keys) -> None:
+        options: Any = {
+            "socket_timeout": MAX_LOOK_S,
+            "socket_connect_timeout": MAX_LOOK_S,
+            "retry": Retry(NoBackoff(), 0),
+            **address.sentinel,
+        }
+        self._sentinels: Any = Sentinel(address.nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        self._service = address.service
+
+        def master(chosen: dict[str, Any]) -> Redis:
+            login = {"username": address.username, "password": address.password}
+            return cast(Redis, self._sentinels.master_for(address.service, **login, **chosen))
+
+        commands = master(COMMANDS)
+        self._master: Address | None = None
+        self._lines = Wire(commands.connection_pool.make_connection)
+        super().__init__(commands, master(LISTENING), keys, self._lines)
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        for sentinel in self._sentinels.sentinels:
+            await sentinel.aclose()
+
+    async def address_of(self, key: bytes) -> str:
+        host, port = await self._sentinels.discover_master(self._service)
+        return f"{host}:{port}"
+
+    async def _look(self) -> None:
+        found: Address = await self._sentinels.discover_master(self._service)
+        if self._master not in (None, found):
+            REPLACED.inc()
+            log.warning("master_replaced", host=found[0], port=found[1])
+            self._lines.lose("the sentinels name another master")
+            self._moved()
+        self._master = found
+        self._lines.lose("this is not the master that the sentinels name", unless_at=found)
+        for client in (self.commands, self._listening):
+            break_connections(client, unless_at=found)
