@@ -2,6 +2,7 @@
 
 TidewireError
 ├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
+│   └── Unreachable         Redis does not answer: waiting and a restart can help
 ├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
 ├── Declined                this worker leaves the partition to a live one whose application knows more tables
 ├── ConnectionClosed        the client's connection ended for good (carries the close code)
@@ -21,6 +22,10 @@ class TidewireError(Exception):
 
 class ConfigurationError(TidewireError):
     """Something the operator or the author of the application must change; the message says what and how."""
+
+
+class Unreachable(ConfigurationError):
+    """Redis does not answer at the address. Unlike other configuration errors, this one may pass by itself."""
 
 
 class Fenced(TidewireError):

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from importlib import import_module
 from typing import Any, TypeVar
 
 import fakeredis
@@ -24,6 +23,7 @@ from tidewire.process.settings import Settings
 from tidewire.redis import keyring
 from tidewire.redis.backend import BLOCK_MS, Backend, Entry, StreamEntries
 from tidewire.redis.keys import Keys
+from tidewire.services.wiring import WIRING
 
 T = TypeVar("T")
 
@@ -78,11 +78,6 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
 
     `settings` are those of tidewire.process.settings.
     """
-    # By name: this module is shared, and what is shared imports no service.
-    services = {
-        kind: import_module(f"tidewire.services.{kind}.service")
-        for kind in ("store", "broadcaster", "authorizer", "gateway")
-    }
     app.check()
     chosen = Settings(**settings)
     keys = Keys(chosen.stage, chosen.partitions)
@@ -95,15 +90,13 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
             # What is shared is closed once, after the last of those who use it.
             return shared if backend else await stack.enter_async_context(FakeBackend(server, keys))
 
-        for kind in ("store", "broadcaster", "authorizer"):
-            service = Service(kind, await another(), chosen)
-            services[kind].build(service, *(() if kind == "authorizer" else (app,)))
-            await stack.enter_async_context(service.running())
         ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
-        service = Service("gateway", await another(), chosen)
-        gateway = services["gateway"].build(service, app)
-        await stack.enter_async_context(gateway.listening(ws, http))
-        await stack.enter_async_context(service.running())
+        for wiring in WIRING.values():
+            service = Service(wiring.kind, await another(), chosen)
+            built = wiring.build(service, app)
+            if wiring.listens:
+                await stack.enter_async_context(built.listening(ws, http))
+            await stack.enter_async_context(service.running())
         ports = [listener.getsockname()[1] for listener in (ws, http)]
         clients = await stack.enter_async_context(contextlib.AsyncExitStack())
         yield Stage(shared, f"ws://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", clients)

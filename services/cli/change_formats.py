@@ -16,6 +16,14 @@ EXPIRY = "tidewire:expiry"
 TTL_IDENTITY = {"type": "Service", "principalId": "dynamodb.amazonaws.com"}
 
 
+MAX_NUMBER, MIN_NUMBER = Decimal("9.9999999999999999999999999999999999999E+125"), Decimal("1E-130")
+"""The range of DynamoDB's numbers, which have up to 38 significant digits."""
+
+
+class Unrepresentable(ValueError):
+    """A value that the format cannot express."""
+
+
 def parse_position(text: str, partitions: int) -> Position:
     """Raises ConfigurationError for what is no position of such a stage."""
     if not re.fullmatch(r"\d{1,5}-\d{1,19}-\d{1,19}-\d{1,19}", text):
@@ -90,7 +98,14 @@ def sequence_number(position: Position) -> str:
 
 
 def typed_item(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: typed(value) for name, value in item.items()}
+    """An item with the letter of each value's type. Raises `Unrepresentable`, naming the attribute."""
+    typed_values = {}
+    for name, value in item.items():
+        try:
+            typed_values[name] = typed(value)
+        except Unrepresentable as error:
+            raise Unrepresentable(f"{name}: {error}") from None
+    return typed_values
 
 
 def typed(value: Any) -> dict[str, Any]:
@@ -109,10 +124,16 @@ def typed(value: Any) -> dict[str, Any]:
 
 
 def number_text(value: int | float) -> str:
-    """All its digits, without an exponent as long as 38 of them do."""
-    number = Decimal(repr(value))
+    """Write a number as DynamoDB does: all digits, with an exponent only beyond 38 of them.
+
+    Raises:
+        Unrepresentable: the number is outside of DynamoDB's range, or has more than 38 significant digits.
+    """
+    number = Decimal(repr(value)).normalize()
     if not number:
         return "0"
+    if not MIN_NUMBER <= abs(number) <= MAX_NUMBER or len(number.as_tuple().digits) > 38:
+        raise Unrepresentable(f"the number {value!r} does not fit into a number of DynamoDB")
     return f"{number.normalize():f}" if -38 <= number.adjusted() < 38 else f"{number.normalize():E}"
 
 

@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidewire.errors import ConfigurationError
 
-from .options import Data, Json, Redis, Stage, option
+from .options import DATA, Data, Json, Redis, Stage, option
 
 if TYPE_CHECKING:
     from tidewire.redis.backend import Backend
-
-DATA = Path(".tidewire")
 
 
 def changes(
     table: Annotated[str, typer.Argument(metavar="TABLE", help="The table.")],
     after: Annotated[
-        str | None,
-        option("--from", "A position: begin after it, and in other partitions at its time.", shown="the oldest change"),
+        list[str] | None,
+        option(
+            "--from",
+            "A position: begin after it. May be repeated, once for each partition. Other partitions begin at its time.",
+            shown="the oldest change",
+        ),
     ] = None,
-    follow: Annotated[bool, option("--follow", "Go on with what is written, until Ctrl-C.")] = False,
-    format_: Annotated[str, option("--format", "json, or dynamodb: as DynamoDB Streams has them.")] = "json",
+    follow: Annotated[bool, option("--follow", "Continue with new changes, until Ctrl-C.")] = False,
+    format_: Annotated[str, option("--format", "json, or dynamodb: records as DynamoDB Streams has them.")] = "json",
     redis: Redis = None,
     data: Data = DATA,
     stage: Stage = None,
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Print a table's change records, the oldest first, one JSON object a line."""
-    import msgspec
+    from .change_formats import FORMATS
+    from .changes import Printer
 
-    from . import change_formats, reach
-    from .changes import Found, print_changes
-    from .output import write
-
-    if format_ not in change_formats.FORMATS:
+    if format_ not in FORMATS:
         raise typer.BadParameter("json or dynamodb", param_hint="--format")
-
-    async def work(backend: Backend) -> None:
-        keys = backend.keys
-        declared = reach.declaration_of(table, await reach.declarations(backend), keys.stage)
-        position = None if after is None else change_formats.parse_position(after, keys.partitions)
-
-        def record(found: Found) -> dict[str, Any]:
-            if format_ == "dynamodb":
-                return change_formats.as_dynamodb(found.position, found.change, declared.stream_view, keys.stage)
-            return change_formats.as_json(found.position, found.change, declared.stream_view)
-
-        def show(all_found: Iterable[Found], /, *, at_once: bool) -> None:
-            lines = b"".join(msgspec.json.encode(record(found)) + b"\n" for found in all_found)
-            write(sys.stdout.buffer, lines, "standard output", at_once=at_once)
-
-        await print_changes(backend, table, position, show, follow=follow)
-
-    reach.with_redis(redis, data, stage, work)
+    Printer(table, after or [], format_, follow=follow, as_json=as_json).run(redis, data, stage)
 
 
 def export(
@@ -70,7 +50,7 @@ def export(
     redis: Redis = None,
     data: Data = DATA,
     stage: Stage = None,
-    as_json: Json = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
 ) -> None:
     """Write all items as JSON lines: table, item, version, at (ms since 1970), by."""
     from . import exporter
@@ -80,7 +60,7 @@ def export(
         raise ConfigurationError("--resume goes on in a file: name it with --output")
 
     async def work(backend: Backend) -> None:
-        await exporter.export(backend, tables or (), output, resume=resume)
+        await exporter.export(backend, tables or (), output, resume=resume, as_json=as_json)
 
     with_redis(redis, data, stage, work)
 
@@ -89,10 +69,11 @@ def import_(
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="JSON lines.", show_default="standard input")
     ] = None,
-    skip: Annotated[int, option("--skip", "Lines that are done: begin after them.")] = 0,
+    skip: Annotated[int, option("--skip", "Number of lines at the beginning that are done already.")] = 0,
     redis: Redis = None,
     data: Data = DATA,
     stage: Stage = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
 ) -> None:
     """Write the items of JSON lines that have a table and an item, as `export` has them. Needs a running store."""
     import logging
@@ -108,6 +89,6 @@ def import_(
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
     async def work(backend: Backend) -> None:
-        await importer.import_(backend, file, skip)
+        await importer.import_(backend, file, skip, as_json=as_json)
 
     with_redis(redis, data, stage, work)

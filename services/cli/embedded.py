@@ -24,13 +24,13 @@ CONFIG = """\
 bind 127.0.0.1
 port {port}
 requirepass {password}
-dir "{folder}"
+dir {folder}
 appendonly yes
 appendfsync everysec
 maxmemory-policy noeviction
 save ""
 stream-node-max-bytes 1024
-logfile "{folder}/server.log"
+logfile {log}
 daemonize no
 """
 
@@ -66,6 +66,12 @@ def free_port() -> int:
                 return port
 
 
+def quoted(path: Path) -> str:
+    """A path as an argument of a line in the server's configuration, where a quote or a backslash has a meaning."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{text}"'
+
+
 class Embedded:
     """The server's files and address, in the data folder."""
 
@@ -81,7 +87,12 @@ class Embedded:
     def command(self) -> list[str]:
         """What to run; its configuration is written, for this user's eyes alone."""
         path = self.folder / "server.conf"
-        text = CONFIG.format(port=self.port, password=self._password, folder=self.folder)
+        text = CONFIG.format(
+            port=self.port,
+            password=self._password,
+            folder=quoted(self.folder),
+            log=quoted(self.folder / "server.log"),
+        )
         write_private(path, text)
         return [binary(), str(path)]
 

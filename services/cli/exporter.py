@@ -62,8 +62,14 @@ def chosen(named: Iterable[str], declared: Mapping[str, Declaration], stage: str
     return {name: table_of(name, declaration_of(name, declared, stage)) for name in sorted(names)}
 
 
-async def export(backend: Backend, named: Iterable[str], output: Path | None, *, resume: bool) -> None:
-    """Write the items, and tell how many. Raises ConfigurationError where that cannot be."""
+async def export(
+    backend: Backend, named: Iterable[str], output: Path | None, *, resume: bool, as_json: bool = False
+) -> None:
+    """Write the items as lines, and report how many.
+
+    Raises:
+        ConfigurationError: a table does not exist, or the file cannot be written or resumed.
+    """
     tables, begun, items = chosen(named, await declarations(backend), backend.keys.stage), time.monotonic(), 0
     with _opened(output, resume=resume) as (file, last):
         mark = None if last is None else mark_of(last, tables, backend.keys, str(output))
@@ -72,7 +78,7 @@ async def export(backend: Backend, named: Iterable[str], output: Path | None, *,
         try:
             async with contextlib.aclosing(pages(backend, tables, mark)) as found:
                 total = await _total(backend, tables)
-                with progress.shown("export", total, wanted=not to_terminal) as advance:
+                with progress.shown("export", total, wanted=not (to_terminal or as_json)) as advance:
                     async for lines, count, done in found:
                         write(file, lines, name, advice)
                         items += count
@@ -81,7 +87,7 @@ async def export(backend: Backend, named: Iterable[str], output: Path | None, *,
             if output:
                 typer.echo(f"stopped after {items:,} items{RESUME}", err=True)
             raise
-    progress.tell_end("exported", items, begun)
+    progress.report_end("exported", items, begun, as_json=as_json)
 
 
 async def pages(

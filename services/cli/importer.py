@@ -41,7 +41,7 @@ PATIENCE_S = 60.0
 TELL_EVERY_S = 10.0
 
 
-async def import_(backend: Backend, file: Path | None, skip: int) -> None:
+async def import_(backend: Backend, file: Path | None, skip: int, *, as_json: bool = False) -> None:
     """Write the items of a file's lines. Raises ConfigurationError where it must end before the file does."""
     declared = await declarations(backend)
     tables = {name: table_of(name, found) for name, found in declared.items() if name != CONNECTIONS}
@@ -51,7 +51,7 @@ async def import_(backend: Backend, file: Path | None, skip: int) -> None:
     with _opened(file) as descriptor, _ends_on_sigterm():
         begun = time.monotonic()
         try:
-            await _Import(backend, ledger).run(descriptor)
+            await _Import(backend, ledger).run(descriptor, show_progress=not as_json)
         except BaseException:
             if ledger.read:
                 typer.echo(f"stopped: {_how_to_go_on(max(ledger.done, skip))}", err=True)
@@ -62,7 +62,7 @@ async def import_(backend: Backend, file: Path | None, skip: int) -> None:
         raise ConfigurationError(f"that line is not imported: {_how_to_go_on(done)}, --skip {done + 1} without it")
     if ledger.read < skip:
         raise ConfigurationError(f"--skip {skip}: {name} has {ledger.read} lines")
-    progress.tell_end("imported", ledger.items, begun)
+    progress.report_end("imported", ledger.items, begun, as_json=as_json)
 
 
 def _how_to_go_on(lines: int) -> str:
@@ -90,11 +90,11 @@ class _Import:
         self._answered_at = time.monotonic()
         self._clock_ms = 0.0  # the server's time, less the monotonic one
 
-    async def run(self, descriptor: int) -> None:
+    async def run(self, descriptor: int, *, show_progress: bool = True) -> None:
         """Until all lines before the first faulty one are done."""
         self._clock_ms = await self._backend.now_ms() - 1000 * time.monotonic()
         helpers = [asyncio.create_task(self._bus.send()), asyncio.create_task(self._bus.receive())]
-        with progress.shown("import", _size_of(descriptor)) as advance:
+        with progress.shown("import", _size_of(descriptor), wanted=show_progress) as advance:
             helpers.append(asyncio.create_task(self._tell(advance)))
             work = [asyncio.create_task(self._send(number)) for number in range(len(self._senders))]
             work.append(asyncio.create_task(self._read(descriptor)))

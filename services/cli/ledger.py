@@ -6,6 +6,7 @@ wins, also when a parcel must be sent again.
 
 from __future__ import annotations
 
+import codecs
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class Ledger:
         """The next line; the partition that has a row more. None for one that is skipped, blank or faulty."""
         self.read += 1
         self.read_bytes += len(raw) + 1
+        if self.read == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)  # editors and spreadsheets on Windows write it
         if self.read <= self._skip or not raw.strip():
             return None
         if len(raw) > LARGEST_LINE:

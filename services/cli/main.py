@@ -6,15 +6,21 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tidewire.errors import TidewireError
+from tidewire import __version__
+from tidewire.errors import ConfigurationError, TidewireError, Unreachable
+from tidewire.process.settings import drop_service_links
 
+from ..wiring import WIRING
+from . import output
 from .data_commands import changes, export, import_
 from .options import (
+    DATA,
+    MISCONFIGURED,
+    SUPERVISED,
     AdminPort,
     AppArgument,
     Data,
@@ -44,13 +50,32 @@ app = typer.Typer(
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys, name="keys")
 
-DATA = Path(".tidewire")
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidewire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Write an item; everyone entitled to see it sees the change."""
 
 
 def main() -> None:
-    """The command's entry. No traceback reaches a user."""
+    """Run the command. No traceback reaches a user."""
+    for name in drop_service_links(os.environ):
+        typer.echo(f"tidewire: {name} is ignored: Kubernetes set it for a Service, it is no setting", err=True)
     try:
         app()
+    except Unreachable as error:
+        fail(str(error))
+    except ConfigurationError as error:
+        fail(str(error), MISCONFIGURED if SUPERVISED in os.environ else 1)
     except TidewireError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -64,9 +89,10 @@ def main() -> None:
         fail(f"this should not have happened: {type(error).__name__}: {error} (TIDEWIRE_LOG_LEVEL=debug tells where)")
 
 
-def fail(message: str) -> None:
+def fail(message: str, code: int = 1) -> None:
+    """Print one sentence to standard error, and end the process."""
     typer.echo(f"tidewire: {message}", err=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 @app.command()
@@ -118,40 +144,41 @@ def up(
     )
 
 
-@app.command()
-def gateway(
-    reference: AppArgument,
-    redis: ServiceRedis,
-    stage: Stage = None,
-    partitions: Partitions = None,
-    host: Host = None,
-    ws_port: WsPort = None,
-    http_port: HttpPort = None,
-    admin_port: AdminPort = None,
-    origins: Origins = None,
-    drain_seconds: DrainSeconds = None,
-    log_format: LogFormat = None,
-) -> None:
-    """Run a gateway: websockets and HTTP."""
-    from .service import run
+def _add_listening_service(kind: str) -> None:
+    def command(
+        reference: AppArgument,
+        redis: ServiceRedis,
+        stage: Stage = None,
+        partitions: Partitions = None,
+        host: Host = None,
+        ws_port: WsPort = None,
+        http_port: HttpPort = None,
+        admin_port: AdminPort = None,
+        origins: Origins = None,
+        drain_seconds: DrainSeconds = None,
+        log_format: LogFormat = None,
+    ) -> None:
+        from .service import run
 
-    run(
-        "gateway",
-        reference,
-        redis=redis,
-        stage=stage,
-        partitions=partitions,
-        host=host,
-        ws_port=ws_port,
-        http_port=http_port,
-        admin_port=admin_port,
-        origins=origins,
-        drain_seconds=drain_seconds,
-        log_format=log_format,
-    )
+        run(
+            kind,
+            reference,
+            redis=redis,
+            stage=stage,
+            partitions=partitions,
+            host=host,
+            ws_port=ws_port,
+            http_port=http_port,
+            admin_port=admin_port,
+            origins=origins,
+            drain_seconds=drain_seconds,
+            log_format=log_format,
+        )
+
+    app.command(kind, help=WIRING[kind].help)(command)
 
 
-def _add_service(kind: str, help_: str) -> None:
+def _add_service(kind: str) -> None:
     def command(
         reference: AppArgument,
         redis: ServiceRedis,
@@ -178,12 +205,11 @@ def _add_service(kind: str, help_: str) -> None:
             log_format=log_format,
         )
 
-    app.command(kind, help=help_)(command)
+    app.command(kind, help=WIRING[kind].help)(command)
 
 
-_add_service("authorizer", "Run an authorizer: checks credentials.")
-_add_service("broadcaster", "Run a broadcaster: takes changes to the feeds of the users entitled to them.")
-_add_service("store", "Run a store: appends every change to its stream.")
+for _wiring in WIRING.values():
+    (_add_listening_service if _wiring.listens else _add_service)(_wiring.kind)
 
 
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +226,7 @@ def keys_create(
     redis: Redis = None,
     data: Data = DATA,
     stage: Stage = None,
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Make a key. It is shown this once."""
     from tidewire.redis import keyring
@@ -216,7 +242,7 @@ def keys_create(
         key = await keyring.create(backend, user, role=role, claims=claims, ttl_s=ttl_s)
         return {"id": key.id, "auth_key": str(key)}
 
-    typer.echo(json.dumps(with_redis(redis, data, stage, create, may_be_new=True)))
+    output.show(with_redis(redis, data, stage, create, may_be_new=True), as_json=as_json)
 
 
 @keys.command("list")
@@ -281,10 +307,10 @@ def put(
     item: Annotated[str, typer.Argument(metavar="ITEM", help="A JSON object.")],
     key: Key,
     url: Url = "http://127.0.0.1:8081",
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Write an item."""
-    _act(url, key, "put", table=table, item=_parsed(item, "ITEM"))
+    _act(url, key, as_json, "put", table=table, item=_parsed(item, "ITEM"))
 
 
 @app.command()
@@ -293,10 +319,10 @@ def get(
     item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
     key: Key,
     url: Url = "http://127.0.0.1:8081",
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Read an item."""
-    _act(url, key, "get", table=table, key=_parsed(item_key, "KEY"))
+    _act(url, key, as_json, "get", table=table, key=_parsed(item_key, "KEY"))
 
 
 @app.command()
@@ -305,10 +331,10 @@ def delete(
     item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
     key: Key,
     url: Url = "http://127.0.0.1:8081",
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Remove an item."""
-    _act(url, key, "delete", table=table, key=_parsed(item_key, "KEY"))
+    _act(url, key, as_json, "delete", table=table, key=_parsed(item_key, "KEY"))
 
 
 @app.command()
@@ -325,7 +351,7 @@ def query(
     prefix: Annotated[str | None, typer.Option(help="Only sort keys that begin so.")] = None,
     limit: Annotated[int, typer.Option(help="Most items.")] = 100,
     reverse: Annotated[bool, typer.Option("--reverse", help="The last ones first.")] = False,
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Read the items of a partition key, or of an index, in order."""
     given = {
@@ -335,7 +361,8 @@ def query(
         "prefix": prefix,
     }
     fields = {name: value for name, value in given.items() if value is not None}
-    _act(url, key, "query", table=table, key=_parsed(partition_key, "KEY"), limit=limit, reverse=reverse, **fields)
+    key_value = _parsed(partition_key, "KEY")
+    _act(url, key, as_json, "query", table=table, key=key_value, limit=limit, reverse=reverse, **fields)
 
 
 @app.command()
@@ -344,7 +371,7 @@ def listen(
     url: Annotated[str, typer.Option("--url", envvar="TIDEWIRE_WS_URL", help="Websocket address of a gateway.")] = (
         "ws://127.0.0.1:8080"
     ),
-    as_json: Json = True,
+    as_json: Json = False,
 ) -> None:
     """Print every frame of the user's feed, one JSON a line. Reconnects and resumes by itself."""
     import asyncio
@@ -361,8 +388,7 @@ def listen(
         async with client:
             typer.echo(f"listening as {client.user}", err=True)
             async for event in client.events():
-                typer.echo(json.dumps(event, ensure_ascii=False))
-                sys.stdout.flush()
+                output.show(event, as_json=as_json, indent=None)
 
     async def tell_problems() -> None:
         told = None
@@ -406,7 +432,8 @@ def _parsed(text: str, what: str) -> Any:
         raise typer.BadParameter(f"{text!r} is not JSON (a string needs its quotes)", param_hint=what) from None
 
 
-def _act(url: str, auth_key: str, action: str, /, **body: Any) -> None:
+def _act(url: str, auth_key: str, as_json: bool, action: str, /, **body: Any) -> None:
+    """Send an action to a gateway over HTTP, and print its result."""
     import urllib.error
     import urllib.request
 
@@ -414,10 +441,10 @@ def _act(url: str, auth_key: str, action: str, /, **body: Any) -> None:
         request = urllib.request.Request(
             f"{url.rstrip('/')}/v1/{action}",
             json.dumps(body).encode(),
-            {"auth_key": auth_key, "Content-Type": "application/json"},
+            {"Authorization": f"Bearer {auth_key}", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as response:
-            typer.echo(response.read().decode())
+            output.show(json.loads(response.read()), as_json=as_json)
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
         try:

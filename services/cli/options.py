@@ -1,4 +1,7 @@
-"""The options that several commands share. Each is an environment variable too: `TIDEWIRE_<OPTION>`; a flag wins."""
+"""The options that several commands share.
+
+Each can also be set as an environment variable `TIDEWIRE_<OPTION>`. A flag wins over the variable.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import typer
 
 
 def option(name: str, help_: str, *, shown: str | None = None) -> object:
+    """Declare an option with its environment variable. `shown` describes the default where the value does not."""
     variable = "TIDEWIRE_" + name.lstrip("-").replace("-", "_").upper()
     return typer.Option(name, envvar=variable, help=help_, show_default=shown if shown is not None else True)
 
@@ -37,4 +41,15 @@ DrainSeconds = Annotated[float | None, option("--drain-seconds", "Most seconds t
 LogFormat = Annotated[str | None, option("--log-format", "console or json.", shown="console")]
 Url = Annotated[str, option("--url", "HTTP address of a gateway.")]
 Key = Annotated[str, option("--key", "The auth_key to act with.", shown="required")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON for programs: one compact line for each result, never coloured.")
+]
+DATA = Path(".tidewire")
+"""Default of --data."""
+
+ADMIN_SOCKET = "TIDEWIRE_ADMIN_SOCKET"
+"""Environment variable: descriptor of the bound admin socket that `up` hands to a service."""
+SUPERVISED = "TIDEWIRE_SUPERVISED"
+"""Environment variable: set by `up` in its services. A configuration error then ends them with `MISCONFIGURED`."""
+MISCONFIGURED = 78
+"""Exit code of a supervised service that a restart cannot repair (EX_CONFIG of sysexits.h)."""

@@ -1,8 +1,11 @@
-"""Writing what a command prints, so that a full disk is one sentence, and a reader who has left is none."""
+"""What a command prints to standard output."""
 
 from __future__ import annotations
 
-from typing import BinaryIO
+import sys
+from typing import Any, BinaryIO
+
+import msgspec
 
 from tidewire.errors import ConfigurationError
 
@@ -20,3 +23,18 @@ def write(file: BinaryIO, data: bytes, name: str, advice: str = "", *, at_once: 
         raise
     except OSError as error:
         raise ConfigurationError(f"{name}: {error.strerror}{advice}") from None
+
+
+def show(value: Any, *, as_json: bool, indent: int | None = 2, at_once: bool = True) -> None:
+    """Print a JSON value: coloured and indented on a terminal; else, or with `as_json`, as one compact line."""
+    if as_json or not sys.stdout.isatty():
+        write(sys.stdout.buffer, msgspec.json.encode(value) + b"\n", "standard output", at_once=at_once)
+        return
+    from rich.console import Console
+
+    Console(soft_wrap=True).print_json(data=value, indent=indent)
+
+
+def flush() -> None:
+    """Hand over everything printed so far."""
+    write(sys.stdout.buffer, b"", "standard output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,10 @@ def rate(items: int, seconds: float) -> str:
     return f"{items:,} item{'' if items == 1 else 's'}, {items / max(seconds, 0.001):,.0f}/s"
 
 
-def tell_end(done: str, items: int, begun: float) -> None:
-    """What was done since that time (monotonic), for people."""
+def report_end(done: str, items: int, begun: float, *, as_json: bool) -> None:
+    """Report on standard error what was done since `begun` (monotonic seconds), for people or as JSON."""
     seconds = time.monotonic() - begun
-    typer.echo(f"{done} {rate(items, seconds)} ({seconds:.1f} s)", err=True)
+    if as_json:
+        typer.echo(json.dumps({done: items, "seconds": round(seconds, 3)}), err=True)
+    else:
+        typer.echo(f"{done} {rate(items, seconds)} ({seconds:.1f} s)", err=True)

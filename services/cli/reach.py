@@ -54,6 +54,21 @@ def with_redis(
         raise ConfigurationError(f"Redis at {redacted(settings.redis)} does not answer any more: {error}") from None
 
 
+def address_of_up(data: Path) -> str | None:
+    """The Redis URL of the running `up`, or None when none runs on that data."""
+    from .embedded import running
+
+    try:
+        return str(running(data)["redis"])
+    except ConfigurationError:
+        return None
+
+
+def has_moved(data: Path, address: str | None) -> bool:
+    """Whether `up` runs again on that data, with its server at another address than before."""
+    return address is not None and address_of_up(data) not in (None, address)
+
+
 async def declarations(backend: Backend) -> dict[str, Declaration]:
     """The tables by name, sorted, as the stores have declared them."""
     from tidewire.model.records import Declaration, text, unpack

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import platform
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,9 @@ from tidewire.process.settings import Settings, load
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
 from tidewire.redis.keys import Keys
+
+from ..wiring import WIRING
+from .options import ADMIN_SOCKET
 
 
 def import_app(reference: str) -> App:
@@ -47,46 +52,40 @@ def start(main: Any) -> None:
 
 
 async def _run(kind: str, app: App, settings: Settings) -> None:
+    wiring = WIRING[kind]
     keys = Keys(settings.stage, settings.partitions)
-    async with await connect(settings.redis, keys) as backend:
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(await connect(settings.redis, keys))
         service = lifecycle.Service(kind, backend, settings)
-        with contextlib.closing(lifecycle.listen(settings.host, settings.admin_port, "admin")) as admin:
-            if kind == "gateway":
-                await _run_gateway(service, app, admin)
-                return
-            if kind == "store":
-                from ..store.service import build as build_store
-
-                build_store(service, app)
-            elif kind == "broadcaster":
-                from ..broadcaster.service import build as build_broadcaster
-
-                build_broadcaster(service, app)
-            else:
-                from ..authorizer.service import build as build_authorizer
-
-                build_authorizer(service)
-            await lifecycle.run_service(service, admin)
+        admin = stack.enter_context(contextlib.closing(_admin_socket(settings)))
+        if wiring.listens:
+            await claim_ports(backend, settings)
+            ws, http = (
+                stack.enter_context(contextlib.closing(lifecycle.listen(settings.host, port, what, shared=True)))
+                for what, port in (("ws", settings.ws_port), ("http", settings.http_port))
+            )
+            await stack.enter_async_context(wiring.build(service, app).listening(ws, http))
+        else:
+            wiring.build(service, app)
+        await lifecycle.run_service(service, admin)
 
 
-async def _run_gateway(service: lifecycle.Service, app: App, admin: Any) -> None:
-    from ..gateway.service import build as build_gateway
-
-    settings = service.settings
-    await claim_ports(service.backend, settings)
-    with (
-        contextlib.closing(lifecycle.listen(settings.host, settings.ws_port, "ws", shared=True)) as ws,
-        contextlib.closing(lifecycle.listen(settings.host, settings.http_port, "http", shared=True)) as http,
-    ):
-        gateway = build_gateway(service, app)
-        async with gateway.listening(ws, http):
-            await lifecycle.run_service(service, admin)
+def _admin_socket(settings: Settings) -> socket.socket:
+    """The bound socket of the admin port. Under `up` the parent process has bound it and hands it down."""
+    if descriptor := os.environ.get(ADMIN_SOCKET):
+        inherited = socket.socket(fileno=int(descriptor))
+        inherited.setblocking(False)
+        return inherited
+    return lifecycle.listen(settings.host, settings.admin_port, "admin")
 
 
 async def claim_ports(backend: Backend, settings: Settings) -> None:
-    """Gateways of a stage share their ports; anybody else there is found, and named.
+    """Check that only gateways of this stage listen on the websocket and HTTP ports.
 
-    A bind with SO_REUSEPORT succeeds beside any program that set it too, so that it cannot be asked.
+    A bind with SO_REUSEPORT succeeds beside any other program that set the option, so the bind alone proves nothing.
+
+    Raises:
+        ConfigurationError: another program listens on one of the ports.
     """
     ports = {"ws": settings.ws_port, "http": settings.http_port}
     deadline = time.monotonic() + 3  # a gateway started at the same time may listen before it is registered

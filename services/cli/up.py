@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -29,7 +30,9 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
 from tidewire.redis.keys import Keys
 
+from ..wiring import WIRING
 from .embedded import Embedded, announce, end_with_parent, locked, write_private
+from .options import ADMIN_SOCKET, MISCONFIGURED, SUPERVISED
 from .service import import_app, start
 from .status import owners
 
@@ -42,14 +45,25 @@ GENTLE_S = 4.0
 """What a child has for its drain before it is killed, unless --drain-seconds is less."""
 
 
-STARTS = 3
-"""So often a service may end at once before `up` gives up to get ready."""
+MAX_FAILED_STARTS = 3
+"""Immediate exits of a service that `up` tolerates before it aborts startup."""
+
+
+class Misconfigured(Exception):
+    """A service has printed a configuration error and ended. `up` ends too."""
 
 
 class Child:
-    """One process, kept running."""
+    """A process that is restarted when it ends. `admin`, its bound admin socket, outlives each restart."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        stopping: asyncio.Event,
+        admin: socket.socket | None = None,
+    ) -> None:
         self.name = name
         self.process: asyncio.subprocess.Process | None = None
         self.failures = 0
@@ -57,6 +71,10 @@ class Child:
         self._command = command
         self._environment = environment
         self._stopping = stopping
+        self._descriptors: tuple[int, ...] = ()
+        if admin:
+            self._descriptors = (admin.fileno(),)
+            self._environment = environment | {ADMIN_SOCKET: str(admin.fileno())}
 
     async def start(self) -> asyncio.subprocess.Process:
         self.process = await asyncio.create_subprocess_exec(
@@ -66,6 +84,7 @@ class Child:
             stdout=sys.stderr,  # what `up` prints to standard output is data
             start_new_session=True,  # Ctrl-C is for `up`, which ends the others in their order
             preexec_fn=end_with_parent,
+            pass_fds=self._descriptors,
         )
         return self.process
 
@@ -81,6 +100,8 @@ class Child:
             if time.monotonic() - begun > 2:
                 pause_s, self.failures = 0.1, 0
             self.failures += 1
+            if code == MISCONFIGURED:  # it has said why: starting it again would end the same way
+                raise Misconfigured
             log.warning("process_died", name=self.name, pid=self.process.pid, code=code)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
@@ -118,8 +139,10 @@ def up(reference: str, data: Path, counts: dict[str, int], **flags: Any) -> None
                 f"port {port} on {settings.host} is in use: end the program that listens there, "
                 f"or choose another --{what}-port"
             )
-    with locked(data):
+    with locked(data), contextlib.suppress(Misconfigured):
         start(_Up(reference, data, counts, settings, flags.get("redis")).run())
+        return
+    sys.exit(1)  # the service has said why
 
 
 class _Up:
@@ -135,7 +158,7 @@ class _Up:
         self.redis = redis or (self.embedded.url if self.embedded else "")
         self.server: Child | None = None
         self.services: list[Child] = []
-        self.admin_ports: list[int] = []
+        self.admin_sockets: list[socket.socket] = []
         self.tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -182,19 +205,32 @@ class _Up:
             "TIDEWIRE_LOG_FORMAT": self.settings.log_format,
             # Ready is said by `up`; of the services only what is unusual is of interest beside it.
             "TIDEWIRE_LOG_LEVEL": os.environ.get("TIDEWIRE_LOG_LEVEL", "warning"),
+            SUPERVISED: "1",
         }
         port = self.settings.admin_port
-        for kind in ("store", "broadcaster", "authorizer", "gateway"):
+        for kind in WIRING:
             for number in range(self.counts[kind]):
-                while lifecycle.port_is_taken(self.settings.host, port):
-                    port += 1
+                admin = self._bind_admin(port)
+                port = admin.getsockname()[1] + 1
                 command = [sys.executable, "-m", "tidewire.services.cli.main", kind, self.reference]
-                child = Child(f"{kind}-{number + 1}", [*command, "--admin-port", str(port)], environment, self.stopping)
-                self.admin_ports.append(port)
-                port += 1
+                child = Child(f"{kind}-{number + 1}", command, environment, self.stopping, admin)
                 await child.start()
                 self.services.append(child)
                 self.tasks.append(asyncio.create_task(child.keep()))
+
+    def _bind_admin(self, port: int) -> socket.socket:
+        """Bind the first free port from `port` on, for a service's probes and metrics.
+
+        Finding a free port first and binding it later would race with another `up`.
+        """
+        while True:
+            try:
+                bound = lifecycle.listen(self.settings.host, port, "admin")
+            except lifecycle.PortTaken:
+                port += 1
+                continue
+            self.admin_sockets.append(bound)
+            return bound
 
     async def _stop(self) -> None:
         """Gateways first: their connections are written through the store. The server last."""
@@ -223,7 +259,7 @@ class _Up:
                 if time.monotonic() > deadline:
                     raise ConfigurationError(f"not ready within {READY_S:.0f} s: see the messages above")
                 for child in self.services:
-                    if child.failures >= STARTS:
+                    if child.failures >= MAX_FAILED_STARTS:
                         raise ConfigurationError(f"{child.name} ends as soon as it is started: see the messages above")
                 await asyncio.sleep(0.05)
             keys = await demo_keys(backend, self.data)
@@ -237,7 +273,9 @@ class _Up:
         sys.stdout.flush()
 
     async def _all_ready(self, backend: Backend) -> bool:
-        answers = await asyncio.gather(*(asyncio.to_thread(self._probe, port) for port in self.admin_ports))
+        answers = await asyncio.gather(
+            *(asyncio.to_thread(self._probe, port) for port in (bound.getsockname()[1] for bound in self.admin_sockets))
+        )
         if not all(answers):
             return False
         for kind in ("store", "broadcaster"):

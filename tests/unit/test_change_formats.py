@@ -13,6 +13,7 @@ from tidewire.app import STREAM_VIEWS
 from tidewire.errors import ConfigurationError
 from tidewire.model.records import Change, Position
 from tidewire.services.cli.change_formats import (
+    Unrepresentable,
     as_dynamodb,
     as_json,
     number_text,
@@ -20,6 +21,7 @@ from tidewire.services.cli.change_formats import (
     sequence_number,
     size_of_item,
     typed,
+    typed_item,
 )
 
 AT = 1_795_409_459_002
@@ -89,7 +91,10 @@ def test_values_have_the_letter_of_their_type(value: Any, expected: dict[str, An
     assert typed(value) == expected
 
 
-@given(st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    st.integers(-(2**63), 2**64 - 1)
+    | st.floats(-9e125, 9e125).filter(lambda number: number == 0 or abs(number) >= 1e-130)
+)
 def test_numbers_keep_all_their_digits(value: int | float) -> None:
     assert Decimal(number_text(value)) == Decimal(repr(value))
 
@@ -114,3 +119,14 @@ def test_a_position_is_read_back() -> None:
 def test_what_is_no_position_of_the_stage_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--from"):
         parse_position(text, 8)
+
+
+@pytest.mark.parametrize("number", [1e308, 5e-324, 1e126, 1e-131])
+def test_a_number_that_dynamodb_cannot_hold_is_named_with_its_place(number: float) -> None:
+    with pytest.raises(Unrepresentable, match=r"a: b: the number .* does not fit"):
+        typed_item({"a": {"b": [number]}})
+
+
+@pytest.mark.parametrize(("number", "text"), [(1e125, "1E+125"), (1e-130, "1E-130"), (0.1, "0.1"), (-0.0, "0")])
+def test_numbers_at_the_edge_of_dynamodbs_range_are_kept(number: float, text: str) -> None:
+    assert number_text(number) == text

@@ -103,3 +103,11 @@ def test_of_several_faults_the_first_line_counts() -> None:
     book.refuse(2, "early")
     book.refuse(3, "late")
     assert book.fault == (2, "early")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_skipped() -> None:
+    book = ledger()
+    assert book.take(b"\xef\xbb\xbf" + line("a") + b"\r") is not None
+    assert book.take(line("b") + b"\r") is not None
+    assert book.take(b"\r") is None
+    assert book.fault is None

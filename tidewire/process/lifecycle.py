@@ -136,10 +136,18 @@ async def run_service(service: Service, admin: socket.socket) -> None:
     log.info("service_stopped", service=service.kind)
 
 
-def listen(host: str, port: int, what: str, *, shared: bool = False) -> socket.socket:
-    """A bound socket. Raises ConfigurationError when the port is taken.
+class PortTaken(ConfigurationError):
+    """Another program listens on the port."""
 
-    With `shared`, other gateways may listen on it too (SO_REUSEPORT): that they are gateways is for the caller to know.
+
+def listen(host: str, port: int, what: str, *, shared: bool = False) -> socket.socket:
+    """Bind a socket and listen on it.
+
+    With `shared`, other processes may listen on the same port (SO_REUSEPORT). The caller checks that they are gateways.
+
+    Raises:
+        PortTaken: another program listens on the port.
+        ConfigurationError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -151,7 +159,8 @@ def listen(host: str, port: int, what: str, *, shared: bool = False) -> socket.s
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise ConfigurationError(_why_not(error, host, port, what)) from None
+        taken = error.errno == errno.EADDRINUSE
+        raise (PortTaken if taken else ConfigurationError)(_why_not(error, host, port, what)) from None
     listener.setblocking(False)
     return listener
 
@@ -160,7 +169,7 @@ def port_is_taken(host: str, port: int) -> bool:
     """Whether anybody listens there, also one who would share the port (which a shared bind would not notice)."""
     try:
         listen(host, port, "probe").close()
-    except ConfigurationError:
+    except ConfigurationError:  # also an address that cannot be bound at all: the caller's own bind says why
         return True
     return False
 

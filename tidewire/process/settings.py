@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -102,6 +102,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 256 and 2000")
         if self.lease_ms < 300:
             raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
+
+
+def drop_service_links(environment: MutableMapping[str, str]) -> list[str]:
+    """Remove the variables that Kubernetes sets for a Service, and return their names.
+
+    A Service called `tidewire-ws` gives every pod of its namespace TIDEWIRE_WS_PORT=tcp://10.0.0.7:8080, which is also
+    the name of a setting.
+    """
+    links = [
+        name
+        for name, value in environment.items()
+        if name.startswith("TIDEWIRE_") and re.match(r"(tcp|udp|sctp)://", value)
+    ]
+    for name in links:
+        del environment[name]
+    return links
 
 
 def load(environment: Mapping[str, str] | None = None, **flags: Any) -> Settings:

@@ -74,6 +74,19 @@ def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str,
     return unquote(user) or None, unquote(password) or None, nodes if sound else None, "" if after == "/" else after
 
 
+def check_login(url: str) -> None:
+    """Check that a URL can be split: a password with one of / ? # would end the host part early.
+
+    Raises:
+        ConfigurationError: the login must be percent-encoded. The message quotes no part of it.
+    """
+    login, at, _ = url.partition("://")[2].rpartition("@")
+    if url.startswith(("redis://", "rediss://")) and at and re.search(r"[/?#]", login):
+        raise ConfigurationError(
+            "--redis: the user or password holds one of / ? # @: percent-encode it (%2F, %3F, %23, %40)"
+        )
+
+
 def redacted(url: str) -> str:
     """The address without its password, wherever it stands."""
     url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)

@@ -1,21 +1,18 @@
-"""Connects to Redis by URL. The URL decides which topology is behind a backend."""
+"""Connects to Redis by URL. The scheme of the URL decides which topology is behind the backend."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.exceptions import (
-    AuthenticationError,
-    MovedError,
-    RedisError,
-)
+from redis.exceptions import AuthenticationError, MovedError, NoPermissionError, RedisError
 
-from tidewire.errors import ConfigurationError
-from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, redacted
+from tidewire.errors import ConfigurationError, Unreachable
+from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, check_login, redacted
 from tidewire.redis.backend import COMMANDS, LISTENING, Backend
 from tidewire.redis.cluster import ClusterBackend, NotACluster
 from tidewire.redis.keys import Keys
@@ -28,7 +25,11 @@ NO_EVICTION = "Redis may remove keys that Tidewire needs: set maxmemory-policy n
 
 
 def backend_at(url: str, keys: Keys) -> Backend:
-    """A backend that has not been reached yet. Raises ConfigurationError for an address that is none of ours."""
+    """Create a backend that has not connected yet.
+
+    Raises:
+        ConfigurationError: the URL is not an address of a server, a cluster or sentinels.
+    """
     backend = _backend_at(url, keys)
     backend.make_another = lambda: backend_at(url, backend.keys)
     return backend
@@ -42,19 +43,28 @@ def _backend_at(url: str, keys: Keys) -> Backend:
         return SentinelBackend(SentinelsAddress.parse(url), keys)
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(
-            f"--redis {redacted(url)!r}: an address like redis://host:6379, rediss://…, unix://…, "
-            "redis+sentinel://host:26379,host:26379/service or redis+cluster://host:6379,host:6379 is needed"
+            f"--redis {redacted(url)!r} has none of the known forms: redis://host:6379, rediss://…, unix://…, "
+            "redis+sentinel://host:26379,host:26379/service or redis+cluster://host:6379,host:6379"
         )
+    check_login(url)
     try:
+        _ = urlsplit(url).port
         commands = Redis.from_url(url, **COMMANDS)
         wire = Wire(commands.connection_pool.make_connection)
         return Backend(commands, Redis.from_url(url, **LISTENING), keys, wire)
-    except ValueError as error:
-        raise ConfigurationError(f"--redis {redacted(url)!r}: {error}") from None
+    except ValueError:  # its message may quote a part of the password
+        raise ConfigurationError(
+            f"--redis {redacted(url)!r} is not a valid address: write redis://user:password@host:port/database"
+        ) from None
 
 
 async def connect(url: str, keys: Keys) -> Backend:
-    """A backend whose server answers and whose stage is open. Raises ConfigurationError with one sentence."""
+    """Connect to a server, check its version and permissions, and open the stage.
+
+    Raises:
+        ConfigurationError: the server cannot be used; the message says why in one sentence.
+        Unreachable: the server does not answer.
+    """
     backend = backend_at(url, keys)
     try:
         async with _explained(url):
@@ -63,6 +73,8 @@ async def connect(url: str, keys: Keys) -> Backend:
             if int(str(version).split(".", 1)[0]) < 7:
                 raise ConfigurationError(f"the server at {redacted(url)} is version {version}; 7.0 or newer is needed")
             await backend.open_stage()
+            # Redis 7 gives a new user no channels. Without them a service would start, and never hear of a change.
+            await backend.calls([("SPUBLISH", keys.probe(), b"")])
             if policy := await backend.may_evict():
                 log.warning("keys_may_be_evicted", maxmemory_policy=policy, advice=NO_EVICTION)
     except BaseException:
@@ -72,7 +84,10 @@ async def connect(url: str, keys: Keys) -> Backend:
 
 
 async def connect_existing(url: str, stage: str, partitions: int) -> Backend:
-    """A backend of a stage with the partitions it was created with; `partitions` where it is yet to be created."""
+    """Connect to a stage that may exist, with the number of partitions that it was created with.
+
+    `partitions` counts when the stage does not exist yet. Raises as `connect` does.
+    """
     backend = backend_at(url, Keys(stage, partitions))
     try:
         async with _explained(url):
@@ -87,7 +102,7 @@ async def connect_existing(url: str, stage: str, partitions: int) -> Backend:
 
 @contextlib.asynccontextmanager
 async def _explained(url: str) -> AsyncIterator[None]:
-    """What goes wrong on the way to Redis, as one sentence."""
+    """Turn the errors of redis-py into one sentence that says what to do."""
     at = f"Redis at {redacted(url)}"
     try:
         yield
@@ -98,10 +113,15 @@ async def _explained(url: str) -> AsyncIterator[None]:
     except MovedError:
         raise ConfigurationError(f"{at} is a node of a cluster: name it as redis+cluster://host:port") from None
     except AuthenticationError as error:
-        raise ConfigurationError(f"{at} does not answer ({error}): check its password") from None
-    except MasterNotFoundError:
+        raise ConfigurationError(f"{at} does not accept the login ({error}): check user and password") from None
+    except NoPermissionError as error:
         raise ConfigurationError(
+            f"{at} refuses a command that Tidewire needs ({error}): give the user this permission with ACL SETUSER; "
+            "docs/operations.md lists all that are needed"
+        ) from None
+    except MasterNotFoundError:
+        raise Unreachable(
             f"{at} does not answer: no sentinel there is reachable and knows a master of the service's name"
         ) from None
     except (RedisError, OSError) as error:
-        raise ConfigurationError(f"{at} does not answer ({error}): is it running, and reachable?") from None
+        raise Unreachable(f"{at} does not answer ({error}): is it running, and reachable?") from None

@@ -181,6 +181,10 @@ class Keys:
         """Hash: what was fixed when the stage was created, and whether it has had credentials."""
         return self._global(b"stage", b"settings")
 
+    def probe(self) -> bytes:
+        """Channel without subscribers: publishing to it proves that the Redis user may use the stage's channels."""
+        return self._global(b"stage", b"probe")
+
     def tables(self) -> bytes:
         """Hash: the tables as the last store declared them."""
         return self._global(b"stage", b"tables")
