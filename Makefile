@@ -16,7 +16,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test coverage test-long breaks faults check format wheel-check clean
+.PHONY: help install up test coverage test-long breaks faults check format docs wheel-check lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,12 +38,13 @@ test-long: $(INSTALLED) $(BROWSER_MODULES) ## all tests in full: 100,000 writes,
 breaks: $(INSTALLED) ## take out one guard after another, and see that the checker of runs under faults notices
 	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k broken $(ARGS)
 
-check: $(INSTALLED) ## lint, format, types, import contracts
+check: $(INSTALLED) ## lint, format, types, spelling, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases tests deploy
 	$(BIN)/mypy .ci/wheel-check
+	$(BIN)/codespell
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by itself
@@ -53,11 +54,19 @@ format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by 
 faults: $(INSTALLED) ## everything under faults, checked: make faults MINUTES=10 TOPOLOGY=cluster SEED=7 ARGS="--parts crowd"
 	@$(BIN)/python -m tests.faults.run --minutes $(MINUTES) --topology $(TOPOLOGY) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+docs: $(INSTALLED) ## build the documentation site into site/, with warnings as errors
+	@$(BIN)/mkdocs build --strict --quiet
+
+lock: $(INSTALLED) ## update requirements-dev.txt after a change of dependencies in pyproject.toml
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate --no-header \
+		pyproject.toml --output-file requirements-dev.txt
+
 wheel-check: $(INSTALLED) ## build the wheel and use it as a stranger would, in an empty environment
 	@$(BIN)/python .ci/wheel-check
 
 clean: ## remove what these commands made, except the data of `make up` in .tidewire
-	rm -rf .venv tests/browser/node_modules build dist htmlcov .coverage .coverage.*
+	rm -rf .venv tests/browser/node_modules build dist htmlcov site .coverage .coverage.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -68,13 +77,14 @@ ifneq ($(shell test -x $(BIN)/python && cat $(INSTALLED) 2>/dev/null),$(CURDIR))
 CLEAR := --clear
 endif
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { \
 		echo "There is no $(PYTHON) here. Tidewire needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) .ci/can-install $(PYTHON)
 	@echo "Installing Tidewire and its tools into .venv: once, it takes a minute."
 	@$(PYTHON) -m venv $(CLEAR) .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@echo '$(CURDIR)' > $@
 
 tests/browser/node_modules/.installed: tests/browser/package-lock.json
