@@ -15,6 +15,7 @@ import msgspec
 
 from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, Vacant, nobody
 from tidewire.errors import BadRequest, ConfigurationError
+from tidewire.model.protocol import fault_in
 from tidewire.model.records import Item
 from tidewire.model.values import LARGEST_KEY_NUMBER, ItemKey, Scalar, canonical, tuple_bytes
 
@@ -53,6 +54,7 @@ class Table:
     indexes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     expires: str | None = None
     schema: Schema | None = None
+    normalize: bool = False
 
     @property
     def sorted(self) -> bool:
@@ -72,19 +74,38 @@ class Table:
         # Divided as Redis is asked for what is due: rounded otherwise, an item could be due there and not here.
         return isinstance(at, int | float) and not isinstance(at, bool) and at <= now_ms / 1000
 
-    def validate(self, item: Item) -> None:
-        """Raises BadRequest saying what the table's schema has against the item, and where."""
+    def validate(self, item: Item) -> Item:
+        """Check an item against the schema, and return the item to store.
+
+        With `normalize` that is what the schema returns; else the item itself.
+
+        Raises:
+            BadRequest: the item does not fit; the message says why and where.
+        """
         if self.schema is None:
-            return
+            return item
         try:
-            if isinstance(self.schema, type) and issubclass(self.schema, msgspec.Struct):
-                msgspec.convert(item, self.schema)
-            else:
-                check: Callable[[Item], Any] = self.schema
-                check(deepcopy(item))
+            made = self._fitted(item)
         except Exception as error:  # the application's own rule: it may raise anything
             why = str(error) or type(error).__name__
             raise BadRequest(f"table {self.name!r}: the item does not fit its schema: {why}") from None
+        if not self.normalize:
+            return item
+        if not isinstance(made, dict) or fault_in(made):
+            problem = fault_in(made) if isinstance(made, dict) else f"a {type(made).__name__}, not a dict"
+            raise BadRequest(f"table {self.name!r}: the schema returned {problem}")
+        if self.key_of(made) != self.key_of(item):
+            raise BadRequest(f"table {self.name!r}: the schema changed the key of the item")
+        return made
+
+    def _fitted(self, item: Item) -> Any:
+        """What the schema returns for an item. Raises whatever the schema raises."""
+        assert self.schema is not None
+        if isinstance(self.schema, type) and issubclass(self.schema, msgspec.Struct):
+            fitted = msgspec.convert(item, self.schema)
+            return msgspec.to_builtins(fitted) if self.normalize else fitted
+        check: Callable[[Item], Any] = self.schema
+        return check(deepcopy(item))
 
     def key_of(self, item: Item) -> ItemKey:
         """The key of an item. Raises BadRequest naming the attribute that is missing or of a wrong kind."""
@@ -219,11 +240,14 @@ class App:
         hidden: Iterable[str] = (),
         expires: str | None = None,
         schema: Schema | None = None,
+        normalize: bool = False,
     ) -> Table:
         """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute).
 
         `indexes` are name: (partition attribute, sort attribute). `expires` names the attribute that says when an item
-        ends, in seconds since 1970. `schema` is a msgspec Struct, or a callable that raises for what does not fit.
+        ends, in seconds since 1970. `schema` is a msgspec Struct, or a callable that raises for what does not fit. With
+        `normalize`, the store keeps what the schema returns: the Struct's fields with their defaults, or the callable's
+        dict.
         """
         attributes: Any = tuple(key) if isinstance(key, list | tuple) else (key,)
         table = Table(
@@ -236,6 +260,7 @@ class App:
             _indexes(name, indexes or {}),
             expires,
             schema,
+            normalize,
         )
         self._declare(table)
         return table
@@ -253,6 +278,7 @@ class App:
         hidden: Iterable[str] = (),
         expires: str | None = None,
         schema: Schema | None = None,
+        normalize: bool = False,
     ) -> Membership:
         """Declare a membership. Unless `readers` says otherwise, its members may read it.
 
@@ -269,6 +295,7 @@ class App:
             {BY_MEMBER: (member, group)} | _indexes(name, indexes or {}),
             expires,
             schema,
+            normalize,
         )
         self._declare(membership)
         return membership

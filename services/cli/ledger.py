@@ -15,7 +15,7 @@ import msgspec
 
 from tidewire.app import CONNECTIONS, Table
 from tidewire.errors import BadRequest
-from tidewire.model.protocol import fault_in
+from tidewire.model.protocol import fault_in, float_of
 from tidewire.model.records import Item
 from tidewire.redis.keys import Keys
 
@@ -56,7 +56,7 @@ class Ledger:
         self._keys = keys
         self._skip = skip
         self._rows: dict[int, deque[Row]] = defaultdict(deque)  # by partition, in the order of the lines
-        self._decoder = msgspec.json.Decoder(Line)
+        self._decoder = msgspec.json.Decoder(Line, float_hook=float_of)
 
     @property
     def done(self) -> int:

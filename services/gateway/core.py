@@ -92,7 +92,7 @@ class Core:
             return await self.store(principal, connection, frame, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
         await self.direct.send(request.connection, message)
-        return {"delivered": True}
+        return {"delivered": True, "connections": 1}
 
     def store(
         self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any

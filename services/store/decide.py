@@ -304,8 +304,10 @@ class _Batch:
                 return {}
             case Send():
                 _service_only(command)
-                self.view.send(author, str(request.user), request.body)
-                return {"delivered": True}
+                user = str(request.user)
+                connections = self.view.count(CONNECTIONS, user)
+                self.view.send(author, user, request.body)
+                return {"delivered": True, "connections": connections}
         raise BadRequest(f"the store has no action {command.action!r}")
 
     # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,7 +332,7 @@ class _Batch:
             new = {name: value for name, value in old.items() if name in table.hidden} | new
         rights.may_write(table, old, new)
         rights.check(table, key, request.condition)
-        table.validate(new)
+        new = table.validate(new)
         return self.written(author, table, key, new)
 
     def update(self, author: Author, rights: Rights, table: Table, request: Update) -> dict[str, Any]:
@@ -343,7 +345,7 @@ class _Batch:
             raise BadRequest(f"update: the key of an item cannot change: {_differing(table, new, key)}")
         rights.may_write(table, old, new)
         rights.check(table, key, request.condition)
-        table.validate(new)
+        new = table.validate(new)
         result = self.written(author, table, key, new)
         if rights.may_read(table, new):
             result["item"] = table.visible(new, "service" if rights.all else "client")
@@ -469,8 +471,7 @@ class _Batch:
                 with gaps, _place(number):
                     table = self.app[name]
                     rights.may_write(table, None, item)
-                    table.validate(item)
-                    self.view.write(author, table, key, item)
+                    self.view.write(author, table, key, table.validate(item))
         finally:
             self.view.open_items = True
         gaps.close()

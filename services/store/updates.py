@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Context, Decimal
 from typing import Any
 
 from tidewire.errors import BadRequest
@@ -34,11 +35,36 @@ def apply_update(item: Item, update: Update) -> Item:
         before = parent.get(name, 0)
         if not _number(before):
             raise BadRequest(f"update: add {_shown(path)}: what is there is not a number")
-        total = before + value
-        if not (abs(total) < float("inf") and (isinstance(total, float) or -(2**63) <= total < 2**64)):
-            raise BadRequest(f"update: add {_shown(path)}: the sum is beyond what a number holds")
-        parent[name] = total
+        try:
+            parent[name] = _sum(before, value)
+        except ValueError as error:
+            raise BadRequest(f"update: add {_shown(path)}: {error}") from None
     return new
+
+
+_EXACT = Context(prec=1200, traps=[])
+"""Digits enough for the sum of any two doubles."""
+
+
+def _sum(a: float, b: float) -> float:
+    """Add two numbers in decimal arithmetic, so that ten times 0.1 is 1. The sum is the double nearest to the result.
+
+    Raises:
+        ValueError: the sum has no place in an item, or its integer part would be rounded.
+    """
+    total: int | float
+    if isinstance(a, int) and isinstance(b, int):
+        total = a + b
+    else:
+        exact = _EXACT.add(Decimal(repr(a)), Decimal(repr(b)))
+        total = float(exact)
+        if abs(exact) > 2**53 and Decimal(total) != exact and Decimal(repr(total)) != exact:
+            if exact != exact.to_integral_value():
+                raise ValueError("the sum has more digits than a number keeps")
+            total = int(exact)
+    if abs(total) >= float("inf") or (isinstance(total, int) and not -(2**63) <= total < 2**64):
+        raise ValueError("the sum is beyond what a number holds")
+    return total
 
 
 def check_values(update: Update) -> None:

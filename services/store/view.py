@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 
 from tidewire.app import BY_MEMBER, CONNECTIONS, App, Membership, Table
 from tidewire.errors import BadRequest, RequestError, TooLarge
@@ -23,6 +24,12 @@ from tidewire.visibility import sight
 from .budget import Account
 from .facts import CountFact, Fact, ItemFact, KindFact, Page, PageFact, Value
 
+log = structlog.get_logger(__name__)
+
+MAX_PLAUSIBLE_EXPIRY_S = 10**11
+"""Largest expiry, in seconds since 1970, that is no mistake: the year 5138. Milliseconds of today are above it."""
+_warned_of_ms: set[str] = set()
+"""Tables with an expiry beyond it: this process warns once for each."""
 MAX_GROUPS = 1000
 """Of one user, as far as who shares a group with whom is asked."""
 OPENED_ITEMS = 100
@@ -179,12 +186,16 @@ class View:
         return any(self.item(table, key) is not None for key in keys)
 
     def vacant(self, membership: str, group: Scalar) -> bool:
-        count: int = self.know(CountFact(membership, group))
-        count += self._counted.get((membership, group), 0)
+        return self.count(membership, group) <= 0
+
+    def count(self, table: str, partition: Scalar) -> int:
+        """Return the number of live items of a partition-key value in a sorted table, with this batch's writes."""
+        count: int = self.know(CountFact(table, partition))
+        count += self._counted.get((table, partition), 0)
         for key in self.effects.items:
-            if (key.table, key.partition) == (membership, group):
+            if (key.table, key.partition) == (table, partition):
                 count += self._grown(key)
-        return count <= 0
+        return count
 
     def groups(self, membership: str, user: str) -> list[Scalar]:
         table = self.app[membership]
@@ -437,9 +448,20 @@ def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> RedisCommand
 
 
 def expiry_of(table: Table, item: Item | None) -> float | None:
-    """When an item expires, in seconds since 1970; None for never."""
+    """Return when an item expires, in seconds since 1970; None for never."""
     at = item.get(table.expires) if item and table.expires else None
-    return at if isinstance(at, int | float) and not isinstance(at, bool) else None
+    if not isinstance(at, int | float) or isinstance(at, bool):
+        return None
+    if at > MAX_PLAUSIBLE_EXPIRY_S and table.name not in _warned_of_ms:
+        _warned_of_ms.add(table.name)
+        log.warning(
+            "expiry_looks_like_ms",
+            table=table.name,
+            attribute=table.expires,
+            value=at,
+            advice="the attribute counts seconds since 1970: divide milliseconds by 1000",
+        )
+    return at
 
 
 def same(a: Any, b: Any) -> bool:

@@ -206,7 +206,10 @@ async def test_a_message_to_a_user_reaches_all_connections_and_is_resumed(stage:
     key = await stage.key("alice")
     async with wire(stage, key) as alice:
         cursor = alice.welcome["cursor"]
-        assert await admin.do("send", user="alice", body={"hello": [1, None]}) == {"delivered": True}
+        assert await admin.do("send", user="alice", body={"hello": [1, None]}) == {
+            "delivered": True,
+            "connections": 1,
+        }
         frame = await alice.next(type="message")
         assert (frame["from"], frame["body"]) == ("admin", {"hello": [1, None]})
         assert set(frame) == {"type", "cursor", "from", "body", "at"}

@@ -250,3 +250,30 @@ def test_a_feeds_frame_is_json_with_its_cursor_and_topic(rest: dict[str, Any], t
     expected = {"type": "change", "cursor": "1.2.abc", **rest}
     assert json.loads(frame) == expected | ({} if topic is None else {"topic": topic})
     assert msgpack.unpackb(json_to_msgpack(frame)) == json.loads(frame)
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["0.12345678901234567891", "1e-400", "9007199254740993.0", "123456789012345678e2", "1e-99999999999999999999"],
+)
+def test_a_number_that_a_double_would_round_is_refused_with_its_path(number: str) -> None:
+    with pytest.raises(BadRequest, match=r"would be rounded .* at \$\.item\.list\[1\]"):
+        decode_frame(f'{{"action":"put","item":{{"list":[1,{number}]}}}}', binary=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.1", 0.1), ("0.10000000000000001", 0.1), ("1.000000000000000000000", 1.0), ("5e-324", 5e-324), ("1e23", 1e23)],
+)
+def test_a_number_that_names_one_double_is_kept(text: str, value: float) -> None:
+    assert decode_frame(f'{{"a":{text}}}', binary=False) == {"a": value}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_double_is_kept_as_python_writes_it(value: float) -> None:
+    assert decode_frame(f'{{"a":{value!r}}}', binary=False) == {"a": value}
+
+
+def test_a_number_beyond_the_largest_double_is_refused_with_its_path() -> None:
+    with pytest.raises(BadRequest, match=r"a number that is not finite at \$\.item\.x"):
+        decode_frame('{"action":"put","item":{"x":1e999}}', binary=False)

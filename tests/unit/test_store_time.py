@@ -402,6 +402,47 @@ class TestSchemas:
         assert world.code("alice", "put", table="closed", item={"id": 5}) == "forbidden"
 
 
+def with_default(item: Item) -> Item:
+    return {"id": item["id"], "state": item.get("state", "new")}
+
+
+class TestSchemasThatNormalize:
+    @pytest.mark.parametrize("schema", [with_default, Order])
+    def test_the_store_keeps_what_the_schema_returns(self, schema: Any) -> None:
+        app = App("test")
+        app.table("orders", key="id", readers=everyone, writers=everyone, schema=schema, normalize=True)
+        world = World(app)
+        world.do("alice", "put", table="orders", item={"id": "o", "owner": "alice", "stranger": 1})
+        kept = world.do("alice", "get", table="orders", key="o")["item"]
+        filled: dict[str, Any] = {"id": "o", "owner": "alice", "to": None, "lines": []}
+        assert kept == (filled if schema is Order else {"id": "o", "state": "new"})
+
+    @pytest.mark.parametrize(
+        ("schema", "problem"),
+        [
+            (lambda item: None, "the schema returned a NoneType, not a dict"),
+            (lambda item: item | {"at": float("inf")}, "the schema returned a number that is not finite at $.at"),
+            (lambda item: item | {"id": "other"}, "the schema changed the key"),
+        ],
+    )
+    def test_what_a_schema_may_not_return_is_refused(self, schema: Any, problem: str) -> None:
+        app = App("test")
+        app.table("orders", key="id", readers=everyone, writers=everyone, schema=schema, normalize=True)
+        error = World(app).refused("alice", "put", table="orders", item={"id": "o"})
+        assert error["code"] == "bad_request"
+        assert problem in error["message"]
+
+
+def test_an_expiry_in_milliseconds_is_kept_and_warned_of_once_for_each_table() -> None:
+    world = World(make_app())
+    with capture_logs() as logs:
+        for number in range(2):
+            world.do("alice", "put", table="notes", item={"id": f"n{number}", "until": NOW})
+    warnings = [log for log in logs if log["event"] == "expiry_looks_like_ms"]
+    assert [(log["table"], log["attribute"], log["value"]) for log in warnings] == [("notes", "until", NOW)]
+    assert world.do("alice", "get", table="notes", key="n1")["item"]["until"] == NOW
+
+
 # ── all of it together ──────────────────────────────────────────────────────────────────────────────────────────────
 
 IDS = st.sampled_from(["a", "b"])

@@ -120,3 +120,27 @@ def test_what_an_update_does_not_touch_is_shared_and_not_copied() -> None:
     assert new["large"] is item["large"]
     assert new["small"]["inner"] is item["small"]["inner"]
     assert item["small"]["n"] == 1
+
+
+def test_ten_times_a_tenth_is_one() -> None:
+    item: Item = {"n": 0}
+    for _ in range(10):
+        item = updated(item, add={"n": 0.1})
+    assert item == {"n": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "expected"),
+    [(2**53 + 1, 1.0, 2**53 + 2), (2**53, 1.0, 2**53 + 1), (0.5, 0.5, 1.0), (1e308, -1e308, 0.0), (2**63, -0.5, None)],
+)
+def test_a_sum_keeps_its_integer_part_or_is_refused(before: float, value: float, expected: float | None) -> None:
+    if expected is None:
+        with pytest.raises(BadRequest, match="more digits than a number keeps"):
+            updated({"n": before}, add={"n": value})
+    else:
+        assert updated({"n": before}, add={"n": value}) == {"n": expected}
+
+
+def test_a_sum_that_would_lose_a_one_is_refused() -> None:
+    with pytest.raises(BadRequest, match="add 'n': the sum has more digits than a number keeps"):
+        updated({"n": 2**53 + 1}, add={"n": 0.5})

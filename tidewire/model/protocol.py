@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
+from decimal import Context, Decimal
 from typing import Any
 
 import msgpack
@@ -21,7 +23,37 @@ MAX_DEPTH = 64
 RequestId = str | int | None
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder()
+
+
+class Inexact(float):
+    """A JSON number that a double does not hold as it was written. `fault_in` refuses it, and names its path."""
+
+
+MAX_DIGITS = 17
+"""Significant digits of a decimal number: as many as it takes to tell any two doubles apart."""
+
+
+def float_of(text: str) -> float:
+    """Return the value of a JSON number with a fraction or an exponent; an `Inexact` if a double would change it.
+
+    Up to 17 digits name one double, so they are no change. Of a number beyond 2^53, the integer part must be kept too.
+    """
+    value = float(text)
+    if len(text) <= MAX_DIGITS and -(2**53) < value < 2**53 and "-" not in text[1:]:
+        return value
+    try:
+        exact = Decimal(text)
+    except ArithmeticError:  # its exponent has 19 digits
+        return Inexact(value)
+    digits = len(exact.normalize(_ALL_DIGITS).as_tuple().digits)
+    if digits <= MAX_DIGITS and (sys.float_info.min <= abs(value) < 2**53 or not exact):
+        return value
+    return value if exact in (Decimal(value), Decimal(repr(value))) else Inexact(value)
+
+
+_ALL_DIGITS = Context(prec=2000)
+_decoder = msgspec.json.Decoder(float_hook=float_of)
+_decoder_of_ours = msgspec.json.Decoder()  # for what we have encoded
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -297,7 +329,7 @@ def feed_frame(body: FeedBody, cursor: str, topic: str | None) -> bytes:
 
 def json_to_msgpack(frame: bytes) -> bytes:
     """The same frame for a connection with the MessagePack subprotocol."""
-    return encode_msgpack(_decoder.decode(frame))
+    return encode_msgpack(_decoder_of_ours.decode(frame))
 
 
 def _kind_of(value: Any) -> str:
@@ -325,6 +357,8 @@ def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0
         return None
     elif isinstance(value, int):
         return None if -(2**63) <= value < 2**64 else f"a number beyond 64 bits at {path[:200]}"
+    elif isinstance(value, Inexact) and abs(value) < float("inf"):
+        return f"a number that would be rounded (more than {MAX_DIGITS} digits) at {path[:200]}: send it as a string"
     elif isinstance(value, float):
         return None if abs(value) < float("inf") else f"a number that is not finite at {path[:200]}"
     elif isinstance(value, str):
