@@ -1,4 +1,4 @@
-"""The authorizer as a process: any live one of its group answers; who dies with a question leaves it to another."""
+"""The authorizer process. Any live authorizer answers a question; if it dies meanwhile, another one takes over."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ log = structlog.get_logger(__name__)
 
 GROUP = "authorizer"
 ABANDONED_MS = 2000
-"""A question that somebody took and did not answer for so long is taken over."""
+"""Milliseconds after which another authorizer takes over a question that was not answered."""
 BATCH = 100
+"""Questions that an authorizer reads at a time."""
 
 MISSING = Counter(
     "tidewire_authorizer_credentials_missing_total", "Questions that found the stage's credentials gone as a whole."
@@ -31,7 +32,7 @@ ANSWERS = Counter("tidewire_authorizer_answers_total", "Questions answered.", ["
 
 
 class Authorizer:
-    """Reads questions as one of several competing consumers, and answers them."""
+    """Reads the gateways' questions, as one of several competing consumers, and answers them."""
 
     def __init__(self, backend: Backend, service: Service) -> None:
         self._backend = backend
@@ -40,6 +41,7 @@ class Authorizer:
         self._stream = backend.keys.authorizations()
 
     async def run(self) -> None:
+        """Answer questions until cancelled."""
         while True:
             try:
                 await self._backend.ensure_group(self._stream, GROUP)
@@ -58,14 +60,14 @@ class Authorizer:
         replies: dict[str, list[Reply]] = {}
         for question, key in _questions(entries):
             replies.setdefault(question.reply_to, []).append(await self._answer(question.number, key))
-        # Answered before acknowledged: who asks may get two answers, and takes the first.
+        # Answer before acknowledging: after a crash between the two, a gateway gets two answers, and takes the first.
         self._answers.send(replies)
         await self._answers.sent()
         await self._backend.commands.xack(self._stream, GROUP, *(id_ for id_, _ in entries))
         await self._trim(entries[-1][0])
 
     async def _note_credentials(self) -> None:
-        """Note that the stage has credentials, where an earlier release created it."""
+        """Note that the stage has credentials, for stages that a release without this note created."""
         if await self._backend.commands.exists(self._backend.keys.credentials()):
             try:
                 await keyring.note_credentials(self._backend)
@@ -96,7 +98,7 @@ class Authorizer:
         return Reply(number, principal, None)
 
     async def _trim(self, last: bytes) -> None:
-        """Cut off what all have answered."""
+        """Remove questions that are answered."""
         pending: Any = await self._backend.commands.xpending(self._stream, GROUP)
         oldest = pending["min"]
         ms, seq = stream_id(oldest) if oldest else stream_id(last)
@@ -116,7 +118,7 @@ def _questions(entries: list[Entry]) -> list[tuple[Authorization, ApiKey | None]
 
 
 async def forget_consumer(backend: Backend, consumer: str) -> None:
-    """A name that left without anything pending is taken off the group."""
+    """Remove a consumer from the group, unless it has unanswered questions."""
     try:
         pending: Any = await backend.commands.xpending_range(
             backend.keys.authorizations(), GROUP, "-", "+", 1, consumername=consumer

@@ -1,4 +1,7 @@
-"""Large bodies of feed entries, which lie once in their partition: fetched once for all connections of this gateway."""
+"""Large bodies of feed entries.
+
+Each is stored once in its partition, and a gateway fetches it once for all connections.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from tidewire.redis.functions import referred
 from tidewire.redis.keys import Home
 
 MAX_KEPT_BYTES = 32 << 20
-"""Bodies that a gateway keeps in memory. The one used longest ago is evicted first."""
+"""Maximum bytes of bodies that a gateway keeps in memory. The least recently used one is evicted first."""
 
 FETCHED = Counter("tidewire_gateway_bodies_fetched_total", "Large bodies fetched for entries that refer to them.")
 GONE = Counter("tidewire_gateway_bodies_gone_total", "Large bodies that were gone when a reader needed them.")
 
 
 class Bodies:
-    """The bodies of this gateway. A body's id is made of its content, so a kept one is never out of date."""
+    """A cache of bodies. The id of a body is a digest of its content, so a cached one is never out of date."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -27,7 +30,7 @@ class Bodies:
         self._size_bytes = 0
 
     def whole(self, entry: FeedEntry) -> FeedEntry | None:
-        """The entry with its body; None where the body must be fetched first."""
+        """Return the entry with its body, or None if the body must be fetched first."""
         id_ = referred(entry.body)
         if id_ is None:
             return entry
@@ -38,7 +41,10 @@ class Bodies:
         return entry._replace(body=body)
 
     async def all_whole(self, home: Home, entries: list[FeedEntry]) -> list[FeedEntry | None]:
-        """The entries with their bodies; None for each whose body is gone. Raises redis-py's errors."""
+        """Fetch the bodies of entries.
+
+        The result has None for an entry whose body is gone. Raises redis-py's errors.
+        """
         bodies: dict[bytes, bytes | None] = {}
         for entry in entries:
             id_ = referred(entry.body)
@@ -62,7 +68,7 @@ class Bodies:
 
     def _keep(self, id_: bytes, body: bytes) -> None:
         if id_ in self._kept:
-            return  # another fetch was under way
+            return  # another fetch was faster
         self._kept[id_] = body
         self._size_bytes += len(body)
         while self._size_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:

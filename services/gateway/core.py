@@ -1,24 +1,33 @@
-"""What the connections, the HTTP routes and the tasks of one gateway share: where requests go, and who is asked."""
+"""What the connections, the HTTP routes and the tasks of one gateway share: the ways to store, authorizers and
+feeds."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.errors import PermissionDenied, TooLarge
+from tidewire.errors import PermissionDenied, TooLarge, UnsupportedAction
 from tidewire.model.protocol import (
-    STORE_ACTIONS,
-    WRITES,
+    Auth,
+    Follow,
     Get,
+    Operation,
+    Ping,
     Put,
     Query,
+    Request,
     Send,
+    StoreRequest,
     Transact,
+    Unfollow,
+    Whoami,
+    body_of,
     encode_json,
     parse_operations,
     within_operation,
+    write_id_of,
 )
 from tidewire.model.records import Command, Principal
 from tidewire.model.values import Scalar
@@ -26,14 +35,17 @@ from tidewire.process.bus import Bus
 from tidewire.process.lifecycle import Service
 
 from .budget import AnswerBudget, Room, max_bytes
-from .direct import Direct
+from .direct import DirectMessages
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
 from .topics import Topics
 
+OWN_USER = "tidewire:gateway"
+"""The user of commands that the gateway gives itself."""
+
 
 class Core:
-    """One gateway's way to the store, the authorizers and the feeds."""
+    """The shared parts of one gateway."""
 
     def __init__(self, service: Service, app: App) -> None:
         self.service = service
@@ -50,90 +62,85 @@ class Core:
         )
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s)
-        self.topics = Topics(app, self._may_follow)
-        self.direct = Direct(self.backend, self.bus, self.registry)
+        self.topics = Topics(app, self._ask_store_to_follow)
+        self.direct = DirectMessages(self.backend, self.bus, self.registry)
         self.answers = AnswerBudget(self.settings.limit_answer_bytes)
 
     @property
     def id(self) -> str:
-        """The gateway's id: another one after it was counted dead."""
+        """The gateway's id. It changes after other gateways considered this one dead."""
         return self.registry.id
 
     def now_ms(self) -> int:
+        """The server's time, in ms since 1970."""
         return self.registry.now_ms()
 
     async def room(
-        self, connection: str | None, principal: Principal, request: Any, gone: Callable[[], bool] = lambda: False
+        self,
+        connection: str | None,
+        principal: Principal,
+        request: Request,
+        gone: Callable[[], bool] = lambda: False,
     ) -> Room:
-        """Room for the request's answer. Raises Overloaded when there is none for a while."""
+        """Reserve room for the request's answer. Raises Overloaded if there is none for a while."""
         user = principal.user if principal.role != "service" else None
         return await self.answers.room(connection, user, max_bytes(request, self.settings.limit_item_bytes), gone)
 
-    def begin(
-        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
-    ) -> Awaitable[Any]:
-        """Start on a request; what is awaited is its result. Raises RequestError when it cannot be started."""
-        if isinstance(request, Send):
-            return self.send(principal, connection, frame, request)
-        if request.action in STORE_ACTIONS:
-            return self.store(principal, connection, frame, request)
-        return self._here(principal, connection, request.action)
+    # ── requests of clients ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _here(self, principal: Principal, connection: str | None, action: str) -> dict[str, Any]:
-        if action == "ping":
-            return {}
-        return {"user": principal.user, "connection": connection, "claims": principal.claims}
+    def begin(self, principal: Principal, connection: str | None, request: Request) -> Awaitable[Any]:
+        """Start on a request, over a websocket or HTTP, and return its result to await.
 
-    async def send(self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Send) -> Any:
-        """A message: to a user by store and feed, to a connection at once, wherever it is."""
+        A websocket handles requests about itself (`Auth`, `Follow`, `Unfollow`) before it comes here.
+
+        Raises:
+            RequestError: the request cannot be started.
+        """
+        match request:
+            case Send():
+                return self._send(principal, connection, request)
+            case Whoami():
+                who = {"user": principal.user, "connection": connection, "claims": principal.claims}
+                return _ready(who)
+            case Ping():
+                return _ready({})
+            case Auth() | Follow() | Unfollow():
+                raise UnsupportedAction(f"{request.action} is for websockets")
+        return self._store(principal, connection, request)
+
+    async def _send(self, principal: Principal, connection: str | None, request: Send) -> Any:
+        """Send a message: to a user through store and feed, or to one connection, whichever gateway has it."""
         if principal.role != "service":
             raise PermissionDenied("send is for service keys alone")
         if request.connection is None:
-            return await self.store(principal, connection, frame, request)
+            return await self._store(principal, connection, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
         await self.direct.send(request.connection, message)
         return {"delivered": True, "connections": 1}
 
-    def store(
-        self, principal: Principal, connection: str | None, frame: dict[str, Any], request: Any
-    ) -> asyncio.Future[Any]:
-        """Pass a request on to the store. Raises BadRequest for what can be seen to be wrong from here."""
-        body = {name: value for name, value in frame.items() if name not in ("id", "request", "traceparent")}
-        partition_key = self._partition_key(request)
-        keys = self.backend.keys
-        id_: str | None = request.request if request.action in WRITES else None
-        ttl_ms = int(1000 * self.settings.request_window_s)
-        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+    def _store(self, principal: Principal, connection: str | None, request: StoreRequest | Send) -> asyncio.Future[Any]:
+        """Pass a request to the store of its partition. Raises BadRequest for what is already wrong here."""
+        partition = self.backend.keys.partition_of(self._partition_key(request))
+        return self._command(
+            partition,
+            request.action,
+            body_of(request),
+            principal,
+            connection=connection,
+            request=write_id_of(request),
+            trace=request.traceparent,
+        )
 
-        def record(number: int) -> Command:
-            return Command(
-                request.action,
-                body,
-                principal.user,
-                principal.role,
-                principal.claims,
-                connection,
-                id_,
-                ttl_ms,
-                deadline,
-                self.id,
-                number,
-                request.traceparent,
-            )
-
-        return self.bus.request(keys.commands(keys.partition_of(partition_key)), record)
-
-    def _partition_key(self, request: Any) -> Scalar:
-        """The partition-key value that a request is about. Raises BadRequest or TooLarge for what is wrong with it."""
+    def _partition_key(self, request: StoreRequest | Operation | Send) -> Scalar:
+        """The partition-key value that a request is about. Raises BadRequest, TooLarge or PermissionDenied."""
         if isinstance(request, Send):
             return str(request.user)
         if isinstance(request, Transact):
-            # That all operations have the same one is for the store to see.
-            found = []
+            values = []
             for number, operation in enumerate(parse_operations(request)):
                 with within_operation(number):
-                    found.append(self._partition_key(operation))
-            return found[0]
+                    values.append(self._partition_key(operation))
+            return values[0]  # the store checks that they are all the same
         table = self.app[request.table]
         if table.name == CONNECTIONS and not isinstance(request, Get | Query):
             raise PermissionDenied("connections are written by the gateways alone")
@@ -146,36 +153,54 @@ class Core:
             return table.parse_index_key(request.index, request.key)
         return table.parse_partition_key(request.key)
 
-    async def command(
-        self,
-        action: str,
-        body: dict[str, Any],
-        key: Scalar | None = None,
-        *,
-        partition: int | None = None,
-        user: str = "tidewire:gateway",
-    ) -> Any:
-        """A command of the gateway itself, to the partition of a key or to a given one."""
-        keys = self.backend.keys
-        to = keys.partition_of(cast(Scalar, key)) if partition is None else partition
-        return await self._ask_store(to, action, body, Principal(user, "service", {}, "", None))
-
-    async def _may_follow(self, principal: Principal, topic: str) -> None:
-        await self._ask_store(self.backend.keys.partition_of(topic), "follow", {"topic": topic}, principal)
-
-    async def _ask_store(self, partition: int, action: str, body: dict[str, Any], principal: Principal) -> Any:
-        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
-        reply_to = self.id
-
-        def record(number: int) -> Command:
-            frame = {"action": action, **body}
-            who = (principal.user, principal.role, principal.claims)
-            return Command(action, frame, *who, None, None, 0, deadline, reply_to, number)
-
-        return await self.bus.request(self.backend.keys.commands(partition), record)
-
     def _check_size(self, item: dict[str, Any]) -> None:
         limit = self.settings.limit_item_bytes
         size = len(encode_json(item)) if limit else 0
         if size > limit:
             raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+
+    # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def command(self, partition: int, action: str, body: dict[str, Any], user: str = OWN_USER) -> Any:
+        """Have a store do a command of the gateway itself, with the rights of a service key. Raises RequestError."""
+        return await self._command(partition, action, body, Principal(user, "service", {}, "", None))
+
+    async def _ask_store_to_follow(self, principal: Principal, topic: str) -> None:
+        await self._command(self.backend.keys.partition_of(topic), "follow", {"topic": topic}, principal)
+
+    def _command(
+        self,
+        partition: int,
+        action: str,
+        body: dict[str, Any],
+        principal: Principal,
+        *,
+        connection: str | None = None,
+        request: str | None = None,
+        trace: str | None = None,
+    ) -> asyncio.Future[Any]:
+        """Add a command to a partition's stream, and return its result to await."""
+        deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
+        reply_to = self.id
+
+        def record(number: int) -> Command:
+            return Command(
+                action=action,
+                body={"action": action} | body,
+                user=principal.user,
+                role=principal.role,
+                claims=principal.claims,
+                connection=connection,
+                request=request,
+                request_ttl_ms=int(1000 * self.settings.request_window_s),
+                deadline=deadline,
+                reply_to=reply_to,
+                number=number,
+                trace=trace,
+            )
+
+        return self.bus.request(self.backend.keys.commands(partition), record)
+
+
+async def _ready(result: Any) -> Any:
+    return result

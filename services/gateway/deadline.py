@@ -1,4 +1,4 @@
-"""The deadline of a handshake: it ends in a welcome or in a refusal, whatever does not answer behind the gateway."""
+"""The deadline of a handshake. It ends in a welcome or a refusal, even if Redis or another service does not answer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ TIMED_OUT = Counter("tidewire_gateway_handshakes_timed_out_total", "Handshakes r
 
 
 class Deadline:
-    """One handshake's deadline, from the moment it is made, and the step that the handshake waits for."""
+    """The deadline of one handshake, counted from its construction."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._until = asyncio.get_running_loop().time() + timeout_s
         self.step = "a credential to be authorized"
+        """What the handshake waits for at the moment; the log names it."""
 
     async def bound(self, work: Awaitable[T]) -> T:
-        """The result of the work. Raises Overloaded at the deadline, and logs the step.
+        """Await the work until the deadline, and return its result.
 
-        The work is then cancelled, and may still be clearing away: that can wait for what did not answer.
+        At the deadline the work is cancelled, but not awaited: its cleanup may wait for the same Redis.
+
+        Raises:
+            Overloaded: the deadline has passed; the log names the step.
         """
         task = asyncio.ensure_future(work)
         try:

@@ -1,4 +1,4 @@
-"""Who connects: asks the authorizers, remembers their answers briefly, and hears of revocations at once."""
+"""Who connects: the gatekeeper asks the authorizers, caches their answers briefly, and follows the revocations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from tidewire.redis.backend import Backend
 
 log = structlog.get_logger(__name__)
 
-REMEMBERED_S = 60.0
-CACHED_AT_MOST = 100_000
+REVOKED_FOR_S = 60.0
+"""Seconds for which a revocation is remembered: longer than any answer under way may take."""
+MAX_CACHED = 100_000
+"""Maximum cached credentials. At this number the whole cache is dropped."""
 
 
 class Gatekeeper:
-    """Answers from the cache are at most `cache_s` old, and never older than a revocation."""
+    """Authorizes credentials. A cached answer is at most `cache_s` seconds old, and never older than a revocation."""
 
     def __init__(
         self, backend: Backend, bus: Bus, name: Callable[[], str], now_ms: Callable[[], int], cache_s: float
@@ -38,7 +40,12 @@ class Gatekeeper:
         self.on_revoked: Callable[[str], None] = lambda credential: None
 
     async def authorize(self, auth_key: str) -> Principal:
-        """Who the credential stands for. Raises Unauthenticated, or Timeout/Overloaded when nobody answers."""
+        """Return whom a credential stands for.
+
+        Raises:
+            Unauthenticated: the credential is not valid.
+            Timeout, Overloaded: no authorizer answers.
+        """
         digest = hashlib.sha256(auth_key.encode()).digest()
         cached = self._cache.get(digest)
         if cached and cached[1] > time.monotonic():
@@ -48,21 +55,21 @@ class Gatekeeper:
             self._backend.keys.authorizations(), lambda number: Authorization(auth_key, self._name(), number)
         )
         principal = Principal(*answer)
-        self.check(principal)  # the answer may have been decided before the revocation that is known here
-        if len(self._cache) >= CACHED_AT_MOST:
+        self.check(principal)  # the authorizer may have answered before a revocation that is known here
+        if len(self._cache) >= MAX_CACHED:
             self._cache.clear()
         self._cache[digest] = (principal, time.monotonic() + self._cache_s)
         return principal
 
     def check(self, principal: Principal) -> None:
-        """Raises Unauthenticated when the credential has been revoked or has expired meanwhile."""
+        """Raise Unauthenticated if the credential has expired, or was revoked."""
         if principal.expires_at is not None and principal.expires_at <= self._now_ms():
             raise Unauthenticated("the auth_key has expired")
         if principal.credential in self._revoked:
             raise Unauthenticated("the auth_key has been revoked")
 
     async def start(self) -> None:
-        """Take the position in the revocations before the first authorization."""
+        """Note the newest revocation, before the first authorization."""
         last = await self._backend.commands.xrevrange(self._backend.keys.revocations(), count=1)
         self._from = last[0][0] or "0-0" if last else "0-0"
 
@@ -84,6 +91,6 @@ class Gatekeeper:
             self._revoked = {id_: until for id_, until in self._revoked.items() if until > now}
 
     def _revoke(self, credential: str) -> None:
-        self._revoked[credential] = time.monotonic() + REMEMBERED_S
+        self._revoked[credential] = time.monotonic() + REVOKED_FOR_S
         self._cache = {digest: cached for digest, cached in self._cache.items() if cached[0].credential != credential}
         self.on_revoked(credential)

@@ -1,4 +1,4 @@
-"""What a handshake asks for, and whether it may come in. Pure: from a path and headers to a decision."""
+"""What a handshake asks for, and whether its path and origin are allowed. No I/O."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ PATHS = ("/", "/v1")
 
 @dataclass(frozen=True)
 class Handshake:
-    """What was asked: the credential (None: it comes with the first frame), and where to go on."""
+    """What a client presents: a credential (None: it comes in the first frame), and the cursors to resume from."""
 
     auth_key: str | None = None
     cursor: str | None = None
     topics: dict[str, str] = field(default_factory=dict)
-    browser: bool = False  # with an allowed Origin: its page would never see a status
+    browser: bool = False
+    """Whether it carries an allowed Origin. A page never sees the status of a refused handshake."""
 
 
 def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
-    """The first one present: header auth_key, header Authorization: Bearer, query parameter auth_key."""
+    """Return the first credential of: header auth_key, header Authorization: Bearer, query parameter auth_key."""
     try:
         auth_key, authorization = headers.get("auth_key"), headers.get("Authorization", "")
-    except LookupError:  # one of them is there twice: neither can be the first
+    except LookupError:  # a header is there twice, and neither can be preferred
         return "ambiguous"
     if auth_key:
         return auth_key
@@ -38,7 +39,13 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
 
 
 def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake:
-    """What is asked for. Raises NotFound, PermissionDenied or BadRequest before anybody is asked who it is."""
+    """Read a handshake, before any authorizer is asked.
+
+    Raises:
+        NotFound: the path is another one.
+        PermissionDenied: the origin is not allowed.
+        BadRequest: the topics are malformed.
+    """
     parts = _split(path)
     if parts is None or parts.path not in PATHS:
         raise NotFound("websockets are served at / and /v1")
@@ -54,7 +61,7 @@ def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Hands
 
 
 def origin_allowed(origin: str, host: str, origins: Sequence[str]) -> bool:
-    """By the list of --origins; without one, the same host name, any port."""
+    """Whether pages of an origin may connect: those in --origins, else those of the same host on any port."""
     if origins:
         return "*" in origins or origin.rstrip("/") in origins
     theirs, ours = _split(origin), _split(f"//{host}")

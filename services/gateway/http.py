@@ -14,8 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope
-from starlette.types import Send as SendToClient
+from starlette.types import Receive, Scope, Send
 
 from tidewire.errors import (
     BadRequest,
@@ -25,10 +24,8 @@ from tidewire.errors import (
     RequestError,
     TooLarge,
     Unauthenticated,
-    UnsupportedAction,
 )
-from tidewire.model.protocol import STORE_ACTIONS, Send, decode_frame, is_traceparent, parse_request
-from tidewire.model.records import Principal
+from tidewire.model.protocol import decode_frame, is_traceparent, parse_request
 from tidewire.tasks import end
 
 from . import handshake
@@ -58,7 +55,7 @@ class _Events(StreamingResponse):
         super().__init__(peer.events(), headers=headers, media_type="text/event-stream")
         self._serving = serving
 
-    async def __call__(self, scope: Scope, receive: Receive, send: SendToClient) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -160,7 +157,7 @@ class _Answer(Response):
         self._room = room
         room.resize(len(self.body))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: SendToClient) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._room:
             await super().__call__(scope, receive, send)
 
@@ -179,22 +176,10 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     parsed = parse_request(frame)
     room = await core.room(None, principal, parsed)
     try:
-        return _Answer(await _result(core, principal, frame, parsed), room)
+        return _Answer(await core.begin(principal, None, parsed), room)
     except BaseException:
         room.close()
         raise
-
-
-async def _result(core: Core, principal: Principal, frame: dict[str, Any], request: Any) -> Any:
-    if request.action == "whoami":
-        return {"user": principal.user, "connection": None, "claims": principal.claims}
-    if request.action == "ping":
-        return {}
-    if isinstance(request, Send):
-        return await core.send(principal, None, frame, request)
-    if request.action not in STORE_ACTIONS:
-        raise UnsupportedAction(f"{request.action} is for websockets")
-    return await core.store(principal, None, frame, request)
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

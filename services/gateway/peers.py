@@ -1,4 +1,4 @@
-"""The other end of a connection: a websocket, or a reader of server-sent events. Both take frames; one sends some."""
+"""The peer of a connection: a websocket, or a reader of server-sent events, which only receives."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from tidewire.errors import BadRequest
 
 Take = Callable[[str | bytes], Awaitable[None]]
 Mark = tuple[str | None, str]
-"""Up to where a frame brings its peer: (topic, cursor), with None for the user's own feed."""
+"""The cursor that a frame moves its peer to: (topic, cursor), with None for the user's own feed."""
 
 COMMENT_S = 15.0
-"""A stream of events that has nothing to say says so, for proxies that end what is silent."""
+"""Seconds of silence after which an event stream sends a comment, because proxies end silent connections."""
 RETRY_MS = 1000
+"""Milliseconds after which a browser reconnects an event stream."""
 
 
 class Peer(Protocol):
-    """What a connection needs of whoever is at its other end."""
+    """What a connection needs of its peer."""
 
     binary: bool
     source_ip: str
     user_agent: str
 
     def is_open(self) -> bool:
-        """Whether the peer can still be sent anything."""
+        """Whether frames can still be sent to the peer."""
 
     def queued_bytes(self) -> int:
-        """What was written and has not been taken."""
+        """Bytes that were written and that the socket has not taken."""
 
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting."""
@@ -44,14 +45,15 @@ class Peer(Protocol):
     async def send(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame, waiting while the peer is slow. Raises ConnectionClosed."""
 
-    async def close(self, code: int, reason: str) -> None: ...
+    async def close(self, code: int, reason: str) -> None:
+        """Close with a websocket close code."""
 
     async def receive(self, take: Take) -> None:
-        """Give it each frame that the peer sends, until it is closed."""
+        """Pass each frame that the peer sends to `take`, until the connection is closed."""
 
 
 class Websocket:
-    """RFC 6455, by the websockets library."""
+    """A websocket (RFC 6455), served by the websockets library."""
 
     def __init__(self, ws: ServerConnection) -> None:
         self._ws = ws
@@ -81,7 +83,7 @@ class Websocket:
 
 
 class EventStream:
-    """Server-sent events (HTML Living Standard, section 9.2). Their ids say up to where they bring."""
+    """A stream of server-sent events (HTML Living Standard, section 9.2). The id of an event holds all cursors."""
 
     binary = False
 
@@ -93,7 +95,7 @@ class EventStream:
         self._events: deque[bytes] = deque([b"retry: %d\n\n" % RETRY_MS])
         self._queued_bytes = 0
         self._closed = False
-        self._moved = asyncio.Event()  # something was queued or taken, or it is closed
+        self._moved = asyncio.Event()  # set when an event is queued or taken, and when the stream is closed
 
     def is_open(self) -> bool:
         return not self._closed
@@ -116,16 +118,16 @@ class EventStream:
         self.end()
 
     def end(self) -> None:
-        """What is queued is still told."""
+        """Send no more than what is queued."""
         self._closed = True
         self._moved.set()
 
     async def receive(self, take: Take) -> None:
-        while not self._closed:  # it can only listen
+        while not self._closed:  # it sends nothing
             await self._wait()
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The body of the response, until it is closed."""
+        """The body of the response, until the stream is closed."""
         while True:
             while self._events:
                 event = self._events.popleft()
@@ -146,7 +148,7 @@ class EventStream:
         self._moved.set()
 
     async def _wait(self) -> None:
-        # Nothing is awaited between the caller's look and this: what moves after it is seen.
+        # Nothing is awaited between the caller's check and this, so no move is missed.
         self._moved.clear()
         await self._moved.wait()
 
@@ -157,17 +159,17 @@ class _Id(msgspec.Struct):
 
 
 def event_id(cursors: Mapping[str | None, str]) -> bytes:
-    """The cursors of a connection in one line of ASCII."""
+    """Encode the cursors of a connection as one line of ASCII."""
     topics = {topic: cursor for topic, cursor in cursors.items() if topic is not None}
     return json.dumps({"cursor": cursors.get(None), "topics": topics}, separators=(",", ":")).encode()
 
 
 def read_event_id(text: str) -> tuple[str | None, dict[str, str]]:
-    """The cursor and those of the topics. Raises BadRequest."""
+    """Decode the cursor of the feed and those of the topics. Raises BadRequest."""
     if not text:
         return None, {}
     try:
-        found = msgspec.json.decode(text, type=_Id)
+        id_ = msgspec.json.decode(text, type=_Id)
     except (msgspec.DecodeError, UnicodeEncodeError):
         raise BadRequest("Last-Event-ID: the id of an event of this stream is needed, as it came") from None
-    return found.cursor, found.topics
+    return id_.cursor, id_.topics

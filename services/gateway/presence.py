@@ -1,4 +1,4 @@
-"""Connections as items of the table `connections`, and the connections of gateways that died."""
+"""The table `connections`: this gateway's connections as items, and the removal of those of dead gateways."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ from .core import Core
 
 log = structlog.get_logger(__name__)
 
-AGAIN_S = 0.5
+RETRY_S = 0.5
 SWEEP_AGAIN_S = 10.0
+"""Seconds between two sweeps of a dead gateway: a write of it may still have been under way."""
 RESTORE_BATCH = 100
-"""Connections of one partition whose items are put again at once."""
-SWEPT_KEPT_MS = 3_600_000
-"""How long the registry remembers that a gateway was swept, in ms. One that is paused for longer restores its items."""
+"""Connections of one partition whose items are restored at a time."""
+SWEPT_FOR_MS = 3_600_000
+"""How long, in ms, the registry remembers that a gateway was swept.
+
+One that is paused for longer restores its items.
+"""
 
 
 class Presence:
-    """Writes and removes this gateway's connections through the store, and sweeps those of dead gateways."""
+    """Writes this gateway's connections through the store, and sweeps those of dead gateways."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._tasks: set[asyncio.Task[None]] = set()
         self._items: dict[Connection, dict[str, Any]] = {}
-        self._unsure: dict[int, dict[Connection, None]] = {}  # by partition, in order; its items are put again
+        self._to_restore: dict[int, dict[Connection, None]] = {}  # by partition, in order
         self._swept: dict[str, float] = {}  # dead gateway: when to look again
 
     def connected(self, connection: Connection) -> None:
+        """Write the item of a new connection, in the background."""
         self._items[connection] = item = {
             "user": connection.principal.user,
             "connection": connection.id,
@@ -51,25 +56,32 @@ class Presence:
         self._begin(self._write(connection, "put", {"table": CONNECTIONS, "item": item}))
 
     def disconnected(self, connection: Connection) -> None:
+        """Delete the item of a closed connection, in the background."""
         self._items.pop(connection, None)
         key = {"user": connection.principal.user, "connection": connection.id}
         self._begin(self._write(connection, "delete", {"table": CONNECTIONS, "key": key}))
 
     def restore(self, connections: Iterable[Connection]) -> None:
-        """Put the items of open connections again, as Redis may have lost them. It changes nothing where it has not."""
+        """Write the items of open connections again, because Redis may have lost them.
+
+        An equal item makes no change.
+        """
         for connection in connections:
-            partition = self._core.backend.keys.partition_of(connection.principal.user)
-            if partition not in self._unsure:
-                self._unsure[partition] = {}
+            partition = self._partition_of(connection)
+            if partition not in self._to_restore:
+                self._to_restore[partition] = {}
                 self._begin(self._restore(partition))
-            self._unsure[partition][connection] = None
+            self._to_restore[partition][connection] = None
 
     async def settle(self, timeout_s: float) -> None:
-        """Wait for what is on its way; what is not stored by then is left to be swept."""
+        """Wait for writes under way. Items that are not deleted by then are left to a sweep."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=timeout_s)
             for task in late:
                 task.cancel()
+
+    def _partition_of(self, connection: Connection) -> int:
+        return self._core.backend.keys.partition_of(connection.principal.user)
 
     def _begin(self, work: Any) -> None:
         task = asyncio.create_task(work, name="presence")
@@ -77,37 +89,37 @@ class Presence:
         task.add_done_callback(self._tasks.discard)
 
     async def _write(self, connection: Connection, action: str, body: dict[str, Any]) -> None:
-        """Until it is stored. Requests of one partition keep their order, so that a removal comes after its put."""
+        """Retry until it is stored. Requests to one partition keep their order, so a delete comes after its put."""
         while action == "delete" or connection.open:
             try:
-                await self._core.command(action, body, connection.principal.user, user=connection.principal.user)
+                await self._core.command(self._partition_of(connection), action, body, connection.principal.user)
                 return
             except NotFound:
-                return  # swept already
+                return  # a sweep has deleted it
             except RequestError as error:
                 log.warning("connection_not_stored", connection=connection.id, action=action, error=error.message)
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(RETRY_S)
 
     async def _restore(self, partition: int) -> None:
-        """A batch at a time, so that others' requests to the partition get their turn. Partitions do not wait."""
-        unsure, count = self._unsure[partition], 0
+        """Restore the items of a partition in batches, so that other requests get their turn between them."""
+        waiting, count = self._to_restore[partition], 0
         try:
-            while batch := list(islice(unsure, RESTORE_BATCH)):
+            while batch := list(islice(waiting, RESTORE_BATCH)):
                 for connection in batch:
-                    del unsure[connection]
+                    del waiting[connection]
                 items = [(connection, self._items[connection]) for connection in batch if connection in self._items]
                 await asyncio.gather(
                     *(self._write(one, "put", {"table": CONNECTIONS, "item": item}) for one, item in items)
                 )
                 count += len(items)
         finally:
-            del self._unsure[partition]
+            del self._to_restore[partition]
         log.info("connections_restored", partition=partition, count=count)
 
     # ── sweeping ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Sweep until cancelled. The first of the live gateways does it; when it dies, another is the first."""
+        """Sweep until cancelled. The live gateway with the lowest id does it. If it dies, the next one does."""
         registry = self._core.registry
         while True:
             await asyncio.sleep(self._core.settings.lease_ms / 6000)
@@ -121,10 +133,11 @@ class Presence:
                         log.warning("sweep_failed", gateway=gateway.id, error=str(error))
 
     async def _sweep(self, dead: Registration) -> None:
-        """By state, again and again: what the dead gateway had on its way may still arrive after a first sweep."""
+        """Delete the items of a dead gateway, repeatedly: one of its writes may still arrive after the first sweep."""
         keys, functions = self._core.backend.keys, self._core.backend.functions
-        # From here on it is dead, whatever it says: a gateway that comes back finds the mark and takes another id.
-        if not await functions.service_sweep(keys.services(), keys.swept(), dead.id, SWEPT_KEPT_MS):
+        # The mark makes the death final: a gateway that wakes up finds it with its next heartbeat, and takes another
+        # id.
+        if not await functions.service_sweep(keys.services(), keys.swept(), dead.id, SWEPT_FOR_MS):
             return
         removed = sum(
             await asyncio.gather(*(self._sweep_partition(dead.id, number) for number in range(keys.partitions)))
@@ -140,7 +153,7 @@ class Presence:
     async def _sweep_partition(self, gateway: str, partition: int) -> int:
         removed = 0
         while True:
-            found = int(await self._core.command("sweep", {"gateway": gateway}, partition=partition))
+            found = int(await self._core.command(partition, "sweep", {"gateway": gateway}))
             removed += found
             if not found:
                 return removed

@@ -1,7 +1,7 @@
-"""Rights that end: stores announce users who may follow less, and their connections ask again at once.
+"""Rechecks: when a membership ends, the user's connections ask again at once which topics they may follow.
 
-The announcement is published in the commit that ends a membership. It overtakes the entry in the user's feed, which
-waits for the membership's broadcaster. It may be lost: the entry in the feed is what the promise rests on.
+The store publishes the user in the commit that ends the membership. This overtakes the entry in the user's feed, which
+waits for the broadcaster. The announcement may be lost. The entry asks for the recheck again, so it is only faster.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ RETRY_S = 0.2
 
 
 def is_needed(app: App) -> bool:
-    """Whether a topic is followed by membership."""
+    """Whether the right to follow a topic depends on a membership."""
     parts = (part for topic in app.topics.values() for part in topic.followers.parts())
     return any(isinstance(part, Members | Peers) for part in parts)
 
 
 class Rechecks:
-    """Hears the announcements of all partitions."""
+    """Receives the announcements of all partitions."""
 
     def __init__(self, backend: Backend, feeds: Feeds) -> None:
         self._backend = backend
         self._feeds = feeds
-        self._subscriber = backend.subscriber(self._heard)
+        self._subscriber = backend.subscriber(self._on_message)
 
     async def run(self) -> None:
-        """Hear until cancelled."""
+        """Receive until cancelled."""
         keys = self._backend.keys
         async with asyncio.TaskGroup() as group:
             group.create_task(self._subscriber.run(), name="rechecks")
@@ -53,6 +53,6 @@ class Rechecks:
                 log.warning("rechecks_not_heard", error=str(error))
                 await asyncio.sleep(RETRY_S)
 
-    def _heard(self, channel: bytes, data: bytes | None) -> None:
+    def _on_message(self, channel: bytes, data: bytes | None) -> None:
         if data is not None:
-            self._feeds.look_again(self._backend.keys.user_feed(data.decode()))
+            self._feeds.recheck(self._backend.keys.user_feed(data.decode()))

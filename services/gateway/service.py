@@ -1,4 +1,4 @@
-"""The gateway as a process: websockets and HTTP in front, the bus and the feeds behind."""
+"""The gateway process: it accepts websockets and HTTP, and drains them."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ log = structlog.get_logger(__name__)
 
 CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams of events.")
 HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
-CLOSE_AT_A_TIME = 200
-OPENING_S = 5.0
-"""Time, in seconds, that a peer has for its part of a handshake, beside what the gateway needs for the welcome."""
+CLOSE_BATCH = 200
+"""Connections that a drain closes before other tasks get their turn."""
+PEER_HANDSHAKE_S = 5.0
+"""Seconds that a peer has for its part of a handshake, on top of the gateway's time for the welcome."""
 
 
 class Gateway:
-    """The sockets of one gateway: who is let in, and how all are let go."""
+    """The connections of one gateway: it admits them, delivers direct messages, and closes them."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -62,12 +63,12 @@ class Gateway:
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.direct.deliver = self._deliver
-        core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_doubt
+        core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_registry_back
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
-        """Look at the handshake before it is accepted."""
+        """Decide on a handshake before the library accepts it. None accepts it."""
         try:
             asked = handshake.read(request.path, request.headers, self.origins)
         except RequestError as error:
@@ -76,11 +77,11 @@ class Gateway:
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
         ws.opening = opening = _Opening(asked, self.deadline())  # type: ignore[attr-defined]
         if asked.auth_key is None and self.settings.first_frame_auth_s > 0:
-            return None  # it comes with the first frame
+            return None  # the credential comes in the first frame
         return await self._admit(ws, opening)
 
     async def _admit(self, ws: ServerConnection, opening: _Opening) -> Response | None:
-        """Ask who it is. A page never sees a status: it is told by a close code instead."""
+        """Authorize a handshake. A page never sees a status, so it gets a close code after the handshake instead."""
         try:
             if opening.handshake.auth_key is None:
                 raise Unauthenticated("a credential is needed in the handshake")
@@ -95,7 +96,7 @@ class Gateway:
         return None
 
     async def handle(self, ws: ServerConnection) -> None:
-        """One accepted websocket, to its end."""
+        """Serve one accepted websocket to its end."""
         opening: _Opening = ws.opening  # type: ignore[attr-defined]
         if opening.refused:
             HANDSHAKES.labels("refused").inc()
@@ -112,15 +113,15 @@ class Gateway:
         await self.serve(Connection(self.core, Websocket(ws), principal, deadline), cursor, topics)
 
     def deadline(self) -> Deadline:
-        """Of a handshake that begins now."""
+        """Begin the deadline of a handshake."""
         return Deadline(self.settings.welcome_timeout_s)
 
     async def serve(self, connection: Connection, cursor: str | None, topics: dict[str, str]) -> None:
-        """One connection of somebody who may come in, to its end."""
+        """Serve one authorized connection to its end."""
         HANDSHAKES.labels("accepted").inc()
         self.connections[connection.id] = connection
         CONNECTED.inc()
-        connection.on_reset = lambda: self.presence.restore([connection])
+        connection.subscriptions.on_reset = lambda: self.presence.restore([connection])
         self.presence.connected(connection)
         try:
             await connection.run(cursor, topics)
@@ -131,6 +132,10 @@ class Gateway:
             self.presence.disconnected(connection)
 
     async def _first_frame(self, ws: ServerConnection) -> tuple[Principal, str | None, dict[str, str], Deadline] | None:
+        """Authorize by the first frame.
+
+        Returns principal, cursor, topics and deadline; None if the socket was closed.
+        """
         frame: dict[str, Any] = {}
         try:
             async with asyncio.timeout(self.settings.first_frame_auth_s):
@@ -139,7 +144,7 @@ class Gateway:
             request = parse_request(frame)
             if not isinstance(request, Auth):
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
-            deadline = self.deadline()  # from here on it is the peer who waits
+            deadline = self.deadline()  # from here on, the peer waits for the gateway
             principal = await deadline.bound(self.core.gatekeeper.authorize(request.auth_key))
             return principal, request.cursor, request.topics, deadline
         except TimeoutError:
@@ -160,12 +165,12 @@ class Gateway:
         return Response(status.value, status.phrase, headers, body)
 
     def _deliver(self, connection_id: str, frame: dict[str, Any]) -> None:
-        """A frame for one connection, which no feed keeps: now or never."""
+        """Pass a frame to one connection. No feed keeps it."""
         connection = self.connections.get(connection_id)
         if connection is None or not (connection.open and connection.welcomed):
             raise NotFound(f"there is no connection {connection_id[:100]!r}")
         if connection.full():
-            raise RateLimited("this connection takes no more for now: its peer is slow", retry_after_ms=1000)
+            raise RateLimited("the peer of this connection reads too slowly: try again", retry_after_ms=1000)
         connection.write(connection.encode(frame))
 
     # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,25 +186,25 @@ class Gateway:
         task.add_done_callback(self._closing.discard)
 
     def _on_swept(self) -> None:
-        """Another gateway found this one dead and removed its connections: the clients must connect again."""
+        """Close all connections: another gateway considered this one dead, and deleted their items."""
         registry = self.core.registry
         log.warning("gateway_swept", gateway=registry.id, connections=len(self.connections))
         registry.become_new()
         for connection in list(self.connections.values()):
             self._close_soon(connection, 1012, "this gateway was paused")
 
-    def _on_doubt(self) -> None:
-        """Redis was away, or fell back: sockets stay open, and their items are put again in case they were lost."""
+    def _on_registry_back(self) -> None:
+        """Restore the items of all connections: Redis stalled or failed over, and may have lost them."""
         log.warning("registry_was_away", gateway=self.core.registry.id, connections=len(self.connections))
         self.presence.restore(self.connections.values())
 
     async def drain(self) -> None:
-        """Ask all to go elsewhere, a few at a time, and take their items away."""
+        """Ask all peers to reconnect elsewhere, in batches, and delete the items of their connections."""
         everyone_here = list(self.connections.values())
-        rounds = max(1, len(everyone_here) // CLOSE_AT_A_TIME)
+        rounds = max(1, len(everyone_here) // CLOSE_BATCH)
         pause_s = min(0.05, self.settings.drain_seconds / 2 / rounds)
-        for start in range(0, len(everyone_here), CLOSE_AT_A_TIME):
-            for connection in everyone_here[start : start + CLOSE_AT_A_TIME]:
+        for start in range(0, len(everyone_here), CLOSE_BATCH):
+            for connection in everyone_here[start : start + CLOSE_BATCH]:
                 if not connection.full():
                     frame = {"type": "reconnect", "after_ms": random.randint(0, 1000)}
                     connection.write(connection.encode(frame))
@@ -207,7 +212,7 @@ class Gateway:
             await asyncio.sleep(pause_s)
         if self._closing:
             await asyncio.wait(self._closing, timeout=min(2.0, self.settings.drain_seconds))
-        await asyncio.sleep(0)  # the handlers see their connections closed
+        await asyncio.sleep(0)  # lets the handlers see that their connections are closed
         await self.presence.settle(min(2.0, self.settings.drain_seconds))
         with contextlib.suppress(RedisError, OSError):
             if not self.connections:
@@ -223,11 +228,12 @@ class Gateway:
                 sock=ws_listener,
                 process_request=self.process_request,
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
-                # An unknown subprotocol is no reason to refuse: the frames are then JSON.
+                # An unknown subprotocol is accepted without one: the frames are then JSON.
                 select_subprotocol=_select_subprotocol,
                 compression=None,
                 max_size=self.settings.limit_frame_bytes or None,
-                open_timeout=self.settings.welcome_timeout_s + OPENING_S,  # the deadline comes first, with an answer
+                open_timeout=self.settings.welcome_timeout_s
+                + PEER_HANDSHAKE_S,  # our own deadline comes first, and answers
                 close_timeout=1,
                 server_header=None,
             ) as server,
@@ -237,7 +243,7 @@ class Gateway:
 
 
 class _Opening:
-    """What a handshake came to, for the handler."""
+    """A handshake's state, from its request to the handler of the accepted socket."""
 
     def __init__(self, asked: handshake.Handshake, deadline: Deadline) -> None:
         self.handshake = asked
@@ -266,8 +272,8 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.bus.receive)
     service.run(core.gatekeeper.run)
     service.run(core.direct.receive)
-    service.run(core.feeds.hear)
-    service.run(core.feeds.look)
+    service.run(core.feeds.receive)
+    service.run(core.feeds.check)
     if rechecks.is_needed(app):
         service.run(rechecks.Rechecks(core.backend, core.feeds).run)
     service.run(gateway.presence.run)

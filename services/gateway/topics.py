@@ -1,4 +1,4 @@
-"""Which topics a connection follows without asking, and which it may follow."""
+"""Which topics each connection follows, and which others a user may follow."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tidewire.audiences import Audience, Claim, Everyone, Intersection, Union, c
 from tidewire.errors import NotFound
 from tidewire.model.records import Principal
 
-ANY = "*"
-"""In place of a claim's name: a function may return an audience of any."""
+ANY_CLAIM = "*"
+"""Instead of a claim's name: `readers` is a function, which may return an audience of any claim."""
 
 
 class Topics:
-    """Of one application. `ask` puts the question whether a principal may follow a topic to the store."""
+    """The topics of an application. `ask` asks the store whether a principal may follow a topic."""
 
     def __init__(self, app: App, ask: Callable[[Principal, str], Awaitable[Any]]) -> None:
         self._app = app
@@ -28,22 +28,27 @@ class Topics:
             if everyone:
                 self._tables.add(name)
 
-    def given(self, principal: Principal) -> set[str]:
-        """Those that the principal's connections follow without asking."""
+    def granted(self, principal: Principal) -> set[str]:
+        """Topics that every connection of the principal follows: of tables that all may read, and of its claims."""
         return self._tables | {
             claim_topic(name, value)
             for name, value in principal.claims.items()
-            if (name in self._claims or ANY in self._claims) and isinstance(value, str | int | float)
+            if (name in self._claims or ANY_CLAIM in self._claims) and isinstance(value, str | int | float)
         }
 
     def open_to_all(self, topic: str) -> bool:
-        """Whether everyone may follow the topic. False for one that does not exist."""
+        """Whether every user may follow the topic. False if there is no such topic."""
         families = self._app.families(topic)
         return bool(families) and all(isinstance(family.followers, Everyone) for family, _ in families)
 
     async def check(self, principal: Principal, topic: str) -> None:
-        """Raises NotFound where there is no such topic, PermissionDenied where the principal may not follow it."""
-        if topic in self.given(principal):
+        """Check that the principal may follow a topic.
+
+        Raises:
+            NotFound: there is no such topic.
+            PermissionDenied: the principal may not follow it.
+        """
+        if topic in self.granted(principal):
             return
         if not self._app.families(topic):
             raise NotFound(f"there is no topic {topic[:200]!r}")
@@ -52,9 +57,9 @@ class Topics:
 
 
 def _open_to(readers: Any) -> tuple[bool, set[str]]:
-    """Whether items may be everyone's, and the claims to whose holders they may be open."""
+    """Whether `readers` can let every user read an item, and the claims whose holders it can let read one."""
     if not isinstance(readers, Audience):
-        return True, {ANY}
+        return True, {ANY_CLAIM}
     if isinstance(readers, Union | Intersection):
         (left, left_claims), (right, right_claims) = _open_to(readers.left), _open_to(readers.right)
         if isinstance(readers, Union):

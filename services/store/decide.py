@@ -14,7 +14,6 @@ import structlog
 from tidewire.app import CONNECTIONS, App, Table
 from tidewire.errors import BadRequest, Internal, Overloaded, PermissionDenied, RequestError, Timeout
 from tidewire.model.protocol import (
-    WRITES,
     Check,
     Delete,
     Follow,
@@ -43,6 +42,8 @@ from .view import Author, Effects, Gaps, Missing, Situation, View, same
 
 log = structlog.get_logger(__name__)
 
+WRITE_ACTIONS = frozenset({"put", "update", "delete", "transact", "send"})
+"""Actions whose result is kept for a repeated request id."""
 COMMIT_BYTES = 4 << 20
 """A commit larger than this is cut: the rest of the batch comes with the next."""
 
@@ -236,7 +237,7 @@ class _Batch:
             reply = Reply(command.number, None, wire_error(Internal("something went wrong on the server")))
             repeat = None
         effects = self.view.accept()
-        if effects.changes or (reply.result is not None and command.action in WRITES):
+        if effects.changes or (reply.result is not None and command.action in WRITE_ACTIONS):
             # Also one that changes nothing: what it says is there may not be confirmed yet.
             self.decision.writes.add((command.reply_to, command.number))
         self.keep(effects, transaction=command.action == "transact")

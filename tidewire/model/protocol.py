@@ -1,16 +1,18 @@
-"""The frames of the wire: parsed from, and written as, JSON or MessagePack. No I/O.
+"""The frames between clients and gateways, in JSON or MessagePack. No I/O.
 
-What a client sends becomes one of the request classes below, checked in shape; what they mean is the services' matter.
+`decode_frame` reads one object from a frame, and `parse_request` makes a request of it: one of the classes below, with
+its shape checked. The services decide what a request means.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterator
 from decimal import Context, Decimal
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import msgspec
@@ -19,53 +21,33 @@ from tidewire.errors import BadRequest, RequestError, UnsupportedAction
 from tidewire.model.records import FeedBody
 
 SUBPROTOCOL = "tidewire.msgpack"
+"""The websocket subprotocol of clients that speak MessagePack (RFC 6455, section 1.9)."""
 MAX_DEPTH = 64
-RequestId = str | int | None
-
-_encoder = msgspec.json.Encoder()
-
-
-class Inexact(float):
-    """A JSON number that a double does not hold as it was written. `fault_in` refuses it, and names its path."""
-
-
+"""Maximum levels of nesting in a frame."""
 MAX_DIGITS = 17
 """Significant digits of a decimal number: as many as it takes to tell any two doubles apart."""
+MAX_OPERATIONS = 100
+"""Maximum operations of a transaction."""
+MAX_NAME_BYTES = 1024
+"""Maximum length of the name of a topic, user or connection in a request, in bytes of UTF-8."""
+
+RequestId = str | int | None
+
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def float_of(text: str) -> float:
-    """Return the value of a JSON number with a fraction or an exponent; an `Inexact` if a double would change it.
-
-    Up to 17 digits name one double, so they are no change. Of a number beyond 2^53, the integer part must be kept too.
-    """
-    value = float(text)
-    if len(text) <= MAX_DIGITS and -(2**53) < value < 2**53 and "-" not in text[1:]:
-        return value
-    try:
-        exact = Decimal(text)
-    except ArithmeticError:  # its exponent has 19 digits
-        return Inexact(value)
-    digits = len(exact.normalize(_ALL_DIGITS).as_tuple().digits)
-    if digits <= MAX_DIGITS and (sys.float_info.min <= abs(value) < 2**53 or not exact):
-        return value
-    return value if exact in (Decimal(value), Decimal(repr(value))) else Inexact(value)
-
-
-_ALL_DIGITS = Context(prec=2000)
-_decoder = msgspec.json.Decoder(float_hook=float_of)
-_decoder_of_ours = msgspec.json.Decoder()  # for what we have encoded
-
-
-class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Fields that any request may have."""
+class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that every request may have."""
 
     action: str = ""
     id: RequestId = None
+    """Comes back in the reply. A request without one gets no reply."""
     traceparent: str | None = None
+    """W3C Trace Context; kept with the change."""
 
 
-class Condition(msgspec.Struct, forbid_unknown_fields=True):
-    """`if`: exactly one of the four."""
+class Condition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """`if` of a write: exactly one of the four fields."""
 
     version: int | None = None
     absent: bool | None = None
@@ -78,41 +60,56 @@ class Condition(msgspec.Struct, forbid_unknown_fields=True):
             raise ValueError('one of {"version":n}, {"absent":true}, {"present":true}, {"equals":{…}} is needed')
 
 
-class _Write(_Request, kw_only=True):
+class Write(Common, kw_only=True):
+    """Fields of `put`, `update` and `delete`."""
+
     table: str
     condition: Condition | None = msgspec.field(default=None, name="if")
     request: str | None = None
+    """The client's own id for the write. A repeat returns the first result."""
 
 
-class Put(_Write, kw_only=True):
+class Put(Write, kw_only=True):
+    """Write a whole item."""
+
     item: dict[str, Any]
 
 
 Path = str | list[str]
+"""Names joined by dots, or a list of names."""
 Assignments = dict[str, Any] | list[tuple[Path, Any]]
+"""Values by path: an object, or a list of pairs where names contain dots."""
 
 
-class Update(_Write, kw_only=True):
+class Update(Write, kw_only=True):
+    """Change parts of an item: first `set`, then `remove`, then `add`."""
+
     key: Any
     set: Assignments = {}
     remove: list[Path] = []
     add: Assignments = {}
 
 
-class Delete(_Write, kw_only=True):
+class Delete(Write, kw_only=True):
+    """Delete an item."""
+
     key: Any
 
 
-class Get(_Request, kw_only=True):
+class Get(Common, kw_only=True):
+    """Read an item."""
+
     table: str
     key: Any
 
 
 Edge = str | int | float | list[str | int | float] | None
-"""A bound of a query: a sort-key value or, where an index has several items of one, that and the item's key."""
+"""A bound of a query: a sort-key value. Where an index has several items with one value, a list of it and the key."""
 
 
-class Query(_Request, kw_only=True):
+class Query(Common, kw_only=True):
+    """Read the items of a partition key, or of an index, in order."""
+
     table: str
     key: Any
     index: str | None = None
@@ -123,46 +120,44 @@ class Query(_Request, kw_only=True):
     reverse: bool = False
 
 
-class Check(_Request, kw_only=True):
-    """Within a transaction: nothing is written, and all of it only if the condition holds."""
+class Check(Common, kw_only=True):
+    """An operation of a transaction that writes nothing: all of it is done only if the condition holds."""
 
     table: str
     key: Any
     condition: Condition = msgspec.field(name="if")
 
 
-class Transact(_Request, kw_only=True):
+class Transact(Common, kw_only=True):
+    """Write several items of one partition key, or none of them."""
+
     operations: list[dict[str, Any]]
     request: str | None = None
 
 
-Operation = Put | Update | Delete | Check
-OPERATIONS: dict[str, type[Put] | type[Update] | type[Delete] | type[Check]] = {
-    "put": Put,
-    "update": Update,
-    "delete": Delete,
-    "check": Check,
-}
-MAX_OPERATIONS = 100
+class Auth(Common, kw_only=True):
+    """Present a credential: in the first frame, or to renew that of the connection."""
 
-
-class Auth(_Request, kw_only=True):
     auth_key: str
     cursor: str | None = None
     topics: dict[str, str] = {}
 
 
-class Follow(_Request, kw_only=True):
+class Follow(Common, kw_only=True):
+    """Receive the changes of a topic, from a cursor if one is given."""
+
     topic: str
     cursor: str | None = None
 
 
-class Unfollow(_Request, kw_only=True):
+class Unfollow(Common, kw_only=True):
+    """Receive no more changes of a topic."""
+
     topic: str
 
 
-class Send(_Request, kw_only=True):
-    """To a user, by the feed; or to one connection, at once or not at all."""
+class Send(Common, kw_only=True):
+    """Send a message: to a user through the feed, or to one open connection."""
 
     body: Any
     user: str | None = None
@@ -170,74 +165,41 @@ class Send(_Request, kw_only=True):
     request: str | None = None
 
 
-class Whoami(_Request, kw_only=True):
-    pass
+class Whoami(Common, kw_only=True):
+    """Ask for the user, connection and claims."""
 
 
-class Ping(_Request, kw_only=True):
-    pass
+class Ping(Common, kw_only=True):
+    """Ask for an empty answer."""
 
 
-ACTIONS: dict[str, type[_Request]] = {
-    "put": Put,
-    "update": Update,
-    "delete": Delete,
-    "get": Get,
-    "query": Query,
-    "transact": Transact,
-    "follow": Follow,
-    "unfollow": Unfollow,
-    "send": Send,
-    "auth": Auth,
-    "whoami": Whoami,
-    "ping": Ping,
-}
-WRITES = frozenset({"put", "update", "delete", "transact", "send"})
-STORE_ACTIONS = (WRITES - {"send"}) | {"get", "query"}
-MAX_NAME_BYTES = 1024
+StoreRequest = Put | Update | Delete | Get | Query | Transact
+"""Requests that a store decides."""
+ConnectionRequest = Auth | Follow | Unfollow
+"""Requests about a connection, which only websockets can make."""
+Request = StoreRequest | ConnectionRequest | Send | Whoami | Ping
+"""What a client can ask for."""
+Operation = Put | Update | Delete | Check
+"""A part of a transaction."""
+
+ACTIONS: dict[str, type[Request]] = {kind.__name__.lower(): kind for kind in get_args(Request)}
+OPERATIONS: dict[str, type[Operation]] = {kind.__name__.lower(): kind for kind in get_args(Operation)}
+STORE_ACTIONS = frozenset(kind.__name__.lower() for kind in get_args(StoreRequest))
+
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
-def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
-    """One object from a frame. Raises BadRequest when it is not one, or holds what our records cannot."""
-    frame = _object(data, binary=binary)
-    fault = fault_in(frame)
-    if fault:
-        raise BadRequest(fault)
-    return frame
+def parse_request(frame: dict[str, Any]) -> Request:
+    """Make a request of a frame.
 
+    The gateway calls it for a client's frame. The store calls it again for the body of a command: the body comes from a
+    stream that a gateway of another release may have written, so the store trusts no other process to have checked it.
 
-def id_of_refused(data: str | bytes, *, binary: bool) -> RequestId:
-    """The id to answer with of a frame that `decode_frame` refused, as far as there is one."""
-    try:
-        id_ = request_id(_object(data, binary=binary))
-    except BadRequest:
-        return None
-    return None if fault_in(id_) else id_
-
-
-def _object(data: str | bytes, *, binary: bool) -> dict[str, Any]:
-    kind = "MessagePack" if binary else "JSON"
-    if binary != isinstance(data, bytes):
-        raise BadRequest(f"a {'binary' if binary else 'text'} frame with one {kind} object was expected")
-    try:
-        frame = msgpack.unpackb(data, raw=False) if binary else _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeError, ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise BadRequest(f"the frame is not {kind}: {error}") from None
-    if not isinstance(frame, dict):
-        raise BadRequest(f"the frame is not a {kind} object but {_kind_of(frame)}")
-    return frame
-
-
-def request_id(frame: dict[str, Any]) -> RequestId:
-    """The id to answer with: what the frame has, if that is a string or an integer."""
-    value = frame.get("id")
-    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
-
-
-def parse_request(frame: dict[str, Any]) -> _Request:
-    """The request that a frame states. Raises UnsupportedAction, or BadRequest saying what is wrong and where."""
+    Raises:
+        UnsupportedAction: there is no such action.
+        BadRequest: the shape is wrong; the message says what and where.
+    """
     action = frame.get("action")
     if not isinstance(action, str):
         raise BadRequest("the frame has no action: a string was expected at $.action")
@@ -248,31 +210,68 @@ def parse_request(frame: dict[str, Any]) -> _Request:
         request = msgspec.convert(frame, kind)
     except msgspec.ValidationError as error:
         raise BadRequest(f"{action}: {error}") from None
-    if isinstance(request, Query) and not 1 <= request.limit <= 1000:
-        raise BadRequest("query: limit is between 1 and 1000")
-    names = {"topic": getattr(request, "topic", None)}
-    if isinstance(request, Send):
-        names = {"user": request.user, "connection": request.connection}
-    for name, value in names.items():
-        if value is not None and not 1 <= len(value.encode()) <= MAX_NAME_BYTES:
-            raise BadRequest(f"{action}: {name} is a string of 1 to {MAX_NAME_BYTES} bytes")
-    if isinstance(request, Send) and (request.user is None) == (request.connection is None):
-        raise BadRequest("send: either user or connection says who it is for")
-    if (
-        isinstance(request, _Write | Transact | Send)
-        and request.request is not None
-        and not 1 <= len(request.request) <= 256
-    ):
-        raise BadRequest(f"{action}: request is a string of 1 to 256 characters")
-    if isinstance(request, Transact) and not 1 <= len(request.operations) <= MAX_OPERATIONS:
-        raise BadRequest(f"transact: operations are 1 to {MAX_OPERATIONS}, not {len(request.operations)}")
-    if request.traceparent is not None and not is_traceparent(request.traceparent):
-        raise BadRequest(f"{action}: traceparent is not one of W3C Trace Context (00-<trace id>-<parent id>-<flags>)")
+    if problem := _problem(request):
+        raise BadRequest(f"{action}: {problem}")
     return request
 
 
+def _problem(request: Request) -> str | None:  # noqa: PLR0911 - one rule after another
+    """The first rule that a request breaks, of those that its types do not express."""
+    match request:
+        case Query() if not 1 <= request.limit <= 1000:
+            return "limit is between 1 and 1000"
+        case Follow() | Unfollow() if not _is_name(request.topic):
+            return f"topic is a string of 1 to {MAX_NAME_BYTES} bytes"
+        case Send():
+            for name, value in (("user", request.user), ("connection", request.connection)):
+                if value is not None and not _is_name(value):
+                    return f"{name} is a string of 1 to {MAX_NAME_BYTES} bytes"
+            if (request.user is None) == (request.connection is None):
+                return "either user or connection says who it is for"
+        case Transact() if not 1 <= len(request.operations) <= MAX_OPERATIONS:
+            return f"operations are 1 to {MAX_OPERATIONS}, not {len(request.operations)}"
+    write_id = write_id_of(request)
+    if write_id is not None and not 1 <= len(write_id) <= 256:
+        return "request is a string of 1 to 256 characters"
+    if request.traceparent is not None and not is_traceparent(request.traceparent):
+        return "traceparent is not one of W3C Trace Context (00-<trace id>-<parent id>-<flags>)"
+    return None
+
+
+def _is_name(text: str) -> bool:
+    return 1 <= len(text.encode()) <= MAX_NAME_BYTES
+
+
+def write_id_of(request: Request) -> str | None:
+    """The client's own id of a write, by which a repeat is recognized; None for a request that writes nothing."""
+    return request.request if isinstance(request, Write | Transact | Send) else None
+
+
+def body_of(request: StoreRequest | Send) -> dict[str, Any]:
+    """Write a request as the body of a command, of which `parse_request` makes the same request.
+
+    The values are those of the request, not copies.
+    """
+    body: dict[str, Any] = {}
+    for name, key, default in _body_fields(type(request)):
+        value = getattr(request, name)
+        if value is not default:
+            body[key] = msgspec.to_builtins(value) if isinstance(value, Condition) else value
+    return body
+
+
+@functools.cache
+def _body_fields(kind: type[msgspec.Struct]) -> list[tuple[str, str, Any]]:
+    """Attribute, name in the body, and default of each field that a command's body has."""
+    return [
+        (field.name, field.encode_name, field.default)
+        for field in msgspec.structs.fields(kind)
+        if field.name not in ("id", "request", "traceparent")
+    ]
+
+
 def parse_operations(request: Transact) -> list[Operation]:
-    """The operations of a transaction. Raises BadRequest saying which one is wrong, and where."""
+    """Parse the operations of a transaction. Raises BadRequest that says which one is wrong, and where."""
     operations: list[Operation] = []
     for number, fields in enumerate(request.operations):
         with within_operation(number):
@@ -291,7 +290,7 @@ def parse_operations(request: Transact) -> list[Operation]:
 
 @contextlib.contextmanager
 def within_operation(number: int) -> Iterator[None]:
-    """Errors raised within say, in words and details, which operation of a transaction it was."""
+    """Add the number of an operation to the errors that the block raises, in their message and details."""
     try:
         yield
     except RequestError as error:
@@ -301,35 +300,78 @@ def within_operation(number: int) -> Iterator[None]:
 
 
 def is_traceparent(text: str) -> bool:
-    """Whether it is a traceparent of W3C Trace Context."""
+    """Whether a text is a traceparent of W3C Trace Context."""
     return _TRACEPARENT.fullmatch(text) is not None
 
 
-def fault_in(item: Any, depth: int = MAX_DEPTH) -> str | None:
-    """What in an item neither JSON nor our records can hold, and where; None when all is well."""
-    return _fault(item, "$", depth)
+# ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def encode_json(frame: Any) -> bytes:
-    return _encoder.encode(frame)
+class Inexact(float):
+    """A JSON number that a double does not hold as it was written. `fault_in` refuses it, and names its path."""
 
 
-def encode_msgpack(frame: Any) -> bytes:
-    packed: bytes = msgpack.packb(frame)
-    return packed
+_MANY_DIGITS = Context(prec=2000)
 
 
-def feed_frame(body: FeedBody, cursor: str, topic: str | None) -> bytes:
-    """The JSON text of a feed's frame. The rest was encoded once, by the broadcaster; only what differs is added."""
-    head = b'{"type":"%s","cursor":"%s"' % (body.type.encode(), cursor.encode())
-    if topic is not None:
-        head += b',"topic":' + _encoder.encode(topic)
-    return head + b"," + body.rest[1:]
+def float_of(text: str) -> float:
+    """Return the value of a JSON number with a fraction or an exponent; an `Inexact` if a double would change it.
+
+    Up to 17 digits name one double, so they are no change. Of a number beyond 2^53, the integer part must be kept too.
+    """
+    value = float(text)
+    if len(text) <= MAX_DIGITS and -(2**53) < value < 2**53 and "-" not in text[1:]:
+        return value  # the common case, without decimal arithmetic
+    try:
+        exact = Decimal(text)
+    except ArithmeticError:  # its exponent has 19 digits
+        return Inexact(value)
+    digits = len(exact.normalize(_MANY_DIGITS).as_tuple().digits)
+    if digits <= MAX_DIGITS and (sys.float_info.min <= abs(value) < 2**53 or not exact):
+        return value
+    return value if exact in (Decimal(value), Decimal(repr(value))) else Inexact(value)
 
 
-def json_to_msgpack(frame: bytes) -> bytes:
-    """The same frame for a connection with the MessagePack subprotocol."""
-    return encode_msgpack(_decoder_of_ours.decode(frame))
+_client_decoder = msgspec.json.Decoder(float_hook=float_of)
+_own_decoder = msgspec.json.Decoder()
+"""For frames that this process has encoded: their numbers are exact."""
+
+
+def decode_frame(data: str | bytes, *, binary: bool) -> dict[str, Any]:
+    """Decode one object from a client's frame. Raises BadRequest if there is none, or if an item could not hold it."""
+    frame = _object(data, binary=binary)
+    fault = fault_in(frame)
+    if fault:
+        raise BadRequest(fault)
+    return frame
+
+
+def id_of_refused(data: str | bytes, *, binary: bool) -> RequestId:
+    """Return the id of a frame that `decode_frame` refused, so that the error can carry it; None without one."""
+    try:
+        id_ = request_id(_object(data, binary=binary))
+    except BadRequest:
+        return None
+    return None if fault_in(id_) else id_
+
+
+def request_id(frame: dict[str, Any]) -> RequestId:
+    """Return the id of a frame if it is a string or an integer, else None."""
+    value = frame.get("id")
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def _object(data: str | bytes, *, binary: bool) -> dict[str, Any]:
+    kind = "MessagePack" if binary else "JSON"
+    if binary != isinstance(data, bytes):
+        raise BadRequest(f"a {'binary' if binary else 'text'} frame with one {kind} object was expected")
+    try:
+        frame = msgpack.unpackb(data, raw=False) if binary else _client_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeError, ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadRequest(f"the frame is not {kind}: {error}") from None
+    if not isinstance(frame, dict):
+        raise BadRequest(f"the frame is not a {kind} object but {_kind_of(frame)}")
+    return frame
 
 
 def _kind_of(value: Any) -> str:
@@ -337,8 +379,12 @@ def _kind_of(value: Any) -> str:
     return kinds.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0911, PLR0912 - a case a kind
-    """What in a decoded value neither JSON nor our records can hold, and where; None when all is well."""
+def fault_in(value: Any, depth: int = MAX_DEPTH) -> str | None:
+    """Return what an item cannot hold in a decoded value, and its path; None if it can hold all of it."""
+    return _fault(value, "$", depth)
+
+
+def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0911, PLR0912 - one case for each kind
     if depth == 0:
         return f"nested deeper than {MAX_DEPTH} levels at {path[:200]}"
     if isinstance(value, dict):
@@ -371,6 +417,35 @@ def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0
 def _encodable(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
+
+
+# ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_json(frame: Any) -> bytes:
+    """Encode a frame as JSON in UTF-8."""
+    return _encoder.encode(frame)
+
+
+def encode_msgpack(frame: Any) -> bytes:
+    """Encode a frame as MessagePack."""
+    packed: bytes = msgpack.packb(frame)
+    return packed
+
+
+def feed_frame(body: FeedBody, cursor: str, topic: str | None) -> bytes:
+    """Build the JSON frame of a feed entry: what differs by feed, before the body that the broadcaster has encoded."""
+    head = b'{"type":"%s","cursor":"%s"' % (body.type.encode(), cursor.encode())
+    if topic is not None:
+        head += b',"topic":' + _encoder.encode(topic)
+    return head + b"," + body.rest[1:]
+
+
+def json_to_msgpack(frame: bytes) -> bytes:
+    """Encode a JSON frame of our own again, as MessagePack."""
+    return encode_msgpack(_own_decoder.decode(frame))

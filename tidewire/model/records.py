@@ -63,7 +63,7 @@ class Reply(NamedTuple):
     error: dict[str, Any] | None
 
 
-class Direct(NamedTuple):
+class DirectMessage(NamedTuple):
     """A frame for one connection, on its way to the gateway that has it."""
 
     connection: str
