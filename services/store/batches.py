@@ -17,7 +17,8 @@ from tidewire.model.records import Command
 from tidewire.redis.backend import Backend
 
 from .budget import UNLIMITED, Account, Clock, Cut, Limits, cut
-from .decide import CHORES, LOAD, SWEEP, Decision, Needs, decide, foresee
+from .bulk import LOAD, SWEEP
+from .decide import CHORES, Decision, Needs, decide, foresee
 from .facts import Fact, KindFact, Sizes, Value, fetch, settle_kind
 from .memory import Memory
 from .view import Situation

@@ -13,8 +13,9 @@ from tidewire.app import CONNECTIONS, Membership
 from tidewire.model.values import ItemKey, Scalar, name_of
 from tidewire.redis.functions import RedisCommand
 
+from .appending import EXPIRY, append_change, expiry_of, keep_expiry, member_of
 from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
-from .view import EXPIRY, Gaps, View, expiry_of, keep_expiry, member_of
+from .view import Gaps, View
 
 
 def expire(view: View) -> bool:
@@ -27,7 +28,7 @@ def expire(view: View) -> bool:
         record = view.record(key)
         if table and record and record.item is not None and table.is_expired(record.item, view.situation.now):
             with gaps:
-                view.write(EXPIRY, table, key, None)
+                append_change(view, EXPIRY, table, key, None)
         elif key not in view.written:  # of a table that has named another attribute since, or none
             at = expiry_of(table, record.item) if table and record else None
             view.effects.operations.append(keep_expiry(view.keys.expiries(view.situation.partition), key, at))

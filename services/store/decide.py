@@ -1,6 +1,8 @@
-"""What a batch of commands comes to: writes, changes and replies. Pure: no I/O, no clock.
+"""Decides a batch of commands: their writes, changes and replies. No I/O.
 
-The store decides in order and in memory; a later command sees what an earlier one did.
+Commands are decided in their order. A later one sees the effects of an earlier one, before anything is committed. Facts
+that a command lacks are returned; they are fetched, and the batch is decided again from its beginning. So the same code
+says which facts are needed and what happens.
 """
 
 from __future__ import annotations
@@ -11,10 +13,9 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from tidewire.app import CONNECTIONS, App, Table
-from tidewire.errors import BadRequest, Internal, Overloaded, PermissionDenied, RequestError, Timeout
+from tidewire.app import CONNECTIONS, App
+from tidewire.errors import BadRequest, Internal, Overloaded, RequestError, Timeout
 from tidewire.model.protocol import (
-    Check,
     Delete,
     Follow,
     Get,
@@ -23,40 +24,32 @@ from tidewire.model.protocol import (
     Send,
     Transact,
     Update,
-    parse_operations,
     parse_request,
-    within_operation,
 )
-from tidewire.model.records import Command, Item, Reply, pack
-from tidewire.model.values import ItemKey
+from tidewire.model.records import Command, Reply, pack
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import Keys
 
 from . import chores
+from .appending import append_message
 from .budget import MAX_BATCH_CPU_S, Account, Clock, Exhausted
-from .facts import AskedFact, ConnectedFact, Fact, ItemFact, RequestFact, Value
-from .reading import reading_of
+from .bulk import LOAD, SWEEP, load, service_only, sweep
+from .facts import AskedFact, Fact, ItemFact, RequestFact, Value
+from .reading import NextBatch, read_serially
 from .rights import Rights
-from .updates import apply_update, check_values, touched
-from .view import Author, Effects, Gaps, Missing, Situation, View, same
+from .view import Author, Effects, Missing, Situation, View
+from .writing import grows, transact, write
 
 log = structlog.get_logger(__name__)
 
 WRITE_ACTIONS = frozenset({"put", "update", "delete", "transact", "send"})
 """Actions whose result is kept for a repeated request id."""
 COMMIT_BYTES = 4 << 20
-"""A commit larger than this is cut: the rest of the batch comes with the next."""
-
-SWEEP, LOAD = "sweep", "load"
-"""What gateways and the import ask for, beside the actions of clients."""
-
-
-class NextBatch(Exception):
-    """This command must be decided after what goes before it is committed."""
+"""Size at which a commit ends, in bytes of changes. The rest of the batch comes with the next one."""
 
 
 class Detached(NamedTuple):
-    """An expensive read that is acknowledged here without a reply, and decided beside the partition."""
+    """An expensive read: acknowledged in this batch without a reply, and decided beside the partition."""
 
     command: Command
     last: tuple[int, int]
@@ -65,6 +58,8 @@ class Detached(NamedTuple):
 
 @dataclass
 class Decision:
+    """What a batch commits, and what is replied after the commit."""
+
     consumed: int = 0
     operations: list[RedisCommand] = field(default_factory=list)
     replies: dict[str, list[Reply]] = field(default_factory=dict)
@@ -84,7 +79,7 @@ class Decision:
 
 
 Needs = dict[int, set[Fact]]
-"""The facts that are missing, by the number of the command in its batch; those of chores under CHORES."""
+"""Missing facts, by the number of the command in the batch. Those of chores are under CHORES."""
 CHORES = -1
 
 
@@ -98,21 +93,22 @@ def decide(
     detached: Collection[int] = (),
     clock: Clock = lambda: 0.0,
 ) -> Decision | Needs:
-    """The decision, or the facts that are missing for it. A command of None (unreadable) is skipped.
+    """Return the decision, or the facts that it lacks. A command of None (unreadable) is skipped.
 
-    What a command costs is charged to its account; one whose budget is exceeded is answered `too_large`. The reads
-    whose numbers are in `detached` are acknowledged without a reply.
+    Each command is charged to its account. One that exceeds its budget is answered `too_large`. Reads whose numbers are
+    in `detached` are acknowledged without a reply.
     """
     return _Batch(View(app, keys, facts, situation), accounts, detached, clock).decide(commands)
 
 
 def _request(command: Command, request: str) -> RequestFact:
-    """Of one user under one role: what a service key was shown is not for the user's others."""
+    """The stored reply of a user under one role: a service key's reply may hold what the user's other keys may not
+    see."""
     return RequestFact(f"{command.role}:{command.user}", request)
 
 
 def foresee(app: App, commands: Iterable[Command | None], situation: Situation) -> set[Fact]:
-    """What a batch will need, as far as its commands say so: most are then decided once, and not to find out."""
+    """Return the facts that the commands of a batch name themselves. Most batches are then decided in one pass."""
     facts: set[Fact] = set()
     for command in commands:
         if command is None:
@@ -128,7 +124,7 @@ def foresee(app: App, commands: Iterable[Command | None], situation: Situation) 
             elif "key" in command.body and command.action != "query":
                 facts.add(ItemFact(table.parse_key(command.body["key"])))
         except (RequestError, KeyError, TypeError):
-            continue  # what is wrong with it is said when it is decided
+            continue  # the decision will say what is wrong
     return facts
 
 
@@ -152,7 +148,7 @@ class _Batch:
             account.begin()
             try:
                 if command is not None:
-                    self.one(command, account, detached=number in self.detached)
+                    self.decide_one(command, account, detached=number in self.detached)
             except Missing as need:
                 needs[number] = need.facts
                 account.must_not_share |= need.expensive
@@ -177,7 +173,7 @@ class _Batch:
         return needs or self.decision
 
     def remember(self) -> None:
-        """Whose commands are done, up to where: for as long as one that comes again might still be done."""
+        """Store the last command number of each gateway, for as long as a repeat could still be decided."""
         for gateway, number in self.decision.asked.items():
             ttl_ms = self.deadlines[gateway] - self.situation.now + 1000
             if ttl_ms > 0:
@@ -200,10 +196,10 @@ class _Batch:
 
     # ── one command ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def one(self, command: Command, account: Account, *, detached: bool) -> None:
+    def decide_one(self, command: Command, account: Account, *, detached: bool) -> None:
         self.view.begin(account)
         if command.number <= self.last_of(command.reply_to):
-            return  # the client library has sent it twice: it is done, and answered
+            return  # the gateway's client library sent it twice; it is done and answered
         if detached:
             self.done_with(command)
             self.decision.detached.append(Detached(command, self.view.last))
@@ -228,17 +224,17 @@ class _Batch:
             reply = Reply(command.number, None, wire_error(error))
             self.decision.errors.append(error.code)
             if error.retry or isinstance(error, Exhausted):
-                repeat = None  # what may be tried again must be done when it is
+                repeat = None  # a retry must be decided again
         except (Missing, NextBatch):
             raise
-        except Exception:  # the edge of one command: the next ones must not suffer
+        except Exception:  # the edge of one command: the next ones must be decided
             log.exception("command_failed", action=command.action, table=command.body.get("table"))
             self.view.begin()
             reply = Reply(command.number, None, wire_error(Internal("something went wrong on the server")))
             repeat = None
         effects = self.view.accept()
         if effects.changes or (reply.result is not None and command.action in WRITE_ACTIONS):
-            # Also one that changes nothing: what it says is there may not be confirmed yet.
+            # Also a write that changes nothing: the item that it reports may not be confirmed as durable yet.
             self.decision.writes.add((command.reply_to, command.number))
         self.keep(effects, transaction=command.action == "transact")
         if repeat:
@@ -263,7 +259,7 @@ class _Batch:
         return reply
 
     def keep(self, effects: Effects, *, transaction: bool = False) -> None:
-        """What a command does becomes part of the commit."""
+        """Add the effects of a command to the commit."""
         decision, stream = self.decision, self.keys.changes(self.situation.partition)
         name = self.view.position(effects.changes[0][0]) if transaction and effects.changes else None
         for number, (id_, change) in enumerate(effects.changes, 1):
@@ -279,241 +275,41 @@ class _Batch:
         self.decision.replies.setdefault(command.reply_to, []).append(reply)
 
     def done_with(self, command: Command) -> None:
-        """Nothing is done for this command if it comes again."""
+        """Note that the command is done. A repeat of it does nothing."""
         gateway = command.reply_to
         self.decision.asked[gateway] = command.number
         self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
 
     def perform(self, command: Command) -> Any:  # noqa: PLR0911 - one for each kind of request
+        """Do one command on the view, and return its result. Raises RequestError, Missing or NextBatch."""
         if command.action == SWEEP:
-            return self.sweep(command)
+            return sweep(self.view, command)
         if command.action == LOAD:
-            return self.load(command)
+            return load(self.view, command)
+        # Parsed again: a gateway of another release may have written the body. See `parse_request`.
         request, rights = parse_request(command.body), Rights(self.view, command)
         if self.situation.full and grows(request):
             raise Overloaded(self.situation.full)
         author = Author(command.user, command.connection, command.request, command.trace)
         match request:
             case Put() | Update() | Delete():
-                return self.write(author, rights, request)
+                return write(self.view, author, rights, request)
             case Transact():
-                return self.transact(author, rights, request)
+                return transact(self.view, author, rights, request)
             case Get() | Query():
-                return self.read(rights, request)
+                return read_serially(self.view, rights, request)
             case Follow():
                 rights.may_follow(request.topic)
                 return {}
             case Send():
-                _service_only(command)
+                service_only(command)
                 user = str(request.user)
                 connections = self.view.count(CONNECTIONS, user)
-                self.view.send(author, user, request.body)
+                append_message(self.view, author, user, request.body)
                 return {"delivered": True, "connections": connections}
         raise BadRequest(f"the store has no action {command.action!r}")
 
-    # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def write(self, author: Author, rights: Rights, request: Put | Update | Delete) -> dict[str, Any]:
-        table = self.app[request.table]
-        match request:
-            case Put():
-                return self.put(author, rights, table, request)
-            case Update():
-                return self.update(author, rights, table, request)
-            case Delete():
-                return self.delete(author, rights, table, request)
-
-    def put(self, author: Author, rights: Rights, table: Table, request: Put) -> dict[str, Any]:
-        key = table.key_of(request.item)
-        old = self.view.item(table, key)
-        rights.keep_hidden(table, request.item)
-        new = dict(request.item)
-        if old and not rights.all:
-            # A client cannot send back what it is not shown.
-            new = {name: value for name, value in old.items() if name in table.hidden} | new
-        rights.may_write(table, old, new)
-        rights.check(table, key, request.condition)
-        new = table.validate(new)
-        return self.written(author, table, key, new)
-
-    def update(self, author: Author, rights: Rights, table: Table, request: Update) -> dict[str, Any]:
-        key = table.parse_key(request.key)
-        old = rights.readable(table, key)
-        rights.keep_hidden(table, touched(request))
-        new = apply_update(old, request)
-        check_values(request)
-        if table.key_of(new) != key:
-            raise BadRequest(f"update: the key of an item cannot change: {_differing(table, new, key)}")
-        rights.may_write(table, old, new)
-        rights.check(table, key, request.condition)
-        new = table.validate(new)
-        result = self.written(author, table, key, new)
-        if rights.may_read(table, new):
-            result["item"] = table.visible(new, "service" if rights.all else "client")
-        return result
-
-    def delete(self, author: Author, rights: Rights, table: Table, request: Delete) -> dict[str, Any]:
-        key = table.parse_key(request.key)
-        old = rights.readable(table, key)
-        rights.may_write(table, old, None)
-        rights.check(table, key, request.condition)
-        return self.written(author, table, key, None)
-
-    def written(self, author: Author, table: Table, key: ItemKey, new: Item | None) -> dict[str, Any]:
-        version, position = self.view.write(author, table, key, new)
-        return {"key": table.key_object(key), "version": version, "position": position}
-
-    def transact(self, author: Author, rights: Rights, request: Transact) -> dict[str, Any]:
-        """All or none; each operation sees what those before it did. Errors say which operation it was."""
-        operations = parse_operations(request)
-        keys: list[ItemKey] = []
-        for number, operation in enumerate(operations):
-            with within_operation(number):
-                keys.append(self.key_of(operation))
-        for number, key in enumerate(keys):
-            if keys.index(key) != number:
-                raise BadRequest(f"transact: operations {keys.index(key)} and {number} are about the same item")
-            if not same(key.partition, keys[0].partition):
-                raise BadRequest(
-                    f"transact: operations 0 and {number} have the partition keys {keys[0].partition!r} and "
-                    f"{key.partition!r}; all must have the same"
-                )
-        self.view.need(ItemFact(key) for key in keys)
-        gaps = Gaps()
-        for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
-            # Before images are built: no other operation is about this item, so its condition cannot begin to hold.
-            # That of a write is looked at behind the right to write, which depends on its images.
-            if isinstance(operation, Check):
-                with gaps, within_operation(number):
-                    rights.check_if_readable(self.app[operation.table], key, operation.condition)
-        gaps.close()
-        results = []
-        for number, (operation, key) in enumerate(zip(operations, keys, strict=True)):
-            with gaps, within_operation(number):
-                self.view.account.check()
-                if isinstance(operation, Check):
-                    results.append(self.checked(rights, operation, key))
-                else:
-                    results.append(self.write(author, rights, operation))
-        gaps.close()
-        return {"results": results}
-
-    def checked(self, rights: Rights, request: Check, key: ItemKey) -> dict[str, Any]:
-        table = self.app[request.table]
-        item, condition = self.view.item(table, key), request.condition
-        if not (rights.all or condition.absent or (item is not None and rights.may_read(table, item))):
-            rights.readable(table, key)
-        if condition.absent and not rights.all and (item is None or not rights.may_read(table, item)):
-            # Whether there is an item that he may not read is not to be found out, unless he may write there.
-            rights.may_write(table, item, None)
-        rights.check(table, key, condition)
-        record = self.view.record(key)
-        version = record.version if record and record.item is not None else 0
-        return {"key": table.key_object(key), "version": version, "position": self.view.position(self.view.last_id)}
-
-    def key_of(self, request: Put | Update | Delete | Check) -> ItemKey:
-        table = self.app[request.table]
-        if table.name == CONNECTIONS:
-            raise PermissionDenied("connections are written by the gateways alone")
-        return table.key_of(request.item) if isinstance(request, Put) else table.parse_key(request.key)
-
-    # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def read(self, rights: Rights, request: Get | Query) -> dict[str, Any]:
-        reading = reading_of(request, self.view, rights, serial=True)
-        if isinstance(request, Query) and request.index is None:
-            table = self.app[request.table]
-            place = (table.name, table.parse_partition_key(request.key))
-            if table.sorted and any((key.table, key.partition) == place for key in self.view.written):
-                raise NextBatch  # a page is read as it was committed; it must have what went before
-        while not reading.done:
-            reading.step(self.view, rights)
-        return reading.result(self.view)
-
-    # ── what gateways and the import ask for ────────────────────────────────────────────────────────────────────────
-
-    def sweep(self, command: Command) -> int:
-        """Remove connections of a gateway that is dead; how many there were in this round."""
-        _service_only(command)
-        gateway, table = command.body["gateway"], self.app[CONNECTIONS]
-        connected: list[tuple[str, str]] = self.view.know(ConnectedFact(gateway))
-        keys = [ItemKey(CONNECTIONS, user, connection) for user, connection in connected]
-        self.view.need(ItemFact(key) for key in keys)
-        gaps = Gaps()
-        for key in keys:
-            with gaps:
-                if self.view.item(table, key):
-                    self.view.write(Author(command.user), table, key, None)
-                else:
-                    self.view.forget_connection(gateway, key)
-        gaps.close()
-        return len(connected)
-
-    def load(self, command: Command) -> int:
-        """Write many items of this partition at once, as an import does; how many. All or none, checked as any write.
-
-        Errors name the item by its place in `items`, a list of [table, item].
-        """
-        _service_only(command)
-        if self.situation.full:
-            raise Overloaded(self.situation.full)
-        author, rights, keys = Author(command.user), Rights(self.view, command), []
-        rows: list[tuple[str, Item]] = command.body["items"]
-        for number, (name, item) in enumerate(rows):
-            with _place(number):
-                if name == CONNECTIONS:
-                    raise PermissionDenied("connections are written by the gateways alone")
-                keys.append(self.app[name].key_of(item))
-        self.view.need(ItemFact(key) for key in keys)
-        self.view.open_items = False  # each of a thousand members would carry the same items
-        gaps = Gaps()
-        try:
-            for number, ((name, item), key) in enumerate(zip(rows, keys, strict=True)):
-                with gaps, _place(number):
-                    table = self.app[name]
-                    rights.may_write(table, None, item)
-                    self.view.write(author, table, key, table.validate(item))
-        finally:
-            self.view.open_items = True
-        gaps.close()
-        return len(rows)
-
-
-class _place:  # noqa: N801 - a context manager
-    """Errors within say where in the command they arose."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, RequestError):
-            error.details = error.details | {"item": self._number}
-
-
-def _differing(table: Table, item: Item, key: ItemKey) -> str:
-    """The first key attribute that is another one in the item."""
-    return next(repr(name) for name, value in table.key_object(key).items() if not same(item[name], value))
-
-
-def grows(request: object) -> bool:
-    """Whether the request makes Redis hold more: any write but a delete, and what gateways note of connections."""
-    match request:
-        case Put(table=table) | Update(table=table):
-            return table != CONNECTIONS
-        case Transact(operations=operations):
-            return any(operation.get("action") in ("put", "update") for operation in operations)
-        case Send():
-            return True
-    return False
-
-
-def _service_only(command: Command) -> None:
-    if command.role != "service":
-        raise PermissionDenied(f"{command.action} is for service keys alone")
-
 
 def wire_error(error: RequestError) -> dict[str, Any]:
+    """The error of a reply on its way to the gateway."""
     return {"code": error.code, "message": error.message, "details": error.details}

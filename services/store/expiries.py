@@ -10,7 +10,7 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.walk import WalkPosition, walk
 
-from .view import expiry_of, keep_expiry
+from .appending import expiry_of, keep_expiry
 
 AT_A_TIME = 200
 

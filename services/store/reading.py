@@ -1,7 +1,7 @@
-"""Reads, step by step: which facts they need next, and what they show. Pure.
+"""Reads, step by step. No I/O.
 
-A step handles a few records, so that a read can be interrupted. It raises Missing with all facts that the present page
-lacks; when they are known, the same step is made again, and what was judged before is not judged again.
+A step handles a few records, so that a read can be interrupted. It raises Missing with all facts that the current page
+lacks. When these are known, the step is repeated for the records that lacked one.
 """
 
 from __future__ import annotations
@@ -21,42 +21,52 @@ from .rights import Rights
 from .view import Missing, View, same
 
 MAX_SCANNED = 10_000
+"""Maximum items that a query skips because its caller may not read them."""
 SCAN_BATCH = 1000
-"""A query skips at most MAX_SCANNED items that its caller may not read, in batches of SCAN_BATCH."""
+"""Items that a query reads in one call once it has skipped a page."""
 MAX_SERIAL_RECORDS = 128
 MAX_SERIAL_BYTES = 1 << 17
-"""A query that reads more records or bytes than this, or more than one page, leaves the partition's serial path."""
+"""Maximum records and bytes of a query in the order of the partition's commands. A larger one is detached."""
 STEP_BATCH = 32
 """Records that one step handles."""
 MAX_ROUND_FACTS = 4096
-"""Facts that a page asks for in one round."""
+"""Maximum facts that a page asks for in one round."""
+
+
+class NextBatch(Exception):
+    """The command must be decided after everything before it is committed."""
 
 
 class TooFar(TooLarge):
-    """A query has looked at too many items."""
+    """A query has skipped too many items."""
 
 
 class Reading(Protocol):
-    """A read under way. Nothing is written by it, and it can be repeated."""
+    """A read in progress. It writes nothing, and can be repeated."""
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether the result is complete."""
 
     @property
     def turning(self) -> bool:
-        """Whether the next step begins a page. Rights must then be looked at anew: they may not be older than it."""
+        """Whether the next step begins a page.
+
+        Facts about rights must then be fetched anew, so none is older than the page.
+        """
 
     def step(self, view: View, rights: Rights) -> None:
-        """Go on a little. Raises Missing, or the RequestError that ends it."""
+        """Handle some records. Raises Missing, or the RequestError that ends the read."""
 
     def result(self, view: View) -> dict[str, Any]:
-        """The answer, once it is done."""
+        """Return the answer of a read that is done."""
 
 
 def reading_of(request: Get | Query, view: View, rights: Rights, *, serial: bool) -> Reading:
-    """Begin a read. With `serial`, the read raises Missing as `expensive` when it needs more than one small page.
+    """Begin a read. With `serial`, it raises Missing as `expensive` once it needs more than one small page.
 
-    Raises RequestError for a request that is wrong in itself.
+    Raises:
+        RequestError: the request is wrong in itself.
     """
     return Lookup(request, view) if isinstance(request, Get) else Scan(request, view, rights, serial=serial)
 
@@ -67,23 +77,23 @@ class Lookup:
     def __init__(self, request: Get, view: View) -> None:
         self._table = view.app[request.table]
         self._key = self._table.parse_key(request.key)
-        self._found: dict[str, Any] | None = None
+        self._answer: dict[str, Any] | None = None
         self.turning = True
 
     @property
     def done(self) -> bool:
-        return self._found is not None
+        return self._answer is not None
 
     def step(self, view: View, rights: Rights) -> None:
         record = view.record(self._key)
         self.turning = False
         item = rights.readable(self._table, self._key)
         assert record
-        self._found = shown(rights, self._table, item, record)
+        self._answer = shown(rights, self._table, item, record)
 
     def result(self, view: View) -> dict[str, Any]:
-        assert self._found is not None
-        return self._found | {"position": view.position(view.last)}
+        assert self._answer is not None
+        return self._answer | {"position": view.position(view.last)}
 
 
 class Scan:
@@ -109,8 +119,8 @@ class Scan:
         self._limit, self._scanned = request.limit + 1, 0
         self._page: Page | None = None
         self._show_next = 0
-        self._left: list[int] = []  # records of the page that are not judged yet
-        self._unresolved: list[int] = []  # of those looked at, the ones that lack a fact
+        self._left: list[int] = []  # records of the page whose readers are not evaluated yet
+        self._unresolved: list[int] = []  # records whose readers could not be evaluated for want of a fact
         self._missing: set[Fact] = set()
         self._readable: list[bool] = []
         self._shown: list[dict[str, Any]] = []
@@ -134,7 +144,7 @@ class Scan:
             self._turn()
 
     def result(self, view: View) -> dict[str, Any]:
-        # An index follows the tables of other partitions, eventually: of none of them it contains all.
+        # An index is eventually consistent with its table, so its page claims no position.
         position = view.position(view.last if self._attributes is None else (0, 0))
         return {"items": self._shown, "next": self._following, "position": position, "key": list(self._table.key)}
 
@@ -155,10 +165,10 @@ class Scan:
         self._readable = [False] * len(page.records)
 
     def _judge(self, view: View, rights: Rights) -> None:
-        """Find out which records the user may read. All facts that are missing for it are asked for at once."""
+        """Evaluate which records the user may read. All missing facts of the page are asked for at once."""
         assert self._page
-        some, self._left = self._left[:STEP_BATCH], self._left[STEP_BATCH:]
-        for number in some:
+        batch, self._left = self._left[:STEP_BATCH], self._left[STEP_BATCH:]
+        for number in batch:
             item = view.alive(self._table, self._page.records[number])
             try:
                 self._readable[number] = item is not None and rights.may_read(self._table, item)
@@ -180,7 +190,7 @@ class Scan:
             entry = shown(rights, self._table, item, record)
             self._size_bytes += len(msgspec.json.encode(entry))
             if self._last is not None and (len(self._shown) == self._request.limit or self._size_bytes > PAGE_BYTES):
-                # Of items that are shown, and only because there is one more to show: it tells of no other.
+                # `next` is made of items that are shown, so it tells of no item that the user may not read.
                 self._following = _next(self._table, self._attributes, self._last, item)
                 self.done = True
                 return
@@ -188,7 +198,7 @@ class Scan:
             self._last = item
 
     def _turn(self) -> None:
-        """Go on behind the page."""
+        """Continue behind the page."""
         assert self._page
         page, self._page = self._page, None
         self._scanned += len(page.records)
@@ -205,21 +215,21 @@ class Scan:
         elif self._serial:
             raise Missing((), expensive=True)
         else:
-            self._bounds.go_on_from(page.records[-1])
+            self._bounds.continue_after(page.records[-1])
             self._limit = SCAN_BATCH
 
 
 def shown(rights: Rights, table: Table, item: Item, record: ItemRecord) -> dict[str, Any]:
-    """An item as the user of `rights` sees it."""
+    """Return an item as the user of `rights` sees it."""
     visible = table.visible(item, "service" if rights.all else "client")
     return {"item": visible, "version": record.version, "at": record.at, "by": record.by}
 
 
 class _Bounds:
-    """The range that a query asks for, in the bytes of a table's order or of an index, page by page."""
+    """The range of a query, in the bytes of the table's order or of an index. It shrinks page by page."""
 
     def __init__(self, request: Query, table: Table, attributes: tuple[str, str] | None) -> None:
-        """Raises BadRequest for a bound that is none of a table."""
+        """Raise BadRequest for a bound that the table cannot have."""
         self.request = request
         self._table = table
         self._attributes = attributes
@@ -234,11 +244,11 @@ class _Bounds:
         self._high = min(high, key=lambda bound: bound[1:], default=b"+")
 
     def range(self) -> tuple[bytes, bytes]:
-        """As ZRANGEBYLEX has it."""
+        """The range as ZRANGEBYLEX takes it."""
         return self._low, self._high
 
-    def go_on_from(self, record: ItemRecord) -> None:
-        assert record.item is not None, "tombstones have no place in the order"
+    def continue_after(self, record: ItemRecord) -> None:
+        assert record.item is not None, "a tombstone is in no order"
         key = self._table.key_of(record.item)
         edge = b"(" + (key.field if self._attributes is None else index_field(key, record.item, self._attributes))
         if self.request.reverse:
@@ -261,10 +271,23 @@ class _Bounds:
 
 
 def _next(table: Table, attributes: tuple[str, str] | None, last: Item, following: Item) -> Any:
-    """The sort value of a page's end; in an index that goes on with the same value, together with the item's key."""
+    """Return the sort value at which a page ends. If an index continues with the same value, add the item's key."""
     if attributes is None:
         return last[table.key[1]]
     attribute = attributes[1]
     if not same(last[attribute], following[attribute]):
         return last[attribute]
     return [last[attribute], *(last[name] for name in table.key)]
+
+
+def read_serially(view: View, rights: Rights, request: Get | Query) -> dict[str, Any]:
+    """Read in the order of the partition's commands. Raises NextBatch, Missing or RequestError."""
+    reading = reading_of(request, view, rights, serial=True)
+    if isinstance(request, Query) and request.index is None:
+        table = view.app[request.table]
+        group = (table.name, table.parse_partition_key(request.key))
+        if table.sorted and any((key.table, key.partition) == group for key in view.written):
+            raise NextBatch  # a page is read as it was committed, and must contain the writes before it
+    while not reading.done:
+        reading.step(view, rights)
+    return reading.result(view)

@@ -10,31 +10,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import msgspec
 import structlog
 
-from tidewire.app import BY_MEMBER, CONNECTIONS, App, Membership, Table
-from tidewire.errors import BadRequest, RequestError, TooLarge
-from tidewire.model.records import Change, Item, ItemRecord, Opened, pack
-from tidewire.model.values import ItemKey, Scalar, name_of
+from tidewire.app import BY_MEMBER, App, Table
+from tidewire.errors import RequestError
+from tidewire.model.records import Change, Item, ItemRecord
+from tidewire.model.values import ItemKey, Scalar
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import Keys
-from tidewire.visibility import sight
 
 from .budget import Account
-from .facts import CountFact, Fact, ItemFact, KindFact, Page, PageFact, Value
+from .facts import CountFact, Fact, ItemFact, Page, PageFact, Value
 
 log = structlog.get_logger(__name__)
 
-MAX_PLAUSIBLE_EXPIRY_S = 10**11
-"""Largest expiry, in seconds since 1970, that is no mistake: the year 5138. Milliseconds of today are above it."""
-_warned_of_ms: set[str] = set()
-"""Tables with an expiry beyond it: this process warns once for each."""
 MAX_GROUPS = 1000
 """Of one user, as far as who shares a group with whom is asked."""
-OPENED_ITEMS = 100
-OPENED_BYTES = 65536
-"""A membership's change carries at most so much of what its member may gain or lose sight of."""
 
 
 class Missing(Exception):
@@ -99,9 +90,6 @@ class Author(NamedTuple):
     connection: str | None = None
     request: str | None = None
     trace: str | None = None
-
-
-EXPIRY = Author("tidewire:expiry")
 
 
 @dataclass
@@ -229,239 +217,18 @@ class View:
         self.effects = Effects()
         return done
 
-    def write(self, author: Author, table: Table, key: ItemKey, new: Item | None) -> tuple[int, str]:
-        """One item's change, with all that is kept beside the item; (version, position). Nothing, if nothing changes.
-
-        An item whose time has come has its REMOVE first. Raises TooLarge, or BadRequest for a sort key of a kind that
-        the table does not have.
-        """
-        record = self.record(key)
-        if record and record.item is not None and author is not EXPIRY and self.alive(table, record) is None:
-            self.write(EXPIRY, table, key, None)
-            record = self.record(key)
-        old = record.item if record else None
-        version = record.version if record else self.situation.floor
-        if (new is None and old is None) or (new is not None and old is not None and same(old, new)):
-            return version, self.position(self.last_id)
-        if new is not None:
-            self._check_size(new)
-            if old is None and key.sort is not None:
-                self._check_kind(table, key.sort)
-        version += 1
-        event = "REMOVE" if new is None else "INSERT" if old is None else "MODIFY"
-        id_, now = self._next_id(), self.situation.now
-        change = Change(
-            event,
-            table.name,
-            table.key_object(key),
-            version,
-            new,
-            old,
-            now,
-            author.user,
-            author.connection,
-            author.request,
-            trace=author.trace,
-            generation=self.situation.generation,
-            previous=self.last_id,
-            opens=self._opens(table, key, old, new) if isinstance(table, Membership) else None,
-        )
-        written = ItemRecord(version, now, author.user, new)
-        packed = pack(written)
-        self.account.add_bytes(len(packed))
-        self.effects.changes.append((id_, change))
-        self.effects.items[key] = written
-        self.effects.operations.append(
-            RedisCommand("HSET", self.keys.items(key.table, key.partition), (key.field, packed))
-        )
-        if isinstance(table, Membership):
-            self._keep_group(table, key, old, new, id_)
-        if event != "MODIFY":
-            self._keep_order(table, key, record, id_, live=new is not None)
-        if table.expires:
-            self._keep_expiry(table, key, old, new)
-        if table.name == CONNECTIONS:
-            self._keep_connection(key, old, new)
-        return version, self.position(id_)
-
-    def send(self, author: Author, user: str, body: Any) -> None:
-        """A message to a user: a change of no table, which has that user as its audience."""
-        id_, now = self._next_id(), self.situation.now
-        change = Change(
-            "SEND",
-            "",
-            {"user": user},
-            0,
-            {"body": body},
-            None,
-            now,
-            *author[:3],
-            trace=author.trace,
-            generation=self.situation.generation,
-            previous=self.last_id,
-        )
-        self.effects.changes.append((id_, change))
-
-    def _opens(self, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
-        """The items that the member may gain or lose sight of, as they are now."""
-        found: list[Opened] = []
-        gaps = Gaps()
-        for table in sight(self.app, membership, old, new).look:
-            with gaps:
-                found.append(self._opened(table, key))
-        gaps.close()
-        return found or None
-
-    def _opened(self, table: Table, membership: ItemKey) -> Opened:
-        group = membership.partition
-        if not self.open_items:
-            return Opened(table.name, [], whole=False)
-        records: dict[ItemKey, ItemRecord | None] = {}
-        more = False
-        if table.sorted:
-            order, items = self.keys.order(table.name, group), self.keys.items(table.name, group)
-            page: Page = self.know(
-                PageFact(order, items, b"-", b"+", OPENED_ITEMS, reverse=True, size_bytes=OPENED_BYTES)
-            )
-            records = {table.key_of(record.item): record for record in page.records if record.item is not None}
-            more = page.more
-            for written in (self.written, self.effects.items):
-                records |= {
-                    key: record for key, record in written.items() if (key.table, key.partition) == (table.name, group)
-                }
-        else:
-            only = ItemKey(table.name, group, None)
-            records = {only: self.record(only)}
-        records.pop(membership, None)
-        alive = [(key, record) for key, record in records.items() if record and self.alive(table, record) is not None]
-        alive.sort(key=lambda one: one[0].field, reverse=True)
-        kept: list[ItemRecord] = []
-        size_bytes = 0
-        for _, record in alive:
-            size_bytes += len(pack(record))
-            if len(kept) == OPENED_ITEMS or size_bytes > OPENED_BYTES:
-                more = True
-                break
-            kept.append(record)
-        return Opened(table.name, kept, whole=not more)
-
-    def _keep_order(
-        self, table: Table, key: ItemKey, record: ItemRecord | None, id_: tuple[int, int], *, live: bool
-    ) -> None:
-        """Which items there are, in order; which values; and which versions are remembered."""
-        operations, partition = self.effects.operations, self.situation.partition
-        if table.sorted:
-            order = self.keys.order(key.table, key.partition)
-            operations.append(
-                RedisCommand("ZADD", order, ("0", key.field)) if live else RedisCommand("ZREM", order, (key.field,))
-            )
-        if not live:
-            # A connection's id never comes again: nobody will ask for its version.
-            since = 0 if table.name == CONNECTIONS else id_[0]
-            operations.append(RedisCommand("ZADD", self.keys.tombstones(partition), (since, member_of(key))))
-        elif record is None:
-            operations.append(
-                RedisCommand("ZADD", self.keys.values(partition, table.name), ("0", name_of(key.partition)))
-            )
-        else:
-            operations.append(RedisCommand("ZREM", self.keys.tombstones(partition), (member_of(key),)))
-
-    def _keep_group(
-        self, table: Membership, key: ItemKey, old: Item | None, new: Item | None, id_: tuple[int, int]
-    ) -> None:
-        """Note the group's version, and have gateways look at once at what the member may no longer follow."""
-        situation, keys = self.situation, self.keys
-        version = b"%d-%d-%d" % (situation.generation, *id_)
-        field = keys.group_field(table.name, key.partition)
-        self.effects.operations.append(RedisCommand("HSET", keys.group_versions(situation.partition), (field, version)))
-        if sight(self.app, table, old, new).topics:
-            channel = keys.rechecks(situation.partition)
-            self.effects.operations.append(RedisCommand("SPUBLISH", channel, (str(key.sort),)))
-
-    def _keep_expiry(self, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
-        before, after = (expiry_of(table, image) for image in (old, new))
-        if before == after:
-            return
-        self.effects.operations.append(keep_expiry(self.keys.expiries(self.situation.partition), key, after))
-
-    def _keep_connection(self, key: ItemKey, old: Item | None, new: Item | None) -> None:
-        """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
-        if old is not None:
-            self.forget_connection(str(old.get("gateway")), key)
-        if new is not None:
-            connected = self.keys.connected(self.situation.partition, str(new.get("gateway")))
-            self.effects.operations.append(RedisCommand("SADD", connected, (pack((key.partition, key.sort)),)))
-
-    def forget_connection(self, gateway: str, key: ItemKey) -> None:
-        connected = self.keys.connected(self.situation.partition, gateway)
-        self.effects.operations.append(RedisCommand("SREM", connected, (pack((key.partition, key.sort)),)))
-
-    def _check_size(self, item: Item) -> None:
-        limit = self.situation.item_bytes
-        size = len(msgspec.json.encode(item)) if limit else 0
-        if size > limit:
-            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
-
-    def _check_kind(self, table: Table, sort: Scalar) -> None:
-        """Within a table, sort keys are of one kind: that of the first one."""
-        kind = "s" if isinstance(sort, str) else "n"
-        known: str | None = (
-            self.effects.kinds.get(table.name)
-            or self.settled.get(table.name)
-            or self.situation.kinds.get(table.name)
-            or self.know(KindFact(table.name))
-        )
-        if known is None:
-            known = self.effects.kinds[table.name] = kind
-        if known != kind:
-            names = {"s": "string", "n": "number"}
-            raise BadRequest(
-                f"key attribute {table.key[1]!r} of table {table.name!r} must be a {names[known]}, "
-                f"as that of its first item; this one is a {names[kind]}"
-            )
-
     # ── positions ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def last_id(self) -> tuple[int, int]:
         return self.effects.changes[-1][0] if self.effects.changes else self.last
 
-    def _next_id(self) -> tuple[int, int]:
+    def next_id(self) -> tuple[int, int]:
         ms, seq = self.last_id
         return (self.situation.now, 0) if self.situation.now > ms else (ms, seq + 1)
 
     def position(self, id_: tuple[int, int]) -> str:
         return f"{self._place}-{id_[0]}-{id_[1]}"
-
-
-def member_of(key: ItemKey) -> bytes:
-    """An item's key in the sets of a partition."""
-    return pack([key.table, key.partition, key.sort])
-
-
-def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> RedisCommand:
-    """Note among those that expire when this one does."""
-    member = member_of(key)
-    return (
-        RedisCommand("ZREM", expiries, (member,)) if at is None else RedisCommand("ZADD", expiries, (repr(at), member))
-    )
-
-
-def expiry_of(table: Table, item: Item | None) -> float | None:
-    """Return when an item expires, in seconds since 1970; None for never."""
-    at = item.get(table.expires) if item and table.expires else None
-    if not isinstance(at, int | float) or isinstance(at, bool):
-        return None
-    if at > MAX_PLAUSIBLE_EXPIRY_S and table.name not in _warned_of_ms:
-        _warned_of_ms.add(table.name)
-        log.warning(
-            "expiry_looks_like_ms",
-            table=table.name,
-            attribute=table.expires,
-            value=at,
-            advice="the attribute counts seconds since 1970: divide milliseconds by 1000",
-        )
-    return at
 
 
 def same(a: Any, b: Any) -> bool:

@@ -82,7 +82,7 @@ BREAKS = {
     ),
     "holes are not filled": Break(
         "services/gateway/feeds.py",
-        "        MENDED.inc()\n",
+        "        REPAIRED.inc()\n",
         "        return\n",
         again("cut", "gateway", 6, lasts_s=1.0),
         {"loss"},

@@ -8,7 +8,7 @@ import pytest
 
 from tidewire.app import App
 from tidewire.audiences import everyone, user
-from tidewire.services.store import decide
+from tidewire.services.store import writing
 from tidewire.services.store.updates import apply_update
 
 from .world import GENERATION, NOW, World
@@ -226,7 +226,7 @@ def test_a_check_that_fails_is_found_before_images_are_built(world: World, monke
         built += 1
         return apply_update(*args)
 
-    monkeypatch.setattr(decide, "apply_update", counted)
+    monkeypatch.setattr(writing, "apply_update", counted)
     update = {"action": "update", "table": "lines", "key": ONE, "add": {"x": 1}}
     for condition, code in (({"version": 9}, "conflict"), ({"absent": True}, "conflict")):
         world.do("alice", "put", table="notes", item={"id": "p"})

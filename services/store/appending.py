@@ -1,0 +1,256 @@
+"""Appends changes to a view: an item's new record, its change, and everything that is kept beside it. No I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import structlog
+
+from tidewire.app import CONNECTIONS, Membership, Table
+from tidewire.errors import BadRequest, TooLarge
+from tidewire.model.records import Change, Item, ItemRecord, Opened, pack
+from tidewire.model.values import ItemKey, Scalar, name_of
+from tidewire.redis.functions import RedisCommand
+from tidewire.visibility import sight
+
+from .facts import KindFact, Page, PageFact
+from .view import Author, Gaps, View, same
+
+log = structlog.get_logger(__name__)
+
+MAX_PLAUSIBLE_EXPIRY_S = 10**11
+"""Largest expiry, in seconds since 1970, that is no mistake: the year 5138. Milliseconds of today are above it."""
+_warned_of_ms: set[str] = set()
+"""Tables with an expiry beyond it: this process warns once for each."""
+OPENED_ITEMS = 100
+OPENED_BYTES = 65536
+"""A membership's change carries at most so much of what its member may gain or lose sight of."""
+EXPIRY = Author("tidewire:expiry")
+"""The author of the REMOVE of an expired item."""
+
+
+def append_change(view: View, author: Author, table: Table, key: ItemKey, new: Item | None) -> tuple[int, str]:
+    """One item's change, with all that is kept beside the item; (version, position). Nothing, if nothing changes.
+
+    An item whose time has come has its REMOVE first. Raises TooLarge, or BadRequest for a sort key of a kind that
+    the table does not have.
+    """
+    record = view.record(key)
+    if record and record.item is not None and author is not EXPIRY and view.alive(table, record) is None:
+        append_change(view, EXPIRY, table, key, None)
+        record = view.record(key)
+    old = record.item if record else None
+    version = record.version if record else view.situation.floor
+    if (new is None and old is None) or (new is not None and old is not None and same(old, new)):
+        return version, view.position(view.last_id)
+    if new is not None:
+        _check_size(view, new)
+        if old is None and key.sort is not None:
+            _check_kind(view, table, key.sort)
+    version += 1
+    event = "REMOVE" if new is None else "INSERT" if old is None else "MODIFY"
+    id_, now = view.next_id(), view.situation.now
+    change = Change(
+        event,
+        table.name,
+        table.key_object(key),
+        version,
+        new,
+        old,
+        now,
+        author.user,
+        author.connection,
+        author.request,
+        trace=author.trace,
+        generation=view.situation.generation,
+        previous=view.last_id,
+        opens=_opens(view, table, key, old, new) if isinstance(table, Membership) else None,
+    )
+    written = ItemRecord(version, now, author.user, new)
+    packed = pack(written)
+    view.account.add_bytes(len(packed))
+    view.effects.changes.append((id_, change))
+    view.effects.items[key] = written
+    view.effects.operations.append(RedisCommand("HSET", view.keys.items(key.table, key.partition), (key.field, packed)))
+    if isinstance(table, Membership):
+        _keep_group(view, table, key, old, new, id_)
+    if event != "MODIFY":
+        _keep_order(view, table, key, record, id_, live=new is not None)
+    if table.expires:
+        _keep_expiry(view, table, key, old, new)
+    if table.name == CONNECTIONS:
+        _keep_connection(view, key, old, new)
+    return version, view.position(id_)
+
+
+def append_message(view: View, author: Author, user: str, body: Any) -> None:
+    """A message to a user: a change of no table, which has that user as its audience."""
+    id_, now = view.next_id(), view.situation.now
+    change = Change(
+        "SEND",
+        "",
+        {"user": user},
+        0,
+        {"body": body},
+        None,
+        now,
+        *author[:3],
+        trace=author.trace,
+        generation=view.situation.generation,
+        previous=view.last_id,
+    )
+    view.effects.changes.append((id_, change))
+
+
+def _opens(view: View, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
+    """The items that the member may gain or lose sight of, as they are now."""
+    found: list[Opened] = []
+    gaps = Gaps()
+    for table in sight(view.app, membership, old, new).look:
+        with gaps:
+            found.append(_opened(view, table, key))
+    gaps.close()
+    return found or None
+
+
+def _opened(view: View, table: Table, membership: ItemKey) -> Opened:
+    group = membership.partition
+    if not view.open_items:
+        return Opened(table.name, [], whole=False)
+    records: dict[ItemKey, ItemRecord | None] = {}
+    more = False
+    if table.sorted:
+        order, items = view.keys.order(table.name, group), view.keys.items(table.name, group)
+        page: Page = view.know(PageFact(order, items, b"-", b"+", OPENED_ITEMS, reverse=True, size_bytes=OPENED_BYTES))
+        records = {table.key_of(record.item): record for record in page.records if record.item is not None}
+        more = page.more
+        for written in (view.written, view.effects.items):
+            records |= {
+                key: record for key, record in written.items() if (key.table, key.partition) == (table.name, group)
+            }
+    else:
+        only = ItemKey(table.name, group, None)
+        records = {only: view.record(only)}
+    records.pop(membership, None)
+    alive = [(key, record) for key, record in records.items() if record and view.alive(table, record) is not None]
+    alive.sort(key=lambda one: one[0].field, reverse=True)
+    kept: list[ItemRecord] = []
+    size_bytes = 0
+    for _, record in alive:
+        size_bytes += len(pack(record))
+        if len(kept) == OPENED_ITEMS or size_bytes > OPENED_BYTES:
+            more = True
+            break
+        kept.append(record)
+    return Opened(table.name, kept, whole=not more)
+
+
+def _keep_order(
+    view: View, table: Table, key: ItemKey, record: ItemRecord | None, id_: tuple[int, int], *, live: bool
+) -> None:
+    """Which items there are, in order; which values; and which versions are remembered."""
+    operations, partition = view.effects.operations, view.situation.partition
+    if table.sorted:
+        order = view.keys.order(key.table, key.partition)
+        operations.append(
+            RedisCommand("ZADD", order, ("0", key.field)) if live else RedisCommand("ZREM", order, (key.field,))
+        )
+    if not live:
+        # A connection's id never comes again: nobody will ask for its version.
+        since = 0 if table.name == CONNECTIONS else id_[0]
+        operations.append(RedisCommand("ZADD", view.keys.tombstones(partition), (since, member_of(key))))
+    elif record is None:
+        operations.append(RedisCommand("ZADD", view.keys.values(partition, table.name), ("0", name_of(key.partition))))
+    else:
+        operations.append(RedisCommand("ZREM", view.keys.tombstones(partition), (member_of(key),)))
+
+
+def _keep_group(
+    view: View, table: Membership, key: ItemKey, old: Item | None, new: Item | None, id_: tuple[int, int]
+) -> None:
+    """Note the group's version, and have gateways look at once at what the member may no longer follow."""
+    situation, keys = view.situation, view.keys
+    version = b"%d-%d-%d" % (situation.generation, *id_)
+    field = keys.group_field(table.name, key.partition)
+    view.effects.operations.append(RedisCommand("HSET", keys.group_versions(situation.partition), (field, version)))
+    if sight(view.app, table, old, new).topics:
+        channel = keys.rechecks(situation.partition)
+        view.effects.operations.append(RedisCommand("SPUBLISH", channel, (str(key.sort),)))
+
+
+def _keep_expiry(view: View, table: Table, key: ItemKey, old: Item | None, new: Item | None) -> None:
+    before, after = (expiry_of(table, image) for image in (old, new))
+    if before == after:
+        return
+    view.effects.operations.append(keep_expiry(view.keys.expiries(view.situation.partition), key, after))
+
+
+def _keep_connection(view: View, key: ItemKey, old: Item | None, new: Item | None) -> None:
+    """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
+    if old is not None:
+        forget_connection(view, str(old.get("gateway")), key)
+    if new is not None:
+        connected = view.keys.connected(view.situation.partition, str(new.get("gateway")))
+        view.effects.operations.append(RedisCommand("SADD", connected, (pack((key.partition, key.sort)),)))
+
+
+def forget_connection(view: View, gateway: str, key: ItemKey) -> None:
+    connected = view.keys.connected(view.situation.partition, gateway)
+    view.effects.operations.append(RedisCommand("SREM", connected, (pack((key.partition, key.sort)),)))
+
+
+def _check_size(view: View, item: Item) -> None:
+    limit = view.situation.item_bytes
+    size = len(msgspec.json.encode(item)) if limit else 0
+    if size > limit:
+        raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+
+
+def _check_kind(view: View, table: Table, sort: Scalar) -> None:
+    """Within a table, sort keys are of one kind: that of the first one."""
+    kind = "s" if isinstance(sort, str) else "n"
+    known: str | None = (
+        view.effects.kinds.get(table.name)
+        or view.settled.get(table.name)
+        or view.situation.kinds.get(table.name)
+        or view.know(KindFact(table.name))
+    )
+    if known is None:
+        known = view.effects.kinds[table.name] = kind
+    if known != kind:
+        names = {"s": "string", "n": "number"}
+        raise BadRequest(
+            f"key attribute {table.key[1]!r} of table {table.name!r} must be a {names[known]}, "
+            f"as that of its first item; this one is a {names[kind]}"
+        )
+
+
+def member_of(key: ItemKey) -> bytes:
+    """An item's key in the sets of a partition."""
+    return pack([key.table, key.partition, key.sort])
+
+
+def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> RedisCommand:
+    """Note among those that expire when this one does."""
+    member = member_of(key)
+    return (
+        RedisCommand("ZREM", expiries, (member,)) if at is None else RedisCommand("ZADD", expiries, (repr(at), member))
+    )
+
+
+def expiry_of(table: Table, item: Item | None) -> float | None:
+    """Return when an item expires, in seconds since 1970; None for never."""
+    at = item.get(table.expires) if item and table.expires else None
+    if not isinstance(at, int | float) or isinstance(at, bool):
+        return None
+    if at > MAX_PLAUSIBLE_EXPIRY_S and table.name not in _warned_of_ms:
+        _warned_of_ms.add(table.name)
+        log.warning(
+            "expiry_looks_like_ms",
+            table=table.name,
+            attribute=table.expires,
+            value=at,
+            advice="the attribute counts seconds since 1970: divide milliseconds by 1000",
+        )
+    return at
