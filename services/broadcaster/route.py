@@ -1,4 +1,4 @@
-"""From deliveries to calls that append them to feeds, each bounded in appends and bytes. Pure."""
+"""Groups appends into function calls, one partition each, bounded in appends and bytes. No I/O."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tidewire.redis.keys import Home, Keys
 
 MAX_CALL_APPENDS = 2000
 MAX_CALL_BYTES = 1 << 20
-"""Appends of one call to a destination, and bytes that they write there.
+"""Maximum appends of one call, and maximum bytes that they write.
 
-A feed gets all of a transaction in one call, also where that exceeds them.
+A feed gets all of a transaction in one call, even if that exceeds them.
 """
 MAX_COPIED_BYTES = 65536
-"""Bytes that the copies of one body may take at a destination. Beyond, it is stored once, and entries refer to it."""
-MAX_FEEDS_KEPT = 200_000
-"""Feeds whose key and partition a process remembers."""
+"""Maximum bytes of all copies of one body in a partition. A larger body is stored once, and entries refer to it."""
+MAX_FEEDS_CACHED = 200_000
+"""Destinations whose key and partition a process remembers."""
 STEP_FEEDS = 1000
-"""Feeds that are handled between two points at which other work of the process gets its turn: about 1 ms."""
+"""Destinations that are handled between two points at which other work of the process gets its turn: about 1 ms."""
 
 
-class Feed:
-    """A user's feed, or a topic's. There is one object for each, so that it is compared by identity."""
+class Destination:
+    """The feed of a user or a topic. Each has one object, which is compared by identity."""
 
     __slots__ = ("is_topic", "key", "name", "partition")
 
@@ -38,52 +38,54 @@ class Feed:
         return f"<{'topic' if self.is_topic else 'user'} {self.name}>"
 
 
-class Feeds:
-    """The feeds of a batch, and of batches before it: a key costs more to make than to remember."""
+class Destinations:
+    """A cache of destinations. To make a key costs more than to look it up."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
-        self._users: dict[str, Feed] = {}
-        self._topics: dict[str, Feed] = {}
+        self._users: dict[str, Destination] = {}
+        self._topics: dict[str, Destination] = {}
 
     def __len__(self) -> int:
         return len(self._users) + len(self._topics)
 
-    def user(self, name: str) -> Feed:
+    def user(self, name: str) -> Destination:
         return self._users.get(name) or self._new(self._users, name, self._keys.user_feed(name), is_topic=False)
 
-    def topic(self, name: str) -> Feed:
+    def topic(self, name: str) -> Destination:
         return self._topics.get(name) or self._new(self._topics, name, self._keys.topic_feed(name), is_topic=True)
 
-    def _new(self, known: dict[str, Feed], name: str, key: bytes, *, is_topic: bool) -> Feed:
-        feed = known[name] = Feed(name, is_topic=is_topic, partition=self._keys.partition_of(name), key=key)
+    def _new(self, known: dict[str, Destination], name: str, key: bytes, *, is_topic: bool) -> Destination:
+        feed = known[name] = Destination(name, is_topic=is_topic, partition=self._keys.partition_of(name), key=key)
         return feed
 
 
-class FeedCache:
-    """The feeds that a process has met."""
+class DestinationCache:
+    """The destinations that a process has met, bounded in number."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
-        self._feeds = Feeds(keys)
+        self._feeds = Destinations(keys)
 
-    def begin(self) -> Feeds:
-        """The feeds for one batch. They are replaced as a whole: batches of other partitions may be under way, and
-        within a batch a feed is one object.
+    def begin(self) -> Destinations:
+        """Return the cache for one batch.
+
+        A full cache is replaced as a whole. Batches of other partitions keep the old one, because within a batch each
+        feed must be one object.
         """
-        if len(self._feeds) > MAX_FEEDS_KEPT:
-            self._feeds = Feeds(self._keys)
+        if len(self._feeds) > MAX_FEEDS_CACHED:
+            self._feeds = Destinations(self._keys)
         return self._feeds
 
 
 class StoreBodies(NamedTuple):
-    """Bodies that appends of later calls to the same destination refer to."""
+    """A call that stores bodies, to which appends of later calls to the same partition refer."""
 
     bodies: list[tuple[bytes, bytes]]  # (id, body)
 
 
 class AppendUnits(NamedTuple):
-    """Units that one call appends."""
+    """A call that appends units."""
 
     units: list[Unit]
 
@@ -92,14 +94,14 @@ Call = StoreBodies | AppendUnits
 
 
 class Calls:
-    """The calls to one destination, in the order in which they are made."""
+    """The calls to one partition, in their order."""
 
     def __init__(self) -> None:
         self._rounds: list[tuple[dict[bytes, bytes], list[Unit]]] = []  # bodies, then the units that refer to them
         self._appends = self._bytes = 0
 
     def add(self, unit: Unit, bodies: Mapping[bytes, bytes]) -> None:
-        """Add a unit to the last call, or begin another where that one would grow beyond its bounds."""
+        """Add a unit to the last call, or to a new one if the last would exceed its bounds."""
         appends = sum(len(append.feeds) for append in unit.appends)
         size_bytes = sum(len(append.feeds) * len(append.body) for append in unit.appends)
         self._appends += appends
@@ -133,20 +135,20 @@ def _stored(bodies: Mapping[bytes, bytes]) -> Iterable[StoreBodies]:
 
 
 class Router:
-    """Gathers the appends of a batch, by destination."""
+    """Collects the appends of a batch, by destination partition."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._calls: dict[int, Calls] = {}
         self.appends = 0
         self.size_bytes = 0
-        """Bytes that the appends write, bodies that are stored once included."""
+        """Bytes that the appends write, including bodies that are stored once."""
 
     def links(self) -> dict[Home, list[Call]]:
         return {self._keys.home(partition): calls.all() for partition, calls in self._calls.items()}
 
     def add(self, position: Position, appends: Mapping[int, list[Append]]) -> Generator[None, None, None]:
-        """Add a unit, by destination. Its last change stands at `position`; appends are in the order of changes."""
+        """Add a unit whose last change has `position`. Appends, by partition, are in the order of changes."""
         for partition, some in appends.items():
             shortened, bodies = refer(some)
             self.appends += sum(len(append.feeds) for append in shortened)
@@ -159,8 +161,8 @@ class Router:
 
 
 def refer(appends: list[Append]) -> tuple[list[Append], dict[bytes, bytes]]:
-    """The appends to one destination with references to bodies whose copies would take too much, and those bodies."""
-    # The more changes a transaction has, the less each may take: a feed gets all of them in one call.
+    """Replace bodies whose copies would take too much by references. Returns the appends, and those bodies by id."""
+    # The more changes a transaction has, the less each may take, because a feed gets all of them in one call.
     max_bytes = MAX_COPIED_BYTES // (1 + len(appends) // 16)
     found: list[Append] = []
     bodies: dict[bytes, bytes] = {}
@@ -174,7 +176,7 @@ def refer(appends: list[Append]) -> tuple[list[Append], dict[bytes, bytes]]:
 
 
 def split(position: Position, appends: list[Append]) -> Iterable[Unit]:
-    """Cut a unit into pieces of a bounded size, by the numbers of the feeds. Each feed has its appends in one piece."""
+    """Cut a unit into pieces of bounded size, by the numbers of the feeds. All appends to a feed are in one piece."""
     total = sum(len(append.feeds) for append in appends)
     total_bytes = sum(len(append.feeds) * len(append.body) for append in appends)
     if total <= MAX_CALL_APPENDS and total_bytes <= MAX_CALL_BYTES:
@@ -193,7 +195,7 @@ def split(position: Position, appends: list[Append]) -> Iterable[Unit]:
     for number, feed in numbers:
         more, more_bytes = costs[feed]
         is_full = count + more > MAX_CALL_APPENDS or size_bytes + more_bytes > MAX_CALL_BYTES
-        if some and is_full and number != previous:  # equal numbers are never parted
+        if some and is_full and number != previous:  # feeds with equal numbers stay together
             yield Unit(position, _for(some, appends), previous)
             some, count, size_bytes = set(), 0, 0
         some.add(feed)
@@ -204,7 +206,7 @@ def split(position: Position, appends: list[Append]) -> Iterable[Unit]:
 
 
 def _for(feeds: set[bytes], appends: list[Append]) -> list[Append]:
-    """What of the appends goes to these feeds. Equal lists of feeds are one list, which a call has once."""
+    """Return the appends to these feeds. Equal lists of feeds are one object, which a call carries once."""
     lists: dict[tuple[bytes, ...], list[bytes]] = {}
     found = []
     for append in appends:

@@ -26,7 +26,7 @@ from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
 from .repair import Repair, applied
-from .route import AppendUnits, Call, FeedCache, StoreBodies
+from .route import AppendUnits, Call, DestinationCache, StoreBodies
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class BroadcasterTenure:
     """The broadcaster's work on one partition while it owns it."""
 
     def __init__(
-        self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: FeedCache
+        self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: DestinationCache
     ) -> None:
         self._app = app
         self._feeds = feeds
@@ -218,8 +218,8 @@ class BroadcasterTenure:
         self._next_unknown -= self._versions.names
         self._repair, self._repair_noted = None, False
         # Behind all that destinations have taken, and not above the next change.
-        reset = Reset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
-        links: dict[Home, list[Reset]] = {home: [reset] for home in self.destinations()}
+        reset = FeedReset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
+        links: dict[Home, list[FeedReset]] = {home: [reset] for home in self.destinations()}
         operations += [*self._notes(), RedisCommand("HDEL", partition, ("repair",))]
         return Outcome(len(silent), operations, links)
 
@@ -230,7 +230,7 @@ class BroadcasterTenure:
         )
 
 
-class Reset(Struct):
+class FeedReset(Struct):
     """All feeds of a destination begin anew: what they missed before this change is not known."""
 
     position: Position
@@ -260,17 +260,17 @@ def build(service: Service, app: App) -> Worker:
     def tenure(partition: int, owned: Owned) -> BroadcasterTenure:
         return BroadcasterTenure(app, backend, versions, partition, owned, feeds)
 
-    feeds = FeedCache(backend.keys)
+    feeds = DestinationCache(backend.keys)
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
     body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 
-    async def link(to: Home, source: str, epoch: int, call: Call | Reset) -> None:
+    async def link(to: Home, source: str, epoch: int, call: Call | FeedReset) -> None:
         match call:
             case AppendUnits(units):
                 await backend.functions.link_append(to, source, epoch, bounds, units)
             case StoreBodies(bodies):
                 await backend.functions.body_put(to, body_ttl_ms, bodies)
-            case Reset(position=position):
+            case FeedReset(position=position):
                 await backend.functions.link_reset(to, source, epoch, position)
 
     worker = service.work(

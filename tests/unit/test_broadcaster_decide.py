@@ -32,7 +32,7 @@ from tidewire.services.broadcaster.route import (
     MAX_CALL_BYTES,
     AppendUnits,
     Call,
-    FeedCache,
+    DestinationCache,
     StoreBodies,
 )
 from tidewire.visibility import sight
@@ -646,9 +646,15 @@ class TestSight:
         self.join(world, None, guest, *items)
         assert [frame["event"] for frame in world.heard("alice")] == ["INSERT"]
         self.join(world, guest, mod, *items)
-        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[1:]] == [("MODIFY", None), ("ENTER", 1)]
+        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[1:]] == [
+            ("MODIFY", None),
+            ("ENTER", 1),
+        ]
         self.join(world, mod, guest, *items)
-        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[3:]] == [("MODIFY", None), ("LEAVE", 1)]
+        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[3:]] == [
+            ("MODIFY", None),
+            ("LEAVE", 1),
+        ]
 
     def test_peers_are_told_to_query_when_somebody_comes(self) -> None:
         world = self.world()
@@ -698,8 +704,8 @@ def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
 def test_feeds_are_forgotten_as_a_whole_so_that_a_batch_under_way_keeps_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tidewire.services.broadcaster.route.MAX_FEEDS_KEPT", 1)
-    cache = FeedCache(KEYS)
+    monkeypatch.setattr("tidewire.services.broadcaster.route.MAX_FEEDS_CACHED", 1)
+    cache = DestinationCache(KEYS)
     feeds = cache.begin()
     alice = feeds.user("alice")
     feeds.topic("alice")
