@@ -55,7 +55,7 @@ faults: $(INSTALLED) ## everything under faults, checked: make faults MINUTES=10
 	@$(BIN)/python -m tests.faults.run --minutes $(MINUTES) --topology $(TOPOLOGY) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation site into site/, with warnings as errors
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock: $(INSTALLED) ## update requirements-dev.txt after a change of dependencies in pyproject.toml
 	@$(BIN)/python -m pip install --quiet uv

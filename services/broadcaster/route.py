@@ -18,9 +18,9 @@ A feed gets all of a transaction in one call, even if that exceeds them.
 MAX_COPIED_BYTES = 65536
 """Maximum bytes of all copies of one body in a partition. A larger body is stored once, and entries refer to it."""
 MAX_FEEDS_CACHED = 200_000
-"""Destinations whose key and partition a process remembers."""
+"""Maximum destinations that a process caches. At this number the whole cache is dropped."""
 STEP_FEEDS = 1000
-"""Destinations that are handled between two points at which other work of the process gets its turn: about 1 ms."""
+"""Destinations that one step handles, in about 1 ms. Other work of the process gets its turn between two steps."""
 
 
 class Destination:
