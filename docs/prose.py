@@ -2,8 +2,8 @@
 
     python docs/prose.py
 
-Code, tables and headings are left out. The goals are fewer than 16 words and fewer than 3 semicolons. It informs, and fails
-nothing.
+Code, tables and headings are left out. The goals are fewer than 16 words and fewer than 3 semicolons. It informs, and
+fails nothing.
 """
 
 from __future__ import annotations

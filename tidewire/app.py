@@ -13,7 +13,19 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tidewire.audiences import Audience, AudienceOf, Followers, Members, Peers, Topic, Vacant, nobody
+from tidewire.audiences import (
+    Audience,
+    AudienceOf,
+    Claim,
+    Everyone,
+    Followers,
+    Members,
+    Peers,
+    Topic,
+    User,
+    Vacant,
+    nobody,
+)
 from tidewire.errors import BadRequest, ConfigurationError
 from tidewire.model.protocol import fault_in
 from tidewire.model.records import Item
@@ -59,6 +71,13 @@ class Table:
     @property
     def sorted(self) -> bool:
         return len(self.key) == 2
+
+    @property
+    def in_own_feeds(self) -> bool:
+        """Whether a change can reach a user who follows no topic. False if all readers are followers of topics."""
+        if not isinstance(self.readers, Audience):
+            return True  # a function may return any audience
+        return any(isinstance(part, User | Members | Peers | Everyone | Claim) for part in self.readers.parts())
 
     def index(self, name: str) -> tuple[str, str]:
         """The (partition attribute, sort attribute) of an index. Raises BadRequest when there is none of that name."""

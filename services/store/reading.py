@@ -107,6 +107,7 @@ class Scan:
         self._only: ItemKey | None = None
         if request.index is None:
             partition = table.parse_partition_key(request.key)
+            self._partition: Item = {table.key[0]: partition}
             self._order, self._items = view.keys.order(table.name, partition), view.keys.items(table.name, partition)
             if not table.sorted:
                 self._only = ItemKey(table.name, partition, None)
@@ -127,6 +128,7 @@ class Scan:
         self._size_bytes = 0
         self._last: Item | None = None
         self._following: Any = None
+        self._carried: bool | None = None  # whether the caller's connections receive the changes of these items
         self.done = False
 
     @property
@@ -135,7 +137,7 @@ class Scan:
 
     def step(self, view: View, rights: Rights) -> None:
         if self._page is None:
-            self._begin_page(view)
+            self._begin_page(view, rights)
         elif self._left:
             self._judge(view, rights)
         elif self._show_next < len(self._page.records):
@@ -146,9 +148,10 @@ class Scan:
     def result(self, view: View) -> dict[str, Any]:
         # An index is eventually consistent with its table, so its page claims no position.
         position = view.position(view.last if self._attributes is None else (0, 0))
-        return {"items": self._shown, "next": self._following, "position": position, "key": list(self._table.key)}
+        result = {"items": self._shown, "next": self._following, "position": position, "key": list(self._table.key)}
+        return result if self._carried else result | {"carried": False}
 
-    def _begin_page(self, view: View) -> None:
+    def _begin_page(self, view: View, rights: Rights) -> None:
         if self._only is not None:
             record = view.record(self._only)
             page = Page([record] if record else [], more=False)
@@ -160,9 +163,19 @@ class Scan:
             page = view.know(PageFact(self._order, self._items, low, high, limit, self._request.reverse, size_bytes))
             if self._serial and page.more and len(page.records) < self._limit:
                 raise Missing((), expensive=True)
+        if self._carried is None:
+            self._carried = self._attributes is not None or self._carries(view, rights, page)
         self._page = page
         self._left, self._show_next = list(range(len(page.records))), 0
         self._readable = [False] * len(page.records)
+
+    def _carries(self, view: View, rights: Rights, page: Page) -> bool:
+        """Judge by the first item.
+
+        Without one, by the partition key alone, which names the group or user in most tables.
+        """
+        items = (view.alive(self._table, record) for record in page.records)
+        return rights.carries(self._table, next((item for item in items if item is not None), self._partition))
 
     def _judge(self, view: View, rights: Rights) -> None:
         """Evaluate which records the user may read. All missing facts of the page are asked for at once."""

@@ -9,11 +9,12 @@ import structlog
 from tidewire.app import Table, Write
 from tidewire.audiences import Audience, Reader, resolve
 from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied
+from tidewire.model.claims import holds
 from tidewire.model.protocol import Condition
 from tidewire.model.records import Command, Item
 from tidewire.model.values import ItemKey
 
-from .view import View, same
+from .view import Missing, View, same
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,23 @@ class Rights:
             log.warning("readers_failed", table=table.name, error=repr(error))
             return False
         return audience.admits(item, self._reader, self._view)
+
+    def carries(self, table: Table, item: Item) -> bool:
+        """Whether a change of the item reaches the user without following a topic: by the own feed, or to everyone.
+
+        For a service key, the item counts as for any other credential of the user: its role reads, and receives
+        nothing.
+        """
+        if not self.all:
+            return table.in_own_feeds
+        try:
+            recipients = resolve(table.readers, item).recipients(item, self._view, self._reader.user)
+        except Missing:
+            raise
+        except Exception as error:
+            log.warning("readers_failed", table=table.name, error=repr(error))
+            return False
+        return holds(recipients.user(self._reader.user), self._reader.claims)
 
     def may_follow(self, name: str) -> None:
         """Raises NotFound where the application has no such topic, PermissionDenied where this user may not follow."""

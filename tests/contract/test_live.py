@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tidewire import App, everyone
 from tidewire.client import Client
 from tidewire.errors import ConfigurationError, NotFound, PermissionDenied
 from tidewire.testing import Stage
@@ -190,3 +191,28 @@ async def test_a_client_follows_again_after_its_connection_was_lost(stage: Stage
     assert "cell:1" not in bob.topics
     async with wire(stage, await stage.key("bob")) as other:
         assert "cell:1" not in other.welcome["topics"]
+
+
+async def test_a_view_that_would_never_change_is_refused_with_what_to_do(stage: Stage) -> None:
+    (alice,) = await room(stage, "alice")
+    backend = await stage.client("backend", role="service")
+    await say(alice, 1)
+    for value in ("r", "empty"):
+        with pytest.raises(ConfigurationError, match="would never change: its changes"):
+            await anext(backend.live("messages", room=value))
+    await alice.put("members", {"room": "r", "user": "backend"})
+    assert list(await anext(backend.live("messages", room="r"))) == [1], "a member's feed carries the changes"
+
+
+async def test_a_view_of_a_topics_table_needs_the_topic(open_stage: Open) -> None:
+    app = App("test")
+    cells = app.topic("cell:{cell}", followers=everyone)
+    app.table("units", key="cell", readers=cells.of("cell"), writers=everyone)
+    async with open_stage(app) as stage:
+        alice = await stage.client("alice")
+        with pytest.raises(ConfigurationError, match="as `topic`"):
+            await anext(alice.live("units", cell="c1"))
+        views = alice.live("units", topic="cell:c1", cell="c1")
+        assert await anext(views) == {}
+        await alice.put("units", {"cell": "c1", "unit": "u"})
+        assert await anext(views) == {"c1": {"cell": "c1", "unit": "u"}}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import LONG
-from tidewire.client.live import View
+from tidewire.client.live_items import LiveItems
 
 Frame = dict[str, Any]
 KEYS = ["a", "b", "c", "d"]
@@ -78,7 +78,7 @@ class Store:
         frame = {"type": "change", "table": "m", "key": {"room": "r"}, "event": "LEAVE", "position": self.position}
         self.feeds[None].append(frame)
 
-    def page(self, view: View, after: str | None) -> str | None:
+    def page(self, view: LiveItems, after: str | None) -> str | None:
         """Give the next page; where to go on, None at the end."""
         rest = [item for key, item in self.seen().items() if after is None or key > after]
         last = len(rest) <= PAGE
@@ -95,7 +95,7 @@ OPS = st.one_of(
 @settings(deadline=None, max_examples=2000 if LONG else 300)
 @given(st.lists(OPS, max_size=40))
 def test_no_item_goes_back_no_transaction_is_half_and_in_the_end_it_is_the_store(ops: list[Any]) -> None:  # noqa: C901
-    store, view = Store(), View("m", "room", "r")
+    store, view = Store(), LiveItems("m", "room", "r")
     after: str | None = None
     newest: dict[str, int] = {}
     delivered = {None: 0, "t": 0}
@@ -155,8 +155,8 @@ def change(event: str, seq: int, key: Any = "a", **more: Any) -> Frame:
     return frame | ({"new": {"room": "r", "id": key, "n": seq}} if event not in ("REMOVE", "LEAVE") else {}) | more
 
 
-def loaded() -> View:
-    view = View("m", "room", "r")
+def loaded() -> LiveItems:
+    view = LiveItems("m", "room", "r")
     view.page([], ["room", "id"], "3-0-1000-0", None, last=True)
     return view
 
@@ -236,7 +236,7 @@ def test_a_reset_concerns_what_it_names(reset: Frame, concerned: bool) -> None:
 
 
 def test_a_table_without_a_sort_key_has_its_item_under_the_partition_key() -> None:
-    view = View("m", "id", 1)
+    view = LiveItems("m", "id", 1)
     view.page([{"id": 1.0, "text": "x"}], ["id"], "3-0-1000-0", None, last=True)
     assert view.shown() == {1: {"id": 1.0, "text": "x"}}
     view.take({"table": "m", "key": {"id": 1}, "event": "REMOVE", "position": "3-0-1000-1"})

@@ -1,4 +1,4 @@
-"""The Python client: requests, and an iterator of events that survives reconnects."""
+"""The Python client: requests, events that survive reconnects, and live views."""
 
 from tidewire.client.client import Client
 

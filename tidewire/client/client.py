@@ -1,4 +1,4 @@
-"""A connection that comes back: with its cursors, so that nothing is lost, and with the requests that were open."""
+"""The client: one user's connection, which reconnects with its cursors and repeats unanswered requests."""
 
 from __future__ import annotations
 
@@ -16,45 +16,54 @@ import msgspec
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from tidewire.client.live import View
+from tidewire.client.live import Live
+from tidewire.client.live_items import LiveItems
 from tidewire.errors import (
     ConfigurationError,
     ConnectionClosed,
-    NotFound,
     RequestError,
-    TidewireError,
     Timeout,
     Unauthenticated,
     from_wire,
 )
 from tidewire.tasks import end
 
-EVENTS_KEPT = 10_000
+MAX_EVENTS = 10_000
+"""Maximum events that wait for the application. Beyond it, they are dropped, and a `reset` takes their place."""
 CLOSING_S = 1.0
-"""How long the server is given to agree to the end of a connection."""
-LOADS, SETTLE_S = 5, 0.5
-"""A view of several pages is loaded so often, for all of them to be of one moment; else it is given time to settle."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Seconds that the server has to answer a close frame."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
+"""Seconds before the first and between later attempts to reconnect or to retry a request.
+
+The pause doubles each time.
+"""
 
 Frame = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
 
 
 def comes_back(code: int) -> bool:
-    """Whether a client reconnects after this close code (contract: close codes)."""
+    """Whether a client reconnects after a close code."""
     return code not in (1008, 1009) and not 4400 <= code <= 4499
 
 
 class Client:
-    """One user's connection, kept up until the block is left.
+    """One user's connection. It reconnects until the block is left.
 
         async with Client("ws://127.0.0.1:8080", auth_key) as client:
             await client.put("messages", {"room": "r1", "id": "m1", "text": "hello"})
             async for event in client.events():
                 ...
 
-    Events are the frames `change`, `message` and `reset` in the feed's order. At most 10,000 wait to be taken: beyond,
-    they are dropped, and a `reset` with the reason `too_many` stands in their place.
+    Events are the frames `change`, `message` and `reset`, in the order of the feed. At most 10,000 wait for the
+    application. Beyond that they are dropped, and a `reset` with the reason `too_many` takes their place.
+
+    Args:
+        url: address of a gateway, such as `ws://127.0.0.1:8080`.
+        auth_key: the credential.
+        cursor: where to resume the user's feed; None begins with new changes.
+        topics: topics to follow, each with its cursor.
+        timeout_s: maximum seconds for a connection and for each request, retries included.
     """
 
     def __init__(
@@ -69,17 +78,17 @@ class Client:
         self.user: str | None = None
         self.connection: str | None = None
         self.problem: str | None = None
-        """Why there is no connection at present, as far as that is known."""
+        """Why there is no connection at the moment; None if there is one."""
         self.cursor = cursor
         self.topics: dict[str, str] = dict(topics or {})
         self.welcomes: list[Frame] = []
-        """The last welcomes, the newest last: each connection begins with one."""
+        """The last 100 welcomes, the newest last. Each connection begins with one."""
         self._url = url
         self._auth_key = auth_key
         self._timeout_s = timeout_s
         self._ids = itertools.count(1)
         self._open: dict[int, tuple[Frame, asyncio.Future[Any]]] = {}
-        self._events: asyncio.Queue[Frame | None] = asyncio.Queue(EVENTS_KEPT)
+        self._events: asyncio.Queue[Frame | None] = asyncio.Queue(MAX_EVENTS)
         self._ws: ClientConnection | None = None
         self._welcomed = asyncio.Event()
         self._ended: Exception | None = None
@@ -88,7 +97,13 @@ class Client:
         self._lives: set[Live] = set()
 
     async def __aenter__(self) -> Self:
-        """Connect. Raises Unauthenticated or ConnectionClosed when that is refused for good, Timeout when it lasts."""
+        """Connect.
+
+        Raises:
+            Unauthenticated: the credential is refused.
+            ConnectionClosed: the server closed the connection for good.
+            Timeout: there is no connection within `timeout_s`.
+        """
         self._task = asyncio.create_task(self._keep(), name="tidewire-client")
         try:
             await self._until_welcomed(self._timeout_s)
@@ -102,24 +117,36 @@ class Client:
         if self._task:
             await end([self._task], ask_again_s=CLOSING_S)
         if ws:
-            # Under frames that nobody reads any more a closing handshake does not get through.
+            # The peer's unread frames would block a closing handshake.
             ws.transport.abort()
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def put(self, table: str, item: Frame, **options: Any) -> Frame:
-        """Write an item whole. Options of all writes: `if_` (a condition), `request` (an id; one is made otherwise)."""
+        """Write a whole item.
+
+        All writes take these options, and raise RequestError:
+
+        Args:
+            table: the table.
+            item: the item, with its key attributes.
+            options: `if_`, a condition such as `{"version": 3}`; `request`, a request id (one is made otherwise).
+
+        Returns:
+            `key`, `version` and `position`.
+        """
         return await self._write("put", {"table": table, "item": item}, options)
 
     async def update(self, table: str, key: Any, **options: Any) -> Frame:
-        """Change parts of an item: `set`, `remove`, `add`."""
+        """Change parts of an item, with the options `set`, `remove` and `add`: values by dotted path, or paths."""
         return await self._write("update", {"table": table, "key": key}, options)
 
     async def delete(self, table: str, key: Any, **options: Any) -> Frame:
+        """Delete an item."""
         return await self._write("delete", {"table": table, "key": key}, options)
 
     async def transact(self, *operations: Frame, request: str | None = None) -> list[Frame]:
-        """Several writes of one partition-key value, all or none; their results. Operations are frames of actions:
+        """Do several writes of one partition-key value, all or none, and return their results.
 
         await client.transact(
             {"action": "put", "table": "members", "item": {"room": "r1", "user": "alice"}},
@@ -130,23 +157,35 @@ class Client:
         return list((await self._write("transact", {"operations": list(operations)}, options))["results"])
 
     async def get(self, table: str, key: Any) -> Frame:
-        """The item with version, at, by and position. Raises NotFound."""
+        """Read an item: `item`, `version`, `at`, `by` and `position`. Raises NotFound."""
         result: Frame = await self.request("get", table=table, key=key)
         return result
 
     async def query(self, table: str, key: Any, **options: Any) -> Frame:
-        """Items of one partition key, in sort-key order: options as in the contract."""
+        """Read the items of one partition key, in the order of the sort key.
+
+        Options: `index`, `after`, `before`, `prefix`, `limit` (100) and `reverse`.
+
+        Returns:
+            `items` (each with `item`, `version`, `at`, `by`), `next` to pass as `after`, and `position`.
+        """
         result: Frame = await self.request("query", table=table, key=key, **options)
         return result
 
     async def whoami(self) -> Frame:
+        """Return the user, connection and claims of this connection."""
         result: Frame = await self.request("whoami")
         return result
 
     async def request(self, action: str, **fields: Any) -> Any:
-        """Any action; its result. Raises the RequestError that the server answers, Timeout, or ConnectionClosed.
+        """Request any action, and return its result.
 
-        An open request is sent again on the next connection; a write carries a request id, so that it is done once.
+        An unanswered request is repeated on the next connection. A write has a request id, so it is done once.
+
+        Raises:
+            RequestError: the server's answer, after retries if the error allows them.
+            Timeout: there was no answer within `timeout_s`.
+            ConnectionClosed: the server closed the connection for good.
         """
         id_ = next(self._ids)
         frame = {"id": id_, "action": action, **fields}
@@ -160,7 +199,7 @@ class Client:
                         if not error.retry:
                             raise
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1))
-                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                    pause_s = min(2 * pause_s, MAX_PAUSE_S)
         except TimeoutError:
             raise Timeout(f"{action}: no answer within {self._timeout_s} s") from None
 
@@ -178,7 +217,7 @@ class Client:
         self._open[id_] = (frame, future)
         try:
             if self._ws and self._welcomed.is_set():
-                with contextlib.suppress(websockets.ConnectionClosed):  # it is sent again on the next connection
+                with contextlib.suppress(websockets.ConnectionClosed):  # the next connection repeats it
                     await self._ws.send(json.dumps(frame))
             return await future
         finally:
@@ -187,17 +226,20 @@ class Client:
     # ── events ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def events(self) -> AsyncIterator[Frame]:
-        """Each event once, in order. Raises ConnectionClosed when the server ended the connection for good."""
+        """Yield each event once, in order.
+
+        Raises ConnectionClosed when the server has closed the connection for good.
+        """
         while True:
             event = await self._events.get()
             if event is None:
-                self._events.put_nowait(None)  # for the next one who asks
+                self._events.put_nowait(None)  # for the next caller
                 assert self._ended
                 raise self._ended
             yield event
 
     async def next_event(self, timeout_s: float = 30.0) -> Frame:
-        """The next event. Raises Timeout when none comes."""
+        """Return the next event. Raises Timeout if none comes within `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 async for event in self.events():
@@ -209,9 +251,9 @@ class Client:
     # ── topics ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, topic: str, cursor: str | None = None) -> str:
-        """Follow a topic, from a cursor on; the cursor it begins at. Raises NotFound or PermissionDenied.
+        """Follow a topic, from a cursor if one is given, and return the cursor at which it begins.
 
-        It is followed again on each connection, from where it stopped.
+        Each later connection follows it again, from where it stopped. Raises NotFound or PermissionDenied.
         """
         fields = {} if cursor is None else {"cursor": cursor}
         self.topics.pop(topic, None)
@@ -219,7 +261,7 @@ class Client:
         return str(self.topics.setdefault(topic, answer["cursor"]))
 
     async def unfollow(self, topic: str) -> str:
-        """Follow it no more; the cursor it stopped at. Raises NotFound when it is not followed."""
+        """Leave a topic, and return the cursor at which it stopped. Raises NotFound if it is not followed."""
         answer = await self.request("unfollow", topic=topic)
         self.topics.pop(topic, None)
         return str(answer["cursor"])
@@ -227,23 +269,32 @@ class Client:
     # ── live views ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def live(self, table: str, *, topic: str | None = None, **key: Any) -> AsyncGenerator[dict[Any, Frame]]:
-        """The items of a partition key as they are, again whenever something has changed: sort key to item, in order.
+        """Yield the current items of a partition key, again after each change: a dict of sort key to item, in order.
 
-        `key` is the partition attribute with its value: `client.live("messages", room="r1")`. In a table without a sort
-        key the one item stands under the partition key. With `topic`, that topic is followed first, for a table whose
-        readers are its followers. Changes that come while a view is looked at are in the next one, together; one that
-        says that something may be missing gives an empty view, and then a new one.
+            async for messages in client.live("messages", room="r1"):
+                ...
 
-        Raises RequestError when the query or the topic is refused, ConnectionClosed at the connection's end for good.
+        In a table without a sort key, the item is under the partition key. Changes that arrive while the application
+        handles a view are in the next one, together. After a `reset`, an empty view comes, and then a new one.
+
+        Args:
+            table: the table.
+            topic: a topic to follow first, for a table whose readers are its followers.
+            key: the partition attribute with its value.
+
+        Raises:
+            ConfigurationError: the credential's feed does not carry the table's changes, or `key` is not its partition
+            key. RequestError: the query or the topic was refused. ConnectionClosed: the server closed the connection
+            for good.
         """
         if len(key) != 1:
             raise ConfigurationError(f"live({table!r}, …) needs one attribute, the partition key, not {sorted(key)}")
         ((attribute, value),) = key.items()
-        live = Live(self, View(table, attribute, value), topic)
+        live = Live(self, LiveItems(table, attribute, value), topic)
         self._lives.add(live)
         try:
-            async for shown in live.views():
-                yield shown
+            async for view in live.views():
+                yield view
         finally:
             self._lives.discard(live)
             await live.aclose()
@@ -268,7 +319,10 @@ class Client:
         while not self._ended:
             try:
                 async with connect(
-                    self._address(), additional_headers={"auth_key": self._auth_key}, compression=None, max_size=None
+                    self._address(),
+                    additional_headers={"Authorization": f"Bearer {self._auth_key}"},
+                    compression=None,
+                    max_size=None,
                 ) as ws:
                     self._ws = ws
                     async for message in ws:
@@ -293,7 +347,7 @@ class Client:
                 wait_s = pause_s if self._after_ms is None else self._after_ms / 1000
                 self._after_ms = None
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1))
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def _address(self) -> str:
         query = {}
@@ -328,7 +382,7 @@ class Client:
     def _welcome(self, frame: Frame) -> None:
         self.user, self.connection = frame["user"], frame["connection"]
         self.welcomes = [*self.welcomes[-99:], frame]
-        # Where a reset follows, its own cursor comes with it.
+        # If a reset follows, it brings its own cursor.
         self.cursor = frame["cursor"]
         self.topics = dict(frame["topics"])
         self._welcomed.set()
@@ -338,7 +392,7 @@ class Client:
                 asyncio.ensure_future(_quietly(self._ws.send(json.dumps(request))))  # noqa: RUF006 - bounded by _open
 
     def _not_followed(self, topic: str, error: RequestError) -> None:
-        """The server no longer lets this user follow the topic."""
+        """Forget a topic that the user may no longer follow."""
         self.topics.pop(topic, None)
         for live in self._lives:
             if live.topic == topic:
@@ -375,124 +429,13 @@ class Client:
         self._events.put_nowait(None)
 
 
-class Live:
-    """One live view: what feeds the view, and what it is looked at by."""
-
-    def __init__(self, client: Client, view: View, topic: str | None) -> None:
-        self.topic = topic
-        self._client = client
-        self._view = view
-        self._changed = asyncio.Event()
-        self._empty = False  # to be shown as that, before it is filled again
-        self._is_loaded = False
-        self._load_again = asyncio.Event()
-        self._load_again.set()
-        self._ended: Exception | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    def take(self, frame: Frame) -> None:
-        """A frame of a feed, in the order of arrival."""
-        if frame["type"] == "change":
-            if self._view.take(frame):
-                self._changed.set()
-            if self._view.unread:
-                self._load_again.set()
-        elif frame["type"] == "reset" and self._view.concerns(frame):
-            self._view.start_over()
-            self._empty, self._is_loaded = True, False
-            self._changed.set()
-            self._load_again.set()
-
-    def end(self, error: Exception) -> None:
-        self._ended = error
-        self._changed.set()
-
-    async def views(self) -> AsyncIterator[dict[Any, Frame]]:
-        self._task = asyncio.create_task(self._keep_loaded(), name="live")
-        shown: dict[Any, Frame] | None = None
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._ended:
-                raise self._ended
-            if self._empty:
-                self._empty = False
-                if shown:
-                    shown = {}
-                    yield {}
-            if self._is_loaded and self._view.is_whole and (now := self._view.shown()) != shown:
-                shown = now
-                yield dict(now)
-
-    async def aclose(self) -> None:
-        if self._task:
-            await end([self._task])
-
-    async def _keep_loaded(self) -> None:
-        try:
-            if self.topic is not None and self.topic not in self._client.topics:
-                await self._client.follow(self.topic)
-            while True:
-                await self._load_again.wait()
-                self._load_again.clear()
-                try:
-                    if not self._is_loaded:
-                        await self._load()
-                    for key in list(self._view.unread):
-                        await self._read(key)
-                except RequestError as error:
-                    if not error.retry:
-                        raise
-                    self._load_again.set()  # whatever is away, it has been waited for
-                self._changed.set()
-        except TidewireError as error:
-            self.end(error)
-
-    async def _load(self) -> None:
-        """Page by page, until there is a last one; again, as long as there is hope, where they differ in time."""
-        for more_tries in reversed(range(LOADS)):
-            self._view.start_over()
-            begun = self._view.loads
-            after: Any = None
-            while True:
-                bounds = {} if after is None else {"after": after}
-                found = await self._client.query(self._view.table, self._view.value, limit=1000, **bounds)
-                if self._view.loads != begun:
-                    return  # a reset came meanwhile: it is loaded again
-                if (partition := found["key"][0]) != self._view.attribute:
-                    raise ConfigurationError(
-                        f"table {self._view.table!r} has the partition key {partition!r}, not {self._view.attribute!r}"
-                    )
-                following = found["next"]
-                items = [one["item"] for one in found["items"]]
-                self._view.page(items, found["key"], found["position"], after, last=following is None)
-                if following is None:
-                    break
-                after = following
-            if self._view.is_of_one_moment:
-                break
-            if not more_tries:
-                # Written to all the time, and longer than a page: what happened between the pages comes as frames.
-                await asyncio.sleep(SETTLE_S)
-                if self._view.loads != begun:
-                    return
-        self._is_loaded = True
-
-    async def _read(self, key: Any) -> None:
-        view = self._view
-        named = {view.attribute: view.value} | ({} if view.sort is None else {view.sort: key})
-        with contextlib.suppress(NotFound):
-            found = await self._client.get(view.table, named)
-            view.read(key, found["item"], found["version"], found["position"])
-
-
 async def _quietly(sending: Any) -> None:
     with contextlib.suppress(websockets.ConnectionClosed):
         await sending
 
 
 def _said(body: bytes | bytearray | None) -> str:
-    """What a refused handshake said."""
+    """The message of a refused handshake."""
     try:
         return str(msgspec.json.decode(body or b"{}")["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
