@@ -1,4 +1,4 @@
-"""Ending tasks so that they have ended."""
+"""Cancelling tasks, and waiting until they have ended."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]], *, ask_again_s: float = 0.2) -> None:
-    """Cancel, and wait until all are done; what they raise is theirs to say.
+    """Cancel tasks and wait until all have ended. Their errors are not raised.
 
-    Once is not always enough: `asyncio.wait_for` of Python 3.11 forgets a cancellation that arrives in the moment its
-    work is done, and the Redis client has one around each write. What has something of its own to clear away wants a
-    longer `ask_again_s`: a second cancellation interrupts that.
+    One cancellation is not always enough: `asyncio.wait_for` of Python 3.11 swallows one that arrives in the moment its
+    work is done, and redis-py has a `wait_for` around each write. So the tasks are cancelled again every `ask_again_s`
+    seconds. A task with a cleanup of its own needs a longer time, because another cancellation interrupts the cleanup.
     """
     pending = set(tasks)
     while pending:
@@ -24,7 +24,7 @@ async def end(tasks: Iterable[asyncio.Task[Any]], *, ask_again_s: float = 0.2) -
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.run, but an interrupt ends it for certain, however often the work must be told."""
+    """Run like `asyncio.run`, but end for certain after an interrupt, however often the work must be cancelled."""
 
     async def watch() -> T:
         work = asyncio.create_task(main)

@@ -1,6 +1,7 @@
-"""What a member gains or loses sight of when a membership begins, changes or ends, as far as declarations tell. Pure.
+"""Which tables a membership's change shows to its member or hides, as far as the declarations tell. No I/O.
 
-The store reads what must be looked at into the membership's own change; the broadcaster tells the member.
+The store puts the items to compare into the membership's own change. The broadcaster compares them, and delivers ENTER
+and LEAVE to the member.
 """
 
 from __future__ import annotations
@@ -13,41 +14,41 @@ from tidewire.audiences import Audience, Intersection, Members, Peers, Topic, Un
 from tidewire.model.records import Item
 
 
-class Sight(NamedTuple):
-    """Tables, by what is to be done about them."""
+class Visibility(NamedTuple):
+    """Tables, by what a membership's change does to the member's view of them."""
 
-    look: list[Table]
-    """Partitioned by the group: each of its items there may have come into sight, or gone out of it."""
-    gone: list[Table]
-    """Partitioned by the group: none of its items is seen any more."""
+    compare: list[Table]
+    """Partitioned by the group: each item of the group may have become visible or invisible."""
+    hidden: list[Table]
+    """Partitioned by the group: no item of the group is visible any more."""
     anywhere: list[Table]
-    """Items of the group, or of its members, may lie at any key."""
+    """Items of the group or its members may have any key, so the member must query."""
     peers: list[Table]
-    """Whose items show themselves to whoever shares a group with somebody."""
+    """Readers are users who share a group: the other members must query too."""
     topics: bool
     """Whether the member may no longer follow some topics."""
     peers_topics: bool
-    """Whether, for some topics, those that it shares the group with may no longer follow them either."""
+    """Whether the other members of the group may no longer follow some topics either."""
 
 
-def sight(app: App, membership: Membership, old: Item | None, new: Item | None) -> Sight:
-    """What follows from a membership item that was `old` and is `new`; either may be None."""
+def visibility(app: App, membership: Membership, old: Item | None, new: Item | None) -> Visibility:
+    """Return what a membership item shows and hides that was `old` and is `new`. Either may be None."""
     of_peers = new is None and any(
         isinstance(part, Peers) and part.membership == membership.name
         for topic in app.topics.values()
         for part in topic.followers.parts()
     )
-    found = Sight([], [], [], [], of_peers or _follows_less(app, membership, old, new), of_peers)
+    found = Visibility([], [], [], [], of_peers or _follows_less(app, membership, old, new), of_peers)
     for table in app.tables.values():
         if not isinstance(table.readers, Audience):
-            # A function says what it wants of each item. Of the group it speaks where the table is partitioned by it.
-            (found.look if table.key[0] == membership.key[0] else found.anywhere).append(table)
+            # A function can return any audience. Only a table that is partitioned by the group can be compared.
+            (found.compare if table.key[0] == membership.key[0] else found.anywhere).append(table)
             continue
         affected = [part for part in _parts(table.readers, membership) if part.counts(old) != part.counts(new)]
         here = [part for part in affected if part.attribute == table.key[0]]
         if here:
             nothing = new is None or not any(part.counts(new) for part in here)
-            (found.gone if nothing and _needs(table.readers, here, new) else found.look).append(table)
+            (found.hidden if nothing and _needs(table.readers, here, new) else found.compare).append(table)
         if len(here) < len(affected):
             found.anywhere.append(table)
         if (old is None) != (new is None) and any(
@@ -65,7 +66,7 @@ def _parts(audience: Audience, membership: Membership) -> Iterator[Members]:
 
 
 def _needs(audience: Audience, parts: list[Members], member: Item | None) -> bool:
-    """Whether nobody is in the audience who is in none of these parts, of those who have that membership item."""
+    """Whether a user with that membership item is in the audience only through one of these parts."""
     if isinstance(audience, Intersection):
         return _needs(audience.left, parts, member) or _needs(audience.right, parts, member)
     if isinstance(audience, Union):

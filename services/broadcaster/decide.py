@@ -23,7 +23,7 @@ from tidewire.model.records import RECHECK, Change, FeedBody, Id, Item, ItemReco
 from tidewire.model.values import Scalar
 from tidewire.redis.functions import Append, RedisCommand
 from tidewire.redis.keys import Home, Keys
-from tidewire.visibility import sight
+from tidewire.visibility import visibility
 
 from .events import PLAIN_TYPES, EventsByFeed, TransactionEvents, events_by_feed, events_of, single_events
 from .frames import ItemFrame, PlainFrame
@@ -259,24 +259,24 @@ class _Batch:
         group, user = change.key[membership.key[0]], change.key[membership.key[1]]
         if not isinstance(user, str):
             return
-        seen = sight(self.app, membership, change.old, change.new)
+        view = visibility(self.app, membership, change.old, change.new)
         opens = {opened[0]: Opened(*opened) for opened in change.opens or ()}
-        for table in seen.look:
+        for table in view.compare:
             self.compare(
                 position, table, change, membership, opens.get(table.name, Opened(table.name, [], whole=False))
             )
-        for table in seen.gone:
+        for table in view.hidden:
             image = ItemFrame(table, {table.key[0]: group}, 0, None, None, change.at, change.by)
             self.tell(position, image, "LEAVE", [user])
-        for table in seen.anywhere:
+        for table in view.anywhere:
             self.tell(position, PlainFrame({"reason": "too_many", "table": table.name}), "reset", [user])
         others: Iterable[str] = ()
-        if seen.peers or seen.peers_topics:
+        if view.peers or view.peers_topics:
             others = self.members(membership.name, group).keys() - {user}
-        for table in seen.peers:
+        for table in view.peers:
             self.tell(position, PlainFrame({"reason": "too_many", "table": table.name}), "reset", others)
-        if seen.topics:
-            self.tell(position, PlainFrame({}), RECHECK, [user, *(others if seen.peers_topics else ())])
+        if view.topics:
+            self.tell(position, PlainFrame({}), RECHECK, [user, *(others if view.peers_topics else ())])
 
     def compare(self, position: Position, table: Table, change: Change, membership: Membership, opened: Opened) -> None:
         """Compare, for items that the change may show or hide, whether the member saw them before and sees them now."""

@@ -12,7 +12,7 @@ from tidewire.errors import BadRequest, TooLarge
 from tidewire.model.records import Change, Item, ItemRecord, Opened, pack
 from tidewire.model.values import ItemKey, Scalar, name_of
 from tidewire.redis.functions import RedisCommand
-from tidewire.visibility import sight
+from tidewire.visibility import visibility
 
 from .facts import KindFact, Page, PageFact
 from .view import Author, Gaps, View, same
@@ -107,7 +107,7 @@ def _opens(view: View, membership: Membership, key: ItemKey, old: Item | None, n
     """The items that the member may gain or lose sight of, as they are now."""
     found: list[Opened] = []
     gaps = Gaps()
-    for table in sight(view.app, membership, old, new).look:
+    for table in visibility(view.app, membership, old, new).compare:
         with gaps:
             found.append(_opened(view, table, key))
     gaps.close()
@@ -174,7 +174,7 @@ def _keep_group(
     version = b"%d-%d-%d" % (situation.generation, *id_)
     field = keys.group_field(table.name, key.partition)
     view.effects.operations.append(RedisCommand("HSET", keys.group_versions(situation.partition), (field, version)))
-    if sight(view.app, table, old, new).topics:
+    if visibility(view.app, table, old, new).topics:
         channel = keys.rechecks(situation.partition)
         view.effects.operations.append(RedisCommand("SPUBLISH", channel, (str(key.sort),)))
 

@@ -35,7 +35,7 @@ from tidewire.services.broadcaster.route import (
     DestinationCache,
     StoreBodies,
 )
-from tidewire.visibility import sight
+from tidewire.visibility import visibility
 
 KEYS = Keys("dev", 4)
 PARTITION, GENERATION, NOW = 2, 1, 1_795_409_459_002
@@ -606,8 +606,8 @@ class TestSight:
         assert image
         records = [[1, NOW - 5, "carol", item] for item in items]
         change = world.change("members", old, new)
-        seen = sight(world.app, self.rooms, old, new)
-        opens = [[table.name, records if table.name == "messages" else [], whole] for table in seen.look]
+        seen = visibility(world.app, self.rooms, old, new)
+        opens = [[table.name, records if table.name == "messages" else [], whole] for table in seen.compare]
         world.tell(change._replace(opens=opens or None))
 
     def test_who_joins_enters_what_is_there(self) -> None:

@@ -1,7 +1,8 @@
-"""What a reader's claims must be: conditions made where an audience is evaluated, met by each connection. Pure.
+"""Conditions on a connection's claims. No I/O.
 
-A condition is True, False, or one of the tuples ("is", claim, value), ("not", condition), ("all", condition, …) and
-("any", condition, …): plain values, as they lie in a feed's entry.
+The broadcaster makes them when it evaluates an audience, and each connection is checked against them. A condition is
+True, False, or one of the tuples ("is", claim, value), ("not", condition), ("all", condition, …) and ("any", condition,
+…). It is stored in this form in a feed's entry.
 """
 
 from __future__ import annotations
@@ -15,29 +16,29 @@ ClaimCondition = bool | tuple[Any, ...]
 
 
 def claim_is(name: str, value: Scalar | bool) -> ClaimCondition:
-    """Whose claim of that name has that value."""
+    """The claim of that name has that value."""
     return ("is", name, value)
 
 
 def both(*conditions: ClaimCondition) -> ClaimCondition:
-    """Where all of them hold."""
+    """All conditions hold."""
     return _joined("all", conditions, neutral=True)
 
 
 def either(*conditions: ClaimCondition) -> ClaimCondition:
-    """Where one of them holds."""
+    """At least one condition holds."""
     return _joined("any", conditions, neutral=False)
 
 
 def unless(condition: ClaimCondition) -> ClaimCondition:
-    """Where it does not hold."""
+    """The condition does not hold."""
     if isinstance(condition, bool):
         return not condition
     return condition[1] if condition[0] == "not" else ("not", condition)
 
 
 def holds(condition: Any, claims: Mapping[str, Any]) -> bool:
-    """Whether a connection with these claims meets it; as a tuple, or as the list that Redis gave back."""
+    """Whether claims meet a condition, given as a tuple or as the list that MessagePack makes of it."""
     if isinstance(condition, bool):
         return condition
     kind, *parts = condition
@@ -49,7 +50,7 @@ def holds(condition: Any, claims: Mapping[str, Any]) -> bool:
 
 
 def _joined(kind: str, conditions: tuple[ClaimCondition, ...], *, neutral: bool) -> ClaimCondition:
-    parts: dict[str, ClaimCondition] = {}  # by how they are written: each once, and in an order that is always the same
+    parts: dict[str, ClaimCondition] = {}  # by their text: each once, in a fixed order
     for condition in conditions:
         if condition is neutral:
             continue
@@ -66,5 +67,5 @@ def _joined(kind: str, conditions: tuple[ClaimCondition, ...], *, neutral: bool)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """As JSON has it: true is not 1."""
+    """Whether two values are equal in JSON, where true is not 1."""
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)

@@ -1,4 +1,4 @@
-"""API keys: `tw_<id>_<secret>`, the secret of 192 random bits. At rest there is only its SHA-256."""
+"""API keys: `tw_<id>_<secret>`, with a secret of 192 random bits. Only its SHA-256 is stored."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ApiKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> ApiKey | None:
-        """The key, or None where the text has not its form."""
+        """Parse a key, or return None if the text has another form."""
         parts = text.split("_")
         sound = len(parts) == 3 and parts[0] == "tw" and all(part.isascii() and part.isalnum() for part in parts[1:])
         return cls(parts[1], parts[2]) if sound and len(text) <= 200 else None
 
 
 def verify(key: ApiKey, credential: Credential | None, now_ms: int) -> Principal:
-    """Who the key stands for. Raises Unauthenticated; which of the reasons it was is not told."""
-    # Compared also where there is nothing to compare with: the time taken tells nothing of which ids exist.
+    """Return whom a key stands for. Raises Unauthenticated, without the reason."""
+    # Compare even without a credential, so that the time taken does not tell which ids exist.
     matches = hmac.compare_digest(key.digest, credential.digest if credential else bytes(32))
     if credential is None or not matches:
         raise Unauthenticated("the auth_key is not valid")

@@ -1,4 +1,4 @@
-"""Request and reply over streams: what the gateway asks the store and the authorizer, and their answers."""
+"""Request and reply over streams: the gateway's requests to stores and authorizers, and their answers."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tidewire.redis.functions import Call, StreamBounds
 log = structlog.get_logger(__name__)
 
 REPLIES = StreamBounds(10_000, 64 << 20)
-"""What a reply stream holds at most, if its gateway does not read. The oldest answers are dropped."""
+"""Maximum entries and bytes of a reply stream whose gateway does not read. The oldest answers are dropped."""
 REPLIES_TTL_MS = 60_000
 SEND_BATCH = 1000
-"""Records of one `enqueue` at most."""
+"""Maximum records of one `enqueue`."""
 SEND_BATCH_BYTES = 1 << 20
-"""Bytes of the records of one `enqueue`, at most, unless it is a single one."""
+"""Maximum bytes of the records of one `enqueue`. A single record may be larger."""
 READ_BATCH = 256
-"""Entries of one read of an inbox."""
+"""Maximum entries of one read of an inbox."""
 TRIM_S = 0.1
-"""Time between two trims of an inbox, unless much was read."""
+"""Seconds between two trims of an inbox, unless `TRIM_BYTES` were read."""
 TRIM_BYTES = 1 << 20
 MOVED_S = 3.0
-"""Time for which answers are waited for after a master was replaced: it may have taken requests and answers with it."""
+"""Seconds for which requests wait after a master was replaced, because it may have lost them or their answers."""
 _REFUSED = re.compile(r"\b(MISCONF|NOREPLICAS)\b")
-"""Answers of a server that takes no writes, and has not done this one. redis-py has a class for OOM alone."""
+"""Errors of a server that refuses writes, and has not done this one. redis-py has a class only for OOM."""
 
 
 class Inbox:
-    """A stream that one process alone reads. What has been read is trimmed away soon."""
+    """A stream that only this process reads. It trims what it has read."""
 
     def __init__(self, backend: Backend, stream: Callable[[], bytes]) -> None:
         self._backend = backend
@@ -49,8 +49,11 @@ class Inbox:
         self._trimmed_at = 0.0
 
     async def read(self) -> list[bytes]:
-        """The next records; [] when none came within a second. Raises redis-py's errors, and loses nothing then."""
-        stream = self._stream()  # a gateway that goes on under another name has another one
+        """Return the next records, or [] after a second.
+
+        Raises redis-py's errors; a later call returns what was missed.
+        """
+        stream = self._stream()  # a gateway that continues under another id has another stream
         if stream != self._reading:
             self._reading, self._last, self._untrimmed_bytes = stream, (0, 0), 0
         found = await self._backend.read({stream: f"{self._last[0]}-{self._last[1]}"}, READ_BATCH)
@@ -76,7 +79,10 @@ class Inbox:
 
 
 class Bus:
-    """The asking side. What is for one stream goes out in the order it was made; what gathers meanwhile, together."""
+    """The requesting side.
+
+    Requests to one stream leave in their order, and those that gather meanwhile leave together.
+    """
 
     def __init__(
         self,
@@ -96,18 +102,21 @@ class Bus:
         self._sender = secrets.token_hex(8)
         self._calls = itertools.count(1)
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}  # until when; the oldest first
+        # by request number: deadline and result; the oldest first
+        self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._outgoing: dict[bytes, list[tuple[bytes, int]]] = {}
         self._passing: set[bytes] = set()
         self._ready = asyncio.Event()
 
     def request(self, stream: bytes, record: Callable[[int], tuple[object, ...]]) -> asyncio.Future[JSON]:
-        """Send the record made for a request number; the future has its result.
+        """Send the record that `record` makes for a request number, and return its result as a future.
 
-        The future raises the RequestError of the answer, Overloaded when the stream has no room, or Timeout: then it is
-        unknown whether it was done.
-        Raises Overloaded at once, with nothing sent, when too many wait already.
+        The future raises the RequestError of the answer, or Overloaded if the stream has no room. It raises Timeout if
+        no answer came; the request may be done then.
+
+        Raises:
+            Overloaded: too many requests wait already. Nothing was sent.
         """
         if len(self._waiting) >= self._most_waiting:
             raise Overloaded("too many requests are waiting for an answer: try again shortly")
@@ -115,7 +124,7 @@ class Bus:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[JSON] = loop.create_future()
         self._waiting[number] = (loop.time() + self._timeout_s, future)
-        # One timer for all: they have the same time, so that the one asked first is the first to run out of it.
+        # One timer for all requests: they have the same time-out, so the oldest one is always the first to expire.
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s, self._expire)
         self._outgoing.setdefault(stream, []).append((pack(record(number)), number))
@@ -123,7 +132,7 @@ class Bus:
         return future
 
     async def send(self) -> None:
-        """Pass requests on, until cancelled."""
+        """Send requests, until cancelled."""
         async with asyncio.TaskGroup() as passing:
             while True:
                 await self._ready.wait()
@@ -133,7 +142,7 @@ class Bus:
                     passing.create_task(self._pass_on(stream))
 
     async def _pass_on(self, stream: bytes) -> None:
-        # One call at a time to a stream: two could overtake each other, and numbers there must go up.
+        # One call to a stream at a time. Two could overtake each other, and the numbers in a stream must grow.
         while records := self._outgoing.pop(stream, None):
             for some in _batches(records):
                 await self._enqueue(stream, some)
@@ -152,7 +161,7 @@ class Bus:
             self._fail(number, Overloaded("too many requests wait for this partition: try again shortly"))
 
     async def receive(self) -> None:
-        """Take answers, until cancelled."""
+        """Receive answers, until cancelled."""
         self._backend.when_moved(self._moved)
         while True:
             try:
@@ -166,13 +175,16 @@ class Bus:
                     self._settle(Reply(*raw))
 
     def _moved(self) -> None:
-        """A master was replaced. What was asked before may be lost: whoever asked need not wait the whole time."""
+        """A master was replaced.
+
+        Earlier requests may be lost, so they fail after `MOVED_S` instead of their time-out.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + self._timeout_s
         loop.call_later(MOVED_S, self._give_up, until)
 
     def _give_up(self, until: float) -> None:
-        """Fail the requests that were to be answered before that time."""
+        """Fail the requests whose deadline is before a time."""
         for number, (deadline, _) in list(self._waiting.items()):
             if deadline > until:
                 break
@@ -193,7 +205,7 @@ class Bus:
             future.set_exception(error)
 
     def _expire(self) -> None:
-        """Fail those whose time is over, and look again when the next one's is."""
+        """Fail the requests whose deadline has passed, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         now, self._timer = loop.time(), None
         for number, (until, _) in list(self._waiting.items()):
@@ -204,7 +216,7 @@ class Bus:
 
 
 def _batches(records: list[tuple[bytes, int]]) -> Iterable[list[tuple[bytes, int]]]:
-    """The records in order, cut so that no call is long at the server."""
+    """Cut records, in their order, into batches that keep no server busy for long."""
     batch, size_bytes = list[tuple[bytes, int]](), 0
     for record in records:
         if batch and (len(batch) == SEND_BATCH or size_bytes + len(record[0]) > SEND_BATCH_BYTES):
@@ -224,9 +236,9 @@ def _not_sent(error: Exception) -> RequestError:
 
 
 class Answers:
-    """The answering side, for a whole process. What gathers while one round is under way goes with the next.
+    """The answering side of a process. Answers that gather while one round is in flight leave with the next.
 
-    An answer that is lost is a time-out for who asked, and the request is repeatable.
+    If an answer is lost, its request ends with a time-out, and can be repeated.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -235,14 +247,14 @@ class Answers:
         self._sending: asyncio.Task[None] | None = None
 
     def send(self, replies: Mapping[str, Iterable[Reply]]) -> None:
-        """Pass replies on soon, by the name of who asked."""
+        """Send replies soon. They are given by the id of the process that asked."""
         for name, answers in replies.items():
             self._outgoing.setdefault(name, []).extend(answers)
         if self._outgoing and (self._sending is None or self._sending.done()):
             self._sending = asyncio.create_task(self._send())
 
     async def sent(self) -> None:
-        """Until all of them are on their way, or lost."""
+        """Wait until all answers are sent, or lost."""
         if self._sending:
             await self._sending
 

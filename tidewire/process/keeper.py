@@ -1,8 +1,8 @@
-"""The keeper: a thread that sends a process's beats and renews its leases, however busy its event loop is.
+"""The keeper: a thread that sends a process's heartbeats and renews its leases, however busy its event loop is.
 
-An application's rule that sleeps, or one large decode, blocks the event loop. Beats and renewals from that loop would
-be late, and others would take over work that is in progress. So the keeper has an event loop and connections of its
-own. A process whose loop is blocked for good is given up: the keeper then stops, and others take over.
+A function of the application that sleeps, or one large decode, blocks the event loop. Heartbeats and renewals from that
+loop would be late, and other workers would take over work in progress. So the keeper has an event loop and connections
+of its own. If the process's loop stays blocked, the keeper stops, and other workers take over.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from tidewire.tasks import end
 log = structlog.get_logger(__name__)
 
 MAX_BLOCKED_S = 30.0
-"""Longest time, in seconds, that the service's event loop may be blocked before the keeper gives the process up."""
+"""Maximum seconds that the service's event loop may be blocked before the keeper stops renewing."""
 
 
 class Keeper:
-    """An async context manager: within, the word and the leases of a registry are kept. `run` beside it tells the
-    keeper that the event loop turns, and raises what the keeper died of.
+    """An async context manager that keeps the registration and the leases of a registry.
+
+    `run` must run beside it. It proves to the keeper that the event loop turns, and raises the error that ended the
+    keeper.
     """
 
     def __init__(self, backend: Backend, registry: Registry, lease_ms: int) -> None:
@@ -81,7 +83,7 @@ class Keeper:
             self._thread.join()
 
     async def run(self) -> None:
-        """Tell the keeper that the event loop turns, until cancelled. Raises what the keeper died of."""
+        """Prove to the keeper that the event loop turns, until cancelled. Raises the error that ended the keeper."""
         while True:
             self._turns += 1
             self._information = self._registry.information()
@@ -91,14 +93,14 @@ class Keeper:
                 raise RuntimeError("the keeper has ended")
 
     async def _leave(self) -> None:
-        """Send no more beats, and take the word back. Raises redis-py's errors, or TimeoutError."""
+        """Send no more heartbeats, and remove the registration. Raises redis-py's errors, or TimeoutError."""
         self._left = True
         loop = self._loop
         if loop is None or self._ended.done():
             await self._backend.commands.hdel(self._backend.keys.services(), self._registry.id)
             return
-        # On the keeper's connection, behind a beat that is under way: else that would put the word back.
-        left = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._take_word_back(), loop))
+        # On the keeper's connection, behind a heartbeat that is in flight. Otherwise that one would register again.
+        left = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._unregister(), loop))
         await asyncio.wait({left, self._ended}, return_when=asyncio.FIRST_COMPLETED)
         if left.done():
             left.result()
@@ -118,12 +120,12 @@ class Keeper:
         error: BaseException | None = None
         try:
             asyncio.run(keep())
-        except BaseException as raised:  # whatever it is, the service must hear of it
+        except BaseException as raised:  # whatever it is, the service must learn of it
             error = raised
         self._tell(_settle, self._ended, error)
 
     async def _run_here(self) -> None:
-        """On the service's own loop, where there is no backend for another thread."""
+        """Keep on the service's own loop, if its backend cannot be used on another thread."""
         error: BaseException | None = None
         try:
             await self._keep(self._backend)
@@ -133,12 +135,12 @@ class Keeper:
 
     async def _keep(self, backend: Backend) -> None:
         self._kept = backend
-        self._wake, self._stop, self._word = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+        self._wake, self._stop, self._registering = asyncio.Event(), asyncio.Event(), asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         if self._stopping:
             return
         await backend.reach()
-        await self._beat()  # a service whose first beat fails does not start
+        await self._beat()  # a service whose first heartbeat fails does not start
         self._tell(_settle, self._begun, None)
         rounds = asyncio.create_task(self._rounds(), name="keeper")
         stop = asyncio.create_task(self._stop.wait())
@@ -150,13 +152,13 @@ class Keeper:
             rounds.result()
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the service's loop is closed: nobody is left to hear it
+        with contextlib.suppress(RuntimeError):  # the service's loop is closed
             self._main.call_soon_threadsafe(what, *arguments)
 
     async def _rounds(self) -> None:
-        """Beat and renew at a third of a lease. All calls of a round leave in one write.
+        """Send a heartbeat and renew all leases, three times in a lease. All calls of a round leave in one write.
 
-        Each handover of the interpreter between two threads costs the busy one a wait: so few turns are wanted here.
+        Each handover of the interpreter lock makes the busy thread wait, so this thread should run seldom.
         """
         under_way: set[object] = set()
 
@@ -170,12 +172,12 @@ class Keeper:
                 under_way.discard(call)
 
         seen, blocked_s = 0, 0.0
-        async with asyncio.TaskGroup() as calls:  # what one of them dies of ends the keeper
+        async with asyncio.TaskGroup() as calls:  # an error of a call ends the keeper
             while True:
-                # Counted in own rounds, not by the clock: a process that was paused as a whole is not blocked.
+                # Counted in rounds, not by the clock: a process that was paused as a whole is not blocked.
                 blocked_s = blocked_s + self._interval_s if self._turns == seen else 0.0
                 seen = self._turns
-                # A call that still waits for its answer is not made again, and keeps no other waiting.
+                # A call that still waits for its answer is not repeated, and delays no other.
                 if self._main_turns(blocked_s):
                     if not self._left and "beat" not in under_way:
                         under_way.add("beat")
@@ -190,7 +192,7 @@ class Keeper:
                 self._wake.clear()
 
     async def _beat(self) -> None:
-        async with self._word:
+        async with self._registering:
             if self._left:
                 return
             id_, keys = self._registry.id, self._kept.keys
@@ -203,15 +205,15 @@ class Keeper:
         verdict = self._liveness.judge(begun, ended, {one.id: not one.alive for one in services.values()})
         restarted = self._server not in (None, beat.server)
         self._server = beat.server
-        heard = BeatReply(id_, ended, beat.now, services, verdict, beat.swept, verdict.interrupted or restarted)
-        self._tell(self._registry.take, heard)
+        reply = BeatReply(id_, ended, beat.now, services, verdict, beat.swept, verdict.interrupted or restarted)
+        self._tell(self._registry.take, reply)
         for service in verdict.dead:
             one = services[service]
             if one.silent_ms > FORGET_AFTER_MS and one.kind != "gateway":
                 await self._kept.functions.service_forget(keys.services(), service)
 
-    async def _take_word_back(self) -> None:
-        async with asyncio.timeout(self._lease_ms / 1000), self._word:
+    async def _unregister(self) -> None:
+        async with asyncio.timeout(self._lease_ms / 1000), self._registering:
             await self._kept.commands.hdel(self._kept.keys.services(), self._registry.id)
 
     async def _renew(self, owned: Owned, lost: Callable[[], None]) -> None:
@@ -221,7 +223,7 @@ class Keeper:
             self._tell(lost)
 
     def _main_turns(self, blocked_s: float) -> bool:
-        """Whether the service's event loop turns, or has been blocked for too short a time to give it up."""
+        """Whether the service's event loop turns, or has been blocked for less than `MAX_BLOCKED_S`."""
         given_up = blocked_s > MAX_BLOCKED_S
         if given_up and not self._given_up:
             log.critical("event_loop_blocked", service=self._registry.kind, limit_s=MAX_BLOCKED_S)

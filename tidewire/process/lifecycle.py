@@ -1,4 +1,4 @@
-"""A service process from its start to its drain: one backend, one registry entry, supervised tasks, one admin port."""
+"""A service process from start to drain: its backend, its registration, its supervised tasks and its admin port."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tidewire.tasks import end
 log = structlog.get_logger(__name__)
 
 REDIS_MISSED_S = 10.0
-"""After so long without an answer from Redis, a service is not ready."""
+"""Seconds without an answer from Redis after which a service is not ready."""
 
 
 class Service:
-    """One running service. Its parts register what is to run, what is to be told, and what to do at the end."""
+    """One service. Its parts register their tasks, their steps at start and drain, and what `tidewire status` shows."""
 
     def __init__(self, kind: str, backend: Backend, settings: Settings) -> None:
         self.kind = kind
@@ -45,23 +45,23 @@ class Service:
         self._tells: list[Callable[[], dict[str, Any]]] = []
 
     def run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """A task for the service's whole life: if it dies, so does the service."""
+        """Register a task for the service's whole life. If it ends with an error, so does the service."""
         self._runs.append(task)
 
     def at_start(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Something to do before all else. Raises ConfigurationError when the service cannot start."""
+        """Register a step before all tasks. It may raise ConfigurationError, and then the service does not start."""
         self._starts.append(step)
 
     def at_drain(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Something to do before the tasks are ended; the last one registered goes first."""
+        """Register a step of the drain, before the tasks end. Steps run in reverse order."""
         self._drains.append(step)
 
     def tell(self, information: Callable[[], dict[str, Any]]) -> None:
-        """Something for `tidewire status`, told with each beat."""
+        """Register information for `tidewire status`. It is published with each heartbeat."""
         self._tells.append(information)
 
     def work(self, worker: Worker) -> Worker:
-        """Own partitions."""
+        """Register a worker, so that the service owns partitions."""
         self.worker = worker
         self.run(worker.run)
         self.at_drain(worker.drain)
@@ -69,7 +69,7 @@ class Service:
         return worker
 
     def missing(self) -> str | None:
-        """Why it is not ready, or None."""
+        """Return why the service is not ready, or None."""
         if self.stopping.is_set():
             return "draining"
         if not self.registry.heard_at:
@@ -79,14 +79,15 @@ class Service:
         return None
 
     def stop(self) -> None:
+        """Begin the drain."""
         self.stopping.set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run all that is registered; leave the block to drain. Raises what a task died of."""
+        """Run everything that is registered while the block runs, then drain. Raises the error of a failed task."""
         for step in self._starts:
             await step()
-        async with self.keeper:  # it ends last: leases are renewed while partitions are handed over
+        async with self.keeper:  # it ends last, and renews leases while partitions are handed over
             tasks = [asyncio.create_task(start(), name=start.__qualname__) for start in (self.keeper.run, *self._runs)]
             watch = asyncio.create_task(self._watch(tasks))
             try:
@@ -118,7 +119,7 @@ class Service:
 
 
 async def run_service(service: Service, admin: socket.socket) -> None:
-    """Run until SIGTERM or SIGINT, then drain. A second signal ends it at once."""
+    """Run a service until SIGTERM or SIGINT, then drain. A second signal ends it at once."""
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -166,7 +167,7 @@ def listen(host: str, port: int, what: str, *, shared: bool = False) -> socket.s
 
 
 def port_is_taken(host: str, port: int) -> bool:
-    """Whether anybody listens there, also one who would share the port (which a shared bind would not notice)."""
+    """Whether any program listens on the port, even one that shares it, which a shared bind would not notice."""
     try:
         listen(host, port, "probe").close()
     except ConfigurationError:  # also an address that cannot be bound at all: the caller's own bind says why

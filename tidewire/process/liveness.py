@@ -1,8 +1,8 @@
-"""Who is dead, judged with doubt: a registry that was away makes everyone look dead.
+"""Judges which processes are dead. No I/O, no clock.
 
-Every service renews a word in the registry, and every service reads the words of all. A word that has expired proves
-nothing by itself: while Redis stalls or fails over, nobody can renew one. A service is dead only when an observer that
-has been in contact with the registry throughout sees its word expired twice.
+Every process renews its registration, and reads those of all others. An expired registration proves nothing by itself,
+because no process can renew one while Redis stalls or fails over. A process is dead only if an observer that was in
+contact with the registry throughout sees its registration expired twice.
 """
 
 from __future__ import annotations
@@ -11,36 +11,39 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 CONTACT_LEASES = 1.0
-"""Leases of uninterrupted contact before an observer suspects anybody: in that time the living renew their words."""
+"""Leases of uninterrupted contact before an observer suspects a process.
+
+Live ones renew their registrations in that time.
+"""
 INTERRUPTED_LEASES = 1 / 2
-"""A beat that took longer than this, or came later than this after the one before, interrupts the contact."""
+"""Leases that a heartbeat may take, or may follow the last one. A longer time interrupts the contact."""
 CONFIRMED_LEASES = 1 / 3
-"""Leases between the beats of the first look that finds a word expired and of the one that confirms the death."""
+"""Leases between the heartbeat that first finds a registration expired and the one that confirms the death."""
 
 
 class Verdict(NamedTuple):
-    """What one beat shows."""
+    """The judgement after one heartbeat."""
 
     live: frozenset[str]
-    """Services that take part: those with a valid word and, in doubt, those that had one when last seen."""
+    """Processes with a valid registration and, in doubt, those that had one when the observer last was certain."""
     dead: frozenset[str]
-    """Services whose death is confirmed. One that is suspected is in neither set."""
+    """Processes that are confirmed dead. A suspected one is in neither set."""
     interrupted: bool
-    """Whether contact was lost before this beat."""
+    """Whether contact was lost before this heartbeat."""
 
 
 class Liveness:
-    """One observer's judgement. A state machine without a clock: `judge` is told the times of each beat."""
+    """The judgement of one observer: a state machine, which is given the times of each heartbeat."""
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self._contact_since: float | None = None
         self._last_s = 0.0
-        self._seen: set[str] = set()  # had a valid word when this observer last was certain
-        self._suspected: dict[str, float] = {}  # service: the first look that found its word expired
+        self._seen: set[str] = set()  # processes whose registration was valid when this observer last was certain
+        self._suspected: dict[str, float] = {}  # process: the first heartbeat that found its registration expired
 
     def judge(self, begun_s: float, ended_s: float, expired: Mapping[str, bool]) -> Verdict:
-        """Judge by one answered beat: when it began and ended, and whether each registered word had expired."""
+        """Judge by one answered heartbeat: when it began and ended, and whether each registration had expired."""
         limit_s = INTERRUPTED_LEASES * self._lease_s
         first = self._contact_since is None
         interrupted = not first and max(begun_s - self._last_s, ended_s - begun_s) > limit_s

@@ -1,4 +1,4 @@
-"""The registry: every service process keeps a word in it that expires, and hears of all others with each beat."""
+"""The registry: each process keeps a registration that expires, and learns of all others with each heartbeat."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Owned, split_beat
 
 FORGET_AFTER_MS = 60_000
-"""How long a dead service stays listed, in ms. A gateway is forgotten by the one that swept it."""
+"""How long, in ms, a dead process stays listed. A dead gateway stays until another one has swept it."""
 
 
 class Registration(NamedTuple):
-    """One process, as registered."""
+    """The registration of one process."""
 
     id: str
-    alive: bool  # its word is valid; whether it is dead is for `Liveness` to judge
-    silent_ms: int  # since its word expired; negative while it is alive
+    alive: bool
+    """Whether it is valid. If it has expired, `Liveness` judges whether the process is dead."""
+    silent_ms: int
+    """Milliseconds since it expired; negative while it is valid."""
     info: dict[str, Any]
 
     @property
@@ -33,49 +35,51 @@ class Registration(NamedTuple):
 
 
 class BeatReply(NamedTuple):
-    """What the keeper heard with one beat."""
+    """What one heartbeat of the keeper returned."""
 
     id: str
-    """The id that the beat renewed."""
+    """The id that the heartbeat renewed."""
     at_s: float
-    """When the answer came, on the monotonic clock."""
+    """Time of the answer, on the monotonic clock, in seconds."""
     now_ms: int
-    """The server's time then."""
+    """The server's time at that moment, in ms since 1970."""
     services: dict[str, Registration]
     verdict: Verdict
     swept: bool
-    """Another gateway has removed this one's connections."""
+    """Whether another gateway has swept this one's connections."""
     doubtful: bool
-    """Writes may be lost, or this process may have looked dead: contact was interrupted, or the server is another."""
+    """Whether writes may be lost: contact was interrupted, or Redis is another server than before."""
 
 
 def new_id() -> str:
-    """An id for a process: time-sortable is not needed, unique is."""
+    """Return a unique id for a process."""
     return secrets.token_hex(6)
 
 
 def listed(now: int, raw: dict[str, tuple[int, bytes]]) -> dict[str, Registration]:
-    """The services of a beat's answer."""
+    """Decode the registrations of a heartbeat's answer."""
     return {id_: Registration(id_, expiry > now, now - expiry, unpack(info)) for id_, (expiry, info) in raw.items()}
 
 
 class Leases:
-    """The leases that the keeper renews. The event loop adds and removes them, the keeper's thread reads them."""
+    """The leases that the keeper renews. The event loop adds and removes them; the keeper's thread reads them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[Owned, Callable[[], None]] = {}
 
     def hold(self, owned: Owned, lost: Callable[[], None]) -> None:
-        """Have a lease renewed. The event loop calls `lost` when a renewal is fenced."""
+        """Have a lease renewed. The event loop calls `lost` if another worker has taken the partition."""
         with self._lock:
             self._held[owned] = lost
 
     def let_go(self, owned: Owned) -> None:
+        """Renew a lease no more."""
         with self._lock:
             self._held.pop(owned, None)
 
     def held(self) -> list[tuple[Owned, Callable[[], None]]]:
+        """Return all leases, each with its `lost`."""
         with self._lock:
             return list(self._held.items())
 
@@ -85,10 +89,10 @@ async def _not_kept() -> None:
 
 
 class Registry:
-    """What this process says of itself, and what it last heard of the others.
+    """This process's registration, and the last known registrations of the others.
 
-    It belongs to the event loop of the service. A `Keeper` sends its beats, renews its leases, and gives it what it
-    hears.
+    It belongs to the event loop of the service. A `Keeper` sends its heartbeats, renews its leases, and passes the
+    answers on.
     """
 
     def __init__(self, kind: str, describe: Callable[[], dict[str, Any]]) -> None:
@@ -98,9 +102,9 @@ class Registry:
         self.heard_at = 0.0  # monotonic; of the last answer
         self.leases = Leases()
         self.on_swept: Callable[[], None] = lambda: None
-        """Called when another gateway has removed this one's connections: it needs another id."""
+        """Called when another gateway has swept this one's connections: it must continue under another id."""
         self.on_doubt: Callable[[], None] = lambda: None
-        """Called when items that this process wrote may be gone."""
+        """Called when items that this process wrote may be lost."""
         self.on_new_id: Callable[[], None] = lambda: None
         self.on_leave: Callable[[], Awaitable[None]] = _not_kept
         self._verdict = Verdict(frozenset(), frozenset(), interrupted=False)
@@ -109,40 +113,43 @@ class Registry:
         self._fixed = {"kind": kind, "host": platform.node(), "pid": os.getpid()}
 
     def now_ms(self) -> int:
-        """The server's time, as far as it is known here."""
+        """Return the server's time, in ms since 1970, as the last heartbeat has it."""
         return int(time.monotonic() * 1000 + self._clock_offset_ms)
 
     def live(self, kind: str) -> list[str]:
-        """Ids of the live services of a kind, sorted. While the registry was away, nobody is taken off."""
+        """Return the ids of the live processes of a kind, sorted.
+
+        After a loss of contact, those last seen alive count too.
+        """
         return sorted(service.id for service in self._of(self._verdict.live) if service.kind == kind)
 
     def dead(self, kind: str) -> list[Registration]:
-        """Services of a kind whose death is confirmed."""
+        """Return the registrations of a kind whose processes are confirmed dead."""
         return [service for service in self._of(self._verdict.dead) if service.kind == kind]
 
     def information(self) -> bytes:
-        """What this process tells the others, packed."""
+        """Return what this process publishes about itself, packed."""
         return pack(self._fixed | self._describe())
 
-    def take(self, heard: BeatReply) -> None:
-        """Take what the keeper heard."""
-        self.heard_at = heard.at_s
-        self._clock_offset_ms = heard.now_ms - heard.at_s * 1000
-        self.services, self._verdict = heard.services, heard.verdict
-        if heard.id != self.id:
-            return  # a beat under the id before
-        if heard.swept:
+    def take(self, reply: BeatReply) -> None:
+        """Take over the answer of a heartbeat."""
+        self.heard_at = reply.at_s
+        self._clock_offset_ms = reply.now_ms - reply.at_s * 1000
+        self.services, self._verdict = reply.services, reply.verdict
+        if reply.id != self.id:
+            return  # a heartbeat under the former id
+        if reply.swept:
             self.on_swept()
-        elif heard.doubtful:
+        elif reply.doubtful:
             self.on_doubt()
 
     def become_new(self) -> None:
-        """Go on under another id: the old one counts as dead, and stays so."""
+        """Continue under another id. The old one is dead for good."""
         self.id = new_id()
         self.on_new_id()
 
     async def leave(self) -> None:
-        """Take the word back, for good: others need not wait until it expires."""
+        """Remove the registration for good, so that others need not wait until it expires."""
         await self.on_leave()
 
     def _of(self, ids: frozenset[str]) -> list[Registration]:
@@ -150,7 +157,7 @@ class Registry:
 
 
 async def all_services(backend: Backend) -> dict[str, Registration]:
-    """The list, for a process that is no service itself."""
+    """Return all registrations, for a process that has none itself."""
     now = await backend.now_ms()
     raw = await backend.commands.hgetall(backend.keys.services())
     beats = {text(id_): split_beat(value) for id_, value in raw.items()}

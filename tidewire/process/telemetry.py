@@ -1,4 +1,4 @@
-"""Logs, metrics, and the admin port of every service: /livez, /readyz, /metrics."""
+"""Logs, metrics, and the admin port of each service: /livez, /readyz, /metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tidewire.errors import ConfigurationError
 
 
 def configure_logging(log_format: str, level: str = "info") -> None:
-    """structlog to standard error: for people, or a JSON object a line."""
+    """Log to standard error with structlog: coloured for people, or as one JSON object a line."""
     json = log_format == "json"
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -39,14 +39,14 @@ def configure_logging(log_format: str, level: str = "info") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping().get(level.upper(), 20)),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    # What libraries have to say, apart from each connection's coming and going.
+    # The libraries' own messages, without one for each connection.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of requests that make no sense
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about malformed requests
 
 
 class _Server(uvicorn.Server):
-    """uvicorn inside a service: signals are the service's, and it ends when it is told, not at its next look."""
+    """uvicorn inside a service: the service handles signals, and the server ends at once when it is told to."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
-    """Serve an ASGI application on a bound socket until the block is left."""
+    """Serve an ASGI application on a bound socket while the block runs."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"
     )
@@ -90,7 +90,7 @@ async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
 
 
 def admin_app(ready: Callable[[], str | None]) -> Starlette:
-    """The probes and the metrics. `ready` says what is missing, or None."""
+    """Return the application of the admin port. `ready` returns why the service is not ready, or None."""
 
     async def livez(_: Request) -> Response:
         return PlainTextResponse("the loop turns\n")

@@ -1,11 +1,11 @@
-"""Several versions of an application on one stage: which live process knows which tables and topics.
+"""Several versions of an application on one stage: which live processes know which tables and topics.
 
-During a roll-out a worker may read a change of a table that only the other version declares. It must not acknowledge
-the change: nobody would be told of it. It declines the partition, and a worker that knows the table takes it. Every
-service tells the registry the digest of its application and what it declines; the stage keeps the names behind each
-digest.
+During a roll-out, a worker may read a change of a table that only the other version declares. If it acknowledged the
+change, no reader would receive it. So it declines the partition, and a worker that knows the table takes it. Each
+process publishes the digest of its application and the partitions that it declines. The stage keeps the names behind
+each digest.
 
-A name is that of a table, or `topic:` and the pattern of a family of topics.
+A name is that of a table, or `topic:` with the pattern of a family of topics.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ log = structlog.get_logger(__name__)
 DECLINED = Counter("tidewire_partitions_declined_total", "Partitions left to a worker that knows more.", ["group"])
 
 TOPIC = "topic:"
-"""Begins the name of a family of topics. No table's name has a colon."""
+"""Prefix of the name of a family of topics. No table's name contains a colon."""
 ANY = "*"
-"""In place of a membership: a function may return an audience of any."""
+"""Instead of a membership: `readers` is a function, which may return an audience of any membership."""
 
-LOOK_S = 10.0
-"""Seconds between two looks at which applications are alive."""
+CHECK_S = 10.0
+"""Seconds between two checks which applications are still in use."""
 
 Names = frozenset[str]
 
 
 def dependents(app: App) -> dict[str, list[str]]:
-    """Each table and family of topics, with the memberships that its audience depends on."""
+    """Return each table and family of topics, with the memberships that its audience depends on."""
     found = {name: _memberships(table.readers) for name, table in app.tables.items()}
     return found | {TOPIC + topic.pattern: _memberships(topic.followers) for topic in app.topics.values()}
 
@@ -65,7 +65,7 @@ def digest_of(names: Iterable[str]) -> str:
 
 
 class Versions:
-    """One process's knowledge of what it and the others declare, and which partitions it declines for which group."""
+    """What this process and the others declare, and which partitions each of them declines."""
 
     def __init__(self, app: App, backend: Backend, registry: Registry) -> None:
         self._backend = backend
@@ -77,7 +77,7 @@ class Versions:
         self._declined: dict[str, dict[int, Names]] = {}
 
     def describe(self) -> dict[str, Any]:
-        """What the registry tells the others."""
+        """Return what the registration publishes: the digest, and the declined partitions."""
         declines = {
             group: {partition: sorted(names) for partition, names in partitions.items()}
             for group, partitions in self._declined.items()
@@ -86,16 +86,16 @@ class Versions:
         return {"application": self.digest} | ({"declines": declines} if declines else {})
 
     async def publish(self) -> None:
-        """Tell the stage what this application declares, before the first item or change is read."""
+        """Write to the stage what this application declares, before the first item or change is read."""
         commands, keys = self._backend.commands, self._backend.keys
         await commands.hset(keys.dependents(), mapping={name: pack(on) for name, on in self._dependents.items()})
         await self._look()
 
     async def run(self) -> None:
-        """Remove digests that no live service has named for a while; until cancelled."""
+        """Remove digests that no live process has named for a while, until cancelled."""
         suspects: set[str] = set()
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
             with contextlib.suppress(RedisError, OSError):
                 await self._look()
                 live = {service.info.get("application") for service in self._registry.services.values()}
@@ -103,11 +103,12 @@ class Versions:
                 for digest in unnamed & suspects:
                     await self._backend.commands.hdel(self._backend.keys.applications(), digest)
                     del self._known[digest]
-                # One that has just started may not have told the registry yet: it is looked at twice.
+                # A process that has just started may not be registered yet, so a digest must be unused twice.
                 suspects = unnamed - suspects
 
     async def dependents_of(self, memberships: Collection[str]) -> Names:
-        """The stage's tables and topics, unknown here, whose audience depends on one of these memberships."""
+        """Return the stage's tables and topics, unknown to this application, that depend on one of these
+        memberships."""
         found: set[str] = set()
         for raw, on in (await self._backend.commands.hgetall(self._backend.keys.dependents())).items():
             name = text(raw)
@@ -116,14 +117,15 @@ class Versions:
         return frozenset(found)
 
     async def leave_to_others(self, group: str, partition: int, unknown: Names) -> None:
-        """Raise Declined when a live process of this kind knows all of these names, and does not decline in turn."""
+        """Raise Declined if a live process of this kind knows all of these names, and does not decline the partition
+        too."""
         if unknown and any(service.info.get("application") not in self._known for service in self._others()):
             await self._look()
         if unknown and self._somebody_knows(group, partition, unknown):
             raise Declined(unknown)
 
     def unknown_topic(self, topic: str) -> Names:
-        """Families known to other live processes that the topic is of."""
+        """Return the families, known to other live processes, that contain a topic."""
         theirs = {name for service in self._others() for name in self._of(service)} - self.names
         patterns = (name.removeprefix(TOPIC) for name in theirs if name.startswith(TOPIC))
         return frozenset(TOPIC + pattern for pattern in patterns if Topic(pattern, nobody).parse(topic) is not None)
@@ -136,9 +138,9 @@ class Versions:
         self._declined.setdefault(group, {})[partition] = names
 
     def declined(self, group: str) -> set[int]:
-        """Partitions that this process must not take: it, or another one like it, has declined them.
+        """Return partitions that this process must not take: it, or one with the same application, has declined them.
 
-        A refusal ends when nobody alive knows better: then this process marks the table and goes on.
+        This ends when no live process knows the names. The process then marks the table and continues.
         """
         mine = self._declined.setdefault(group, {})
         for partition, names in list(mine.items()):
@@ -148,13 +150,13 @@ class Versions:
         return mine.keys() | {partition for partition, names in theirs.items() if not names <= self.names}
 
     def offered(self, group: str) -> set[int]:
-        """Partitions that others decline and this process can take, beyond its fair share."""
+        """Return partitions that others decline and that this process can take, beyond its fair share."""
         theirs = self._declined_by_others(group)
         offered = {partition for partition, names in theirs.items() if names <= self.names}
         return offered - self._declined.get(group, {}).keys()
 
     def all_note_groups(self) -> bool:
-        """Whether every live store is of a release that notes the versions of groups with each membership's change."""
+        """Whether the release of every live store notes the version of a group with each membership's change."""
         stores = [self._registry.services[id_] for id_ in self._registry.live("store")]
         return bool(stores) and all("application" in store.info for store in stores)
 
@@ -168,7 +170,7 @@ class Versions:
     def _somebody_knows(self, group: str, partition: int, names: Names) -> bool:
         """Whether a live process of this kind knows the names, and will take the partition.
 
-        Of two that decline it to each other, the one with the lower id takes it.
+        Of two processes that decline a partition to each other, the one with the lower id takes it.
         """
         return any(
             names <= self._of(service)
@@ -184,7 +186,7 @@ class Versions:
         return self._known.get(str(service.info.get("application")), frozenset())
 
     async def _look(self) -> None:
-        """Learn the names behind each digest. Its own is written again: a service that started may have removed it."""
+        """Read the names behind each digest. Write the own one again, because another process may have removed it."""
         commands, applications = self._backend.commands, self._backend.keys.applications()
         found = await commands.hgetall(applications)
         if self.digest.encode() not in found:

@@ -1,4 +1,4 @@
-"""API keys in Redis: made, listed, revoked."""
+"""API keys in Redis: creation, listing and revocation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tidewire.redis.backend import Backend
 
 REVOCATIONS_KEPT = 100_000
 CREDENTIALS = "credentials"
-"""Field of the stage's settings that is set once there are any."""
+"""Field of the stage's settings, which is set once the stage has a credential."""
 
 
 async def create(
@@ -22,7 +22,7 @@ async def create(
     claims: dict[str, Any] | None = None,
     ttl_s: float | None = None,
 ) -> ApiKey:
-    """A new key of a user. It is shown this once: Redis gets its hash alone."""
+    """Create a key for a user, and return it. Redis keeps only its hash."""
     key, now = ApiKey.new(), int(time.time() * 1000)
     expires_at = None if ttl_s is None else now + int(ttl_s * 1000)
     credential = Credential(key.digest, user, role, claims or {}, now, expires_at, None)
@@ -32,14 +32,14 @@ async def create(
 
 
 async def note_credentials(backend: Backend) -> None:
-    """Note in the stage's settings that it has credentials: if they are missing later, they were lost."""
+    """Note in the stage's settings that it has credentials. If they are missing later, they were lost."""
     await backend.commands.hset(backend.keys.stage_settings(), CREDENTIALS, "1")
 
 
 async def credentials_lost(backend: Backend) -> bool:
-    """Whether credentials that must be there are missing as a whole, or the stage's settings are.
+    """Whether all credentials of the stage, or its settings, are lost.
 
-    A server that evicts keys does that, and so does one that came back without its file.
+    A server that evicts keys loses them, and so does one that restarts without its file.
     """
     if await backend.commands.exists(backend.keys.credentials()):
         return False
@@ -48,7 +48,7 @@ async def credentials_lost(backend: Backend) -> bool:
 
 
 async def listing(backend: Backend) -> list[dict[str, Any]]:
-    """All keys, the oldest first, without their hashes."""
+    """Return all keys, the oldest first, without their hashes."""
     raw = await backend.commands.hgetall(backend.keys.credentials())
     found = []
     for id_, record in raw.items():
@@ -58,13 +58,13 @@ async def listing(backend: Backend) -> list[dict[str, Any]]:
 
 
 async def revoke(backend: Backend, id_: str) -> bool:
-    """Refuse the key from now on, and close its connections; False when there is no such key."""
+    """Refuse a key from now on, and close its connections. Returns False if there is no such key."""
     raw = await backend.commands.hget(backend.keys.credentials(), id_)
     if raw is None:
         return False
     credential = Credential(*unpack(raw))
     revoked = credential._replace(revoked_at=credential.revoked_at or int(time.time() * 1000))
-    # First refused, then announced: who connects between the two is closed by the announcement.
+    # Refuse first, then announce: the announcement closes connections that were authorized in between.
     await backend.commands.hset(backend.keys.credentials(), id_, pack(revoked))
     await backend.commands.xadd(
         backend.keys.revocations(), {"credential": id_}, maxlen=REVOCATIONS_KEPT, approximate=True

@@ -1,6 +1,6 @@
-"""All items of a table in one partition, in one order that does not change: by key. For what works through a table.
+"""Walks through all items of a table in one partition, in the order of their keys, which writes do not disturb.
 
-Many partition-key values are asked at once: a table may have millions of them, with one item each.
+Many partition-key values are read at once, because a table may have millions of them with one item each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.functions import versioned
 
 VALUES_AT_A_TIME = 128
-"""Few enough that their items fit into memory, should all be as large as they may."""
+"""Partition-key values read at once: few enough that their items fit into memory if all have the maximum size."""
 PAGE_BYTES = 4 << 20
 
 
 class WalkPosition(NamedTuple):
-    """Where one item stands in that order."""
+    """The position of an item in the walk."""
 
-    value: bytes  # the partition-key value, as `name_of`
-    field: bytes  # the sort key's bytes; empty in a table without one
+    value: bytes
+    """The partition-key value, as `name_of` writes it."""
+    field: bytes
+    """The sort key, as `sort_bytes` writes it; empty in a table without one."""
 
 
 Found = tuple[WalkPosition, ItemKey, ItemRecord]
@@ -32,10 +34,10 @@ Call = tuple[bytes | str | int, ...]
 
 
 async def walk(backend: Backend, partition: int, table: str, after: WalkPosition | None, count: int) -> list[Found]:
-    """The next live items after a place, `count` of them, fewer only at the end."""
+    """Return the next `count` live items after a position, fewer only at the end."""
     found: list[Found] = []
     last = None if after is None else after.value
-    is_sorted = None if after is None else bool(after.field)  # not known before the first item is seen
+    is_sorted = None if after is None else bool(after.field)  # unknown before the first item
     if after is not None and is_sorted:
         found += await _rest(backend, table, after, count)
     while len(found) < count:
@@ -55,7 +57,7 @@ async def walk(backend: Backend, partition: int, table: str, after: WalkPosition
 
 
 async def _values(backend: Backend, partition: int, table: str, after: bytes | None) -> list[bytes]:
-    """The next partition-key values."""
+    """Return the next partition-key values."""
     low = b"-" if after is None else b"(" + after
     values = backend.keys.values(partition, table)
     found: Any = await backend.commands.zrangebylex(values, low, b"+", 0, VALUES_AT_A_TIME)
@@ -63,7 +65,7 @@ async def _values(backend: Backend, partition: int, table: str, after: bytes | N
 
 
 async def _alone(backend: Backend, table: str, names: list[bytes]) -> list[Found]:
-    """The live items of these values in a table without a sort key; [] in one that has it."""
+    """Return the live items of these values in a table without a sort key, or [] in one with it."""
     values = [value_of(name) for name in names]
     records = await _ask(backend, [("HGET", backend.keys.items(table, value), b"") for value in values])
     return [
@@ -74,7 +76,7 @@ async def _alone(backend: Backend, table: str, names: list[bytes]) -> list[Found
 
 
 async def _in_order(backend: Backend, table: str, names: list[bytes], count: int) -> list[Found]:
-    """The live items of these values in a table with a sort key: at least `count`, or all of them."""
+    """Return the live items of these values in a table with a sort key: at least `count`, or all."""
     keys, wanted, size = backend.keys, list[bytes](), 0
     counts = await _ask(backend, [("ZCARD", keys.order(table, value_of(name))) for name in names])
     for name, items in zip(names, counts, strict=True):
@@ -87,7 +89,7 @@ async def _in_order(backend: Backend, table: str, names: list[bytes], count: int
     calls: list[Call] = []
     for name in wanted:
         value = value_of(name)
-        # Not as many as were counted: one may have come since, and would take the place of one that was there.
+        # Ask for `count` items, not for as many as were counted: an item may have been added since, before the others.
         range_ = (b"-", b"+", 0, count, size_bytes)
         calls.append(("FCALL", versioned("page"), 2, keys.order(table, value), keys.items(table, value), *range_))
     found: list[Found] = []
@@ -101,7 +103,7 @@ async def _in_order(backend: Backend, table: str, names: list[bytes], count: int
 
 
 async def _rest(backend: Backend, table: str, after: WalkPosition, count: int) -> list[Found]:
-    """The live items of one value after a place."""
+    """Return the live items of one value after a position."""
     value = value_of(after.value)
     order, items = backend.keys.order(table, value), backend.keys.items(table, value)
     found: list[Found] = []
@@ -126,7 +128,7 @@ def _found(table: str, name: bytes, page: Iterable[tuple[bytes, bytes]]) -> list
 
 
 async def _ask(backend: Backend, calls: list[Call]) -> list[Any]:
-    """The answers, in one round trip (of a cluster, one to each node)."""
+    """Call in one round trip; on a cluster, one to each node."""
     if not calls:
         return []
     try:

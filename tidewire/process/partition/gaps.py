@@ -1,4 +1,4 @@
-"""Gaps in what a group reads of a partition's changes: what was trimmed before the group had read it."""
+"""Gaps in a partition's changes, as a group reads them: changes that were trimmed unread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from tidewire.model.records import Change, Id
 
 
 def unbroken(passed: Id, changes: Sequence[tuple[Id, Change | None]]) -> int:
-    """How many of the changes follow on what was passed, one on the other; None is one that is trimmed itself."""
+    """Return how many of the changes follow without a gap on the last one that was passed.
+
+    None marks a trimmed change.
+    """
     for count, (id_, change) in enumerate(changes):
         if change is None:
             return count
@@ -19,6 +22,6 @@ def unbroken(passed: Id, changes: Sequence[tuple[Id, Change | None]]) -> int:
 
 
 def id_of(raw: Sequence[int]) -> Id:
-    """An id as records hold it."""
+    """Convert an id from a record."""
     ms, seq = raw
     return ms, seq

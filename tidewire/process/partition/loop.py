@@ -1,7 +1,8 @@
-"""The loop under store and broadcaster, for one partition that is owned: read, decide, link, commit and read on.
+"""The loop of a worker over one partition that it owns: read, decide, link, commit.
 
-Each step is one function call under the fence, and can be repeated. Whoever owns the partition next finds what was not
-acknowledged, does it again, and the links skip what had already arrived: the effect is that of once, in order.
+Each step is one function call, fenced by the lease's epoch and the partition's generation, and may be repeated. If the
+worker dies, the next owner reads everything that was not acknowledged, and decides it again. Effects that had reached
+other partitions are recognized there and dropped. So each entry takes effect once, in order.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from tidewire.redis.keys import Home
 T = TypeVar("T")
 
 MAX_BATCH_BYTES = 4 << 20
-"""Bytes of entries that one batch holds. It always holds one entry, and a whole transaction whatever its size."""
+"""Maximum bytes of the entries in a batch. It holds at least one entry, and a whole transaction of any size."""
 
 
 class Incomplete(Exception):
-    """The batch ends within its first transaction: it must be extended before it can be decided."""
+    """The batch ends within its first transaction. It must be extended before it can be decided."""
 
 
 class Decoder(Generic[T]):
-    """Decodes the entries of a tenure's batches, each once: entries that are not consumed come again."""
+    """Decodes the entries of batches. Each is decoded once, although entries that are not consumed come again."""
 
     def __init__(self, decode: Callable[[dict[bytes, bytes]], T]) -> None:
         self._decode = decode
         self._decoded: dict[Id, T] = {}
 
     def entries(self, batch: Batch) -> list[tuple[Id, T]]:
-        """The batch's entries, in order."""
+        """Return the decoded entries of a batch, in order."""
         known = self._decoded
         self._decoded = {id_: known[id_] if id_ in known else self._decode(fields) for id_, fields in batch.entries}
         return list(self._decoded.items())
@@ -47,39 +48,42 @@ class Outcome(NamedTuple):
     consumed: int
     operations: Sequence[RedisCommand]
     links: Mapping[Home, Sequence[Any]] = {}
-    """For each destination: calls in order, each what the worker's `Link` takes."""
+    """For each destination, calls in their order. The worker's `Link` sends them."""
     wait: Wait | None = None
-    """What to wait for after the commit."""
+    """The confirmation to wait for after the commit: replicas, or the disk."""
 
 
 class Tenure(Protocol):
-    """What a service does with a partition while it owns it. One object for each time it is owned."""
+    """The work of a service on one partition, from taking it to losing it. A new owner makes a new object."""
 
     def destinations(self) -> Iterable[Home]:
-        """The partitions that may be written to: they are stamped before the first read."""
+        """Partitions that effects may go to. The loop stamps them before its first read."""
 
     async def decide(self, batch: Batch) -> Outcome | None:
-        """What follows from a batch, of which at least one entry is consumed. Reads, but writes nothing.
+        """Decide a batch, and consume at least one of its entries. It may read from Redis, and writes nothing.
 
-        A long decision awaits something between its steps, so that other partitions of the process get their turn.
-        A batch may be empty: then the tenure is asked for timed work, and None means that there is none.
-        Raises Incomplete to be asked again with a longer batch, unless the batch is `at_end`.
+        A long decision awaits between its steps, so that other partitions of the process get their turn. An empty batch
+        asks for timed work, such as expiry; None means that there is none.
+
+        Raises:
+            Incomplete: a longer batch is needed. Not allowed if the batch is `at_end`.
         """
 
     async def committed(self, *, confirmed: bool) -> None:
-        """The last outcome is done; `confirmed` unless the wait that it asked for was in vain."""
+        """The last outcome is committed. `confirmed` is false if the wait that it asked for ran out."""
 
 
 Idle = Callable[[tuple[int, int]], Awaitable[None]]
+"""Waits until the stream may have an entry after an id."""
 Link = Callable[[Home, str, int, Any], Awaitable[Any]]
-"""Sends one call to a destination: (it, source, epoch, what the tenure gave for it)."""
+"""Sends one call to a destination, with the source, its epoch, and the call as the tenure made it."""
 SendStamp = Callable[[Home, Stamp], Awaitable[bool]]
-"""Announces a new owner at a destination; False when a later owner was there before."""
+"""Announces a new owner at a destination. False if a later owner has stamped it already."""
 Together = Callable[[Iterable[Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
 
 async def concurrently(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    """Calls to different destinations do not wait for each other."""
+    """Make calls to different destinations at the same time."""
     pending = list(calls)
     if len(pending) == 1:
         await pending[0]
@@ -90,10 +94,10 @@ async def concurrently(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
 
 
 class PartitionLoop:
-    """Runs until cancelled or fenced.
+    """The loop. It runs until it is cancelled or fenced.
 
-    `idle` waits until the stream may have an entry after an id, `link` sends effects to other partitions. `stamp` is by
-    default one call for each destination; a process that takes several partitions combines them (`Stamps`).
+    `stamp` makes one call for each destination by default. A process that takes many partitions combines them: see
+    `Stamps`.
     """
 
     def __init__(
@@ -122,14 +126,15 @@ class PartitionLoop:
         self.commits = 0
 
     async def run(self) -> None:
-        # Before the first read. A predecessor that was paused between reading and sending may still send: from now on
-        # those calls are refused.
+        """Stamp all destinations, then work on one batch after another. Raises Fenced, and redis-py's errors."""
+        # A predecessor that was paused between its read and its send may still send. The stamps make the destinations
+        # refuse it. Only then is it safe to read, and to send the same effects again.
         await self._together(self._announce(to) for to in self._tenure.destinations())
         while True:
             await self.turn()
 
     async def turn(self) -> None:
-        """Work on one batch, which the commit before has brought; or wait for one."""
+        """Work on one batch, which the last commit has returned, or wait for one."""
         batch, self._next = self._next or await self._read(), None
         while True:
             try:
@@ -140,7 +145,8 @@ class PartitionLoop:
         if outcome is None:
             await self._idle(batch.last)
             return
-        # Before the acknowledgement: an effect may be sent twice and is taken once, but is never forgotten.
+        # Send before acknowledging. A crash between the two repeats the effects, and the destinations drop the repeats.
+        # In the other order it would lose them.
         await self._together(self._send(to, calls) for to, calls in outcome.links.items())
         self._next = await self._commit(batch, outcome)
 
@@ -152,7 +158,7 @@ class PartitionLoop:
         return more._replace(entries=batch.entries + more.entries, at_end=not more.entries)
 
     async def _commit(self, batch: Batch, outcome: Outcome) -> Batch:
-        """Commit, and return the next batch: entries that were not consumed, then entries that the commit has read."""
+        """Commit an outcome. The next batch has the entries that were not consumed, then those that the commit read."""
         self.commits += 1
         acknowledged = [id_ for id_, _ in batch.entries[: outcome.consumed]]
         held = batch.entries[outcome.consumed :]
@@ -172,7 +178,7 @@ class PartitionLoop:
 
     async def _announce(self, to: Home) -> None:
         if not await self._stamp(to, Stamp(self._source, self._owned.fence.epoch, self._owned.fell)):
-            raise Fenced(f"{self._source}: a later owner was at {to.partition.decode()} before")
+            raise Fenced(f"{self._source}: a later owner has stamped {to.partition.decode()}")
 
     async def _stamp_alone(self, to: Home, stamp: Stamp) -> bool:
         (taken,) = await self._functions.link_stamp(to, [stamp])
@@ -185,10 +191,10 @@ class PartitionLoop:
 
 
 class Stamps:
-    """Stamps of all partitions that a process takes, combined by destination.
+    """Combines the stamps of all partitions that a process takes, by destination.
 
-    A process that takes P partitions at once would make P calls to each of P destinations. While one call to a
-    destination is under way, the stamps that arrive for it gather, and go with the next.
+    A process that takes P partitions at once would make P calls to each of P destinations. Here, one call to a
+    destination is in flight at a time, and the next one carries all stamps that arrived meanwhile.
     """
 
     def __init__(self, functions: Functions) -> None:

@@ -1,4 +1,4 @@
-"""Which partitions this process owns: its fair share among the live workers of its group."""
+"""The partition worker: it owns this process's fair share of the partitions, among the live workers of its group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GENERATION = Gauge("tidewire_partition_generation", "When Redis last went back t
 
 
 def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
-    """How many partitions `me` should own: as even as can be, the odd ones to the first."""
+    """Return how many partitions `me` should own. What does not divide evenly goes to the first workers by id."""
     if me not in workers:
         return 0
     each, odd = divmod(partitions, len(workers))
@@ -36,22 +36,23 @@ def fair_share(workers: Sequence[str], me: str, partitions: int) -> int:
 
 
 class Plan(NamedTuple):
-    """What a worker does to own what it should. Another worker may still hold a partition that is named here."""
+    """The next steps of a worker towards its share. Other workers may still own the partitions to take."""
 
     hand_over: list[int]
     extra: list[int]
-    """To be taken beyond the fair share."""
+    """Partitions to take beyond the fair share."""
     others: list[int]
-    """To be taken, in this order, until `room` of them are owned."""
+    """Partitions to take, in this order, until `room` of them are owned."""
     room: int
 
 
 def plan(
     owned: Iterable[int], share: int, partitions: int, declined: Collection[int] = (), offered: Collection[int] = ()
 ) -> Plan:
-    """What follows from a fair share, without the partitions that are `declined`, and with those that are `offered`.
+    """Plan towards a fair share, without partitions that this worker has `declined`, and with those `offered` to it.
 
-    Partitions that others decline do not count towards the share: a worker that counted them would hand one back.
+    Offered partitions, which other workers decline, do not count towards the share. Otherwise the worker would hand
+    over another one for each of them.
     """
     owned = sorted(owned)
     counted = [partition for partition in owned if partition not in offered]
@@ -65,10 +66,17 @@ def plan(
 
 
 class Worker:
-    """Takes, renews, works on and hands over partitions of one group.
+    """Takes partitions of one group, works on them and hands them over.
 
-    `stream` gives the key of a partition's stream; `tenure` makes what is done with a partition while it is owned;
-    `link` sends its effects to other partitions; `versions` knows which partitions are left to other workers.
+    Args:
+        group: the group's name.
+        backend: the stage.
+        registry: this process's registration.
+        settings: lease and batch size.
+        stream: returns the key of a partition's stream.
+        tenure: makes the work on a partition for one ownership.
+        link: sends effects to other partitions.
+        versions: knows which partitions are left to workers with other tables.
     """
 
     def __init__(
@@ -102,16 +110,16 @@ class Worker:
 
     @property
     def partitions(self) -> list[int]:
-        """Those that are owned now, sorted."""
+        """The partitions that are owned at the moment, sorted."""
         return sorted(self._tasks)
 
     @property
     def commits(self) -> int:
-        """Commits done since the start."""
+        """Number of commits since the start."""
         return self._commits_before + sum(loop.commits for loop in self._loops.values())
 
     async def run(self) -> None:
-        """Own the fair share until `drain`. A fault of the code, as against Redis's, ends it with that error."""
+        """Own the fair share until `drain`. Errors of Redis are retried; any other error of a loop ends the worker."""
         try:
             while not self._draining:
                 try:
@@ -120,13 +128,13 @@ class Worker:
                     await self._balance()
                 except (RedisError, OSError) as error:
                     log.warning("partitions_unreachable", group=self.group, error=str(error))
-                # A sixth of a lease: two looks for each beat.
+                # A sixth of a lease: twice for each heartbeat.
                 await asyncio.sleep(self._settings.lease_ms / 6000)
         finally:
             await asyncio.gather(*(self._stop(partition) for partition in self.partitions))
 
     async def drain(self) -> None:
-        """Hand everything over at once: leave the group first, so that no one hands it back."""
+        """Hand over all partitions at once. The worker leaves the group first, so that no share includes it."""
         self._draining = True
         try:
             await self._registry.leave()
@@ -150,7 +158,7 @@ class Worker:
             room -= await self._take_if_due(partition)
 
     async def _take_if_due(self, partition: int) -> bool:
-        """Take the partition, unless its last attempt was a moment ago; whether it is owned now."""
+        """Take a partition, unless the last attempt has just failed. Returns whether it is owned now."""
         if not self._draining and self._retry_at.get(partition, 0) <= time.monotonic():
             await self._take(partition)
         return partition in self._tasks
@@ -187,7 +195,7 @@ class Worker:
         log.info("partition_taken", group=self.group, partition=partition, epoch=owned.fence.epoch)
 
     async def _stop_lost(self) -> None:
-        """Stop work on partitions whose lease the keeper could not renew, as another worker has it."""
+        """Stop work on partitions whose lease another worker has, as the keeper found out."""
         while self._lost:
             partition, owned = self._lost.pop()
             if self._owned.get(partition) is owned:
@@ -195,7 +203,7 @@ class Worker:
                 log.warning("partition_lost", group=self.group, partition=partition)
 
     async def _reap(self) -> None:
-        """Clear away loops that ended by themselves."""
+        """Clean up loops that have ended by themselves."""
         for partition, task in list(self._tasks.items()):
             if not task.done():
                 continue
@@ -227,7 +235,7 @@ class Worker:
     async def _stop(self, partition: int) -> None:
         task = self._tasks.pop(partition, None)
         if task is None:
-            return  # somebody else is at it: a drain, a lost lease, the end of the service
+            return  # a drain, a lost lease or the end of the service is stopping it already
         loop = self._loops.pop(partition)
         self._registry.leases.let_go(self._owned.pop(partition))
         self._commits_before += loop.commits
@@ -242,7 +250,7 @@ async def _run(loop: PartitionLoop, idle: Waiter) -> None:
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """The one error behind a group of them."""
+    """Return the error behind an exception group: a Fenced if there is one, else the first."""
     while isinstance(error, BaseExceptionGroup):
         fenced = error.subgroup(Fenced)
         error = (fenced or error).exceptions[0]
