@@ -13,6 +13,7 @@ from tidewire.app import App
 from tidewire.audiences import Audience, Peers
 from tidewire.model.records import Change, unpack
 from tidewire.redis.backend import Backend
+from tidewire.redis.keys import PartitionField
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +68,7 @@ class IndexWait:
         self._behind = False
 
     async def _position(self) -> Id:
-        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "indexed")
+        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), PartitionField.INDEXED)
         if raw is None:
             return (0, 0)
         ms, seq = unpack(raw)[0]

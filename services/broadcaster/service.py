@@ -20,7 +20,7 @@ from tidewire.process.partition.worker import Worker
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, FeedBounds, Owned, RedisCommand
-from tidewire.redis.keys import Home
+from tidewire.redis.keys import Home, PartitionField
 
 from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
@@ -152,7 +152,7 @@ class BroadcasterTenure:
 
     async def _begin(self) -> tuple[Id, frozenset[str], bool]:
         """What the partition notes of how far its broadcasters have come, and whether a repair is under way."""
-        fields = ("passed", "unknown", "repair")
+        fields = (PartitionField.PASSED, PartitionField.UNKNOWN, PartitionField.REPAIR)
         passed, unknown, repair = await self._backend.commands.hmget(self._owned.home.partition, *fields)
         names = frozenset(unpack(unknown)) if unknown else frozenset[str]()
         return stream_id(passed) if passed else (0, 0), names, repair is not None
@@ -160,9 +160,9 @@ class BroadcasterTenure:
     def _notes(self) -> list[RedisCommand]:
         """The same, as it will be."""
         partition, (ms, seq) = self._owned.home.partition, self._next_passed
-        notes = [RedisCommand("HSET", partition, ("passed", f"{ms}-{seq}"))]
+        notes = [RedisCommand("HSET", partition, (PartitionField.PASSED, f"{ms}-{seq}"))]
         if self._next_unknown != self._unknown:
-            notes.append(RedisCommand("HSET", partition, ("unknown", pack(sorted(self._next_unknown)))))
+            notes.append(RedisCommand("HSET", partition, (PartitionField.UNKNOWN, pack(sorted(self._next_unknown)))))
         return notes
 
     async def _not_known(self, changes: Changes) -> frozenset[str]:
@@ -201,7 +201,7 @@ class BroadcasterTenure:
         """The next commit of a repair."""
         partition, notes = self._owned.home.partition, list[RedisCommand]()
         if not self._repair_noted:
-            notes = [RedisCommand("HSET", partition, ("repair", "1"))]
+            notes = [RedisCommand("HSET", partition, (PartitionField.REPAIR, "1"))]
             self._repair_noted = True
         if (piece := await repair.piece(batch.last)) is not None:
             return Outcome(0, [*notes, *piece])
@@ -220,7 +220,7 @@ class BroadcasterTenure:
         # Behind all that destinations have taken, and not above the next change.
         reset = FeedReset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
         links: dict[Home, list[FeedReset]] = {home: [reset] for home in self.destinations()}
-        operations += [*self._notes(), RedisCommand("HDEL", partition, ("repair",))]
+        operations += [*self._notes(), RedisCommand("HDEL", partition, (PartitionField.REPAIR,))]
         return Outcome(len(silent), operations, links)
 
     def _untold(self, changes: Changes) -> frozenset[str]:

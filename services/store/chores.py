@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tidewire.app import CONNECTIONS, Membership
 from tidewire.model.values import ItemKey, Scalar, name_of
 from tidewire.redis.functions import RedisCommand
+from tidewire.redis.keys import PartitionField
 
 from .appending import EXPIRY, append_change, expiry_of, keep_expiry, member_of
 from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
@@ -125,7 +126,7 @@ def purge(view: View) -> tuple[int, bool]:
             operations.append(RedisCommand("ZREM", values, (name_of(partition),)))
             operations += _forget_group(view, table, partition)
     if floor > situation.floor:
-        operations.append(RedisCommand("HSET", view.keys.partition(situation.partition), ("floor", floor)))
+        operations.append(RedisCommand("HSET", view.keys.partition(situation.partition), (PartitionField.FLOOR, floor)))
     return floor, may_be_more
 
 

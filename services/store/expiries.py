@@ -8,6 +8,7 @@ from tidewire.app import App
 from tidewire.model.records import pack, unpack
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import RedisCommand
+from tidewire.redis.keys import PartitionField
 from tidewire.redis.walk import WalkPosition, walk
 
 from .appending import expiry_of, keep_expiry
@@ -50,14 +51,16 @@ class Expiries:
         return [*operations, self._kept()]
 
     def _kept(self) -> RedisCommand:
-        return RedisCommand("HSET", self._backend.keys.partition(self._partition), ("expires", pack(self._noted)))
+        return RedisCommand(
+            "HSET", self._backend.keys.partition(self._partition), (PartitionField.EXPIRES, pack(self._noted))
+        )
 
     async def _found(self) -> tuple[dict[str, Noted], bool]:
         """What is noted, and whether less of it holds than was kept.
 
         What this application does not declare is forgotten: from now on it is written without being noted.
         """
-        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), "expires")
+        raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), PartitionField.EXPIRES)
         stored = unpack(raw) if raw else {}
         found: dict[str, Noted] = {}
         for table in self._app.tables.values():

@@ -26,7 +26,7 @@ from tidewire.process.partition.loop import Outcome
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, Effect, Owned, RedisCommand
-from tidewire.redis.keys import Home, Keys
+from tidewire.redis.keys import Home, Keys, PartitionField
 from tidewire.redis.walk import WalkPosition, walk
 
 log = structlog.get_logger(__name__)
@@ -244,7 +244,9 @@ class IndexerTenure:
             RedisCommand("HDEL", stored, (index.field,)) for index in self._indexes.keys() - self._next.keys()
         ]
         if self._next_followed != self._followed:
-            operations.append(RedisCommand("HSET", self._owned.home.partition, ("indexed", pack(self._next_followed))))
+            operations.append(
+                RedisCommand("HSET", self._owned.home.partition, (PartitionField.INDEXED, pack(self._next_followed)))
+            )
         return operations
 
     async def _stored(self) -> dict[Index, Filling]:
@@ -256,7 +258,7 @@ class IndexerTenure:
         return found
 
     async def _came_to(self) -> Followed | None:
-        raw = await self._backend.commands.hget(self._owned.home.partition, "indexed")
+        raw = await self._backend.commands.hget(self._owned.home.partition, PartitionField.INDEXED)
         if raw is None:
             return None
         last, alone = unpack(raw)

@@ -1,7 +1,8 @@
-"""Expensive reads: decided beside the partitions, a slice at a time, on facts of their own.
+"""Expensive reads: decided beside their partition, a slice at a time, on facts of their own.
 
-A read gets here when it is too expensive for the partition's serial path. It begins after the commit of what came
-before it, so it contains all of that. It may contain later changes too: its position says up to where it is complete.
+A read comes here when it is too expensive for the serial path of its partition. It begins after the commit of
+everything before it, so its result contains all of that. It may also contain later changes. Its position says up to
+which change the result is complete.
 """
 
 from __future__ import annotations
@@ -36,25 +37,27 @@ from .view import Missing, Situation, View
 log = structlog.get_logger(__name__)
 
 MAX_READS = 4
-"""Expensive reads of a process that are under way at once; of one user, there is one."""
+"""Maximum expensive reads in progress in a process. Each user has at most one."""
 MAX_QUEUED = 1024
 MAX_QUEUED_OF_USER = 256
-"""Expensive reads that wait for their turn, of all users and of one. Beyond it, they are answered `overloaded`."""
-SLICE_S = 0.004
-"""Longest slice of computing, in seconds. Then the event loop has as much time for everything else."""
+"""Maximum expensive reads that wait for their turn, of all users and of one. Beyond them, `overloaded`."""
+SLICE_S = 0.001
+"""Maximum seconds of computing in one slice."""
+REST_SLICES = 3
+"""Rest after each slice, as a multiple of it. Expensive reads so take a quarter of the event loop's time together."""
 
 DETACHED = Counter("tidewire_store_detached_total", "Reads that left the partition's serial path as too expensive.")
 WAITING = Gauge("tidewire_store_reads_waiting", "Expensive reads that wait for their turn.")
 
 
 class Read(NamedTuple):
-    """A read to be done, and the partition as it was when the read was detached."""
+    """A detached read, with the partition as it was when the read left it."""
 
     command: Command
     situation: Situation
     owned: Owned
     begun_s: float
-    """Monotonic: when `situation.now` was."""
+    """Monotonic time of `situation.now`, in seconds."""
 
     @property
     def user(self) -> tuple[str, str]:
@@ -62,7 +65,7 @@ class Read(NamedTuple):
 
     @property
     def left_s(self) -> float:
-        """Seconds until its deadline."""
+        """Seconds until the deadline of the command."""
         left_ms: int = self.command.deadline - self.situation.now
         return left_ms / 1000 - (time.monotonic() - self.begun_s)
 
@@ -74,7 +77,7 @@ class Read(NamedTuple):
 
 
 class Reads:
-    """The expensive reads of a process: users take turns, and each has one read under way."""
+    """The expensive reads of a process. Users take turns, and each has one read in progress."""
 
     def __init__(self, app: App, backend: Backend, settings: Settings, answers: Answers) -> None:
         self._app = app
@@ -88,7 +91,7 @@ class Reads:
         self._draining = False
 
     def add(self, read: Read) -> None:
-        """Answer the read when its turn comes; at once with `overloaded`, when too many wait."""
+        """Answer a read when its turn comes, or at once with `overloaded` if too many wait."""
         DETACHED.inc()
         queue = self._waiting.get(read.user, ())
         if self._draining:
@@ -101,7 +104,7 @@ class Reads:
             self._start()
 
     async def drain(self) -> None:
-        """End all of them, with an answer that says so."""
+        """End all reads, with an answer that says so."""
         self._draining = True
         under_way, waiting = (
             list(self._under_way.values()),
@@ -149,7 +152,7 @@ class Reads:
         except (RedisError, OSError) as error:
             log.warning("read_failed", error=str(error))
             self._answer(read, Overloaded("Redis did not answer while the partition was read: try again"))
-        except Exception:  # the edge of one read: the next ones must not suffer
+        except Exception:  # the edge of one read: the others must be answered
             log.exception("read_failed", action=read.command.action, table=read.command.body.get("table"))
             self._answer(read, Internal("something went wrong on the server"))
         else:
@@ -169,7 +172,7 @@ class Reads:
                 await self._slice(read, reading, facts, account)
             except Missing as need:
                 if reading.turning:
-                    facts.clear()  # rights must be as new as what they are about, or newer
+                    facts.clear()  # facts about rights must not be older than the page that they concern
                 account.ask(len(need.facts))
                 account.check()
                 sizes: Sizes = {}
@@ -178,15 +181,15 @@ class Reads:
                 )
                 account.add_bytes(sum(sizes.values()))
                 account.check()
-        # What was read is as new as the position says only if nothing was lost, and no other owner has begun.
-        # A batch of no entries looks at the fence. It does not renew the lease, which may have been released.
+        # The result is as new as its position says only if Redis lost nothing, and no other owner has begun. A batch of
+        # no entries checks the fence. It does not renew the lease, which may have been released.
         await self._backend.functions.batch(read.owned, 0, 0)
         return reading.result(read.view(self._app, self._backend, facts, account))
 
     async def _slice(self, read: Read, reading: Reading, facts: dict[Fact, Value], account: Account) -> None:
-        """Compute for a few milliseconds. Raises Missing.
+        """Compute for one slice, then rest. Raises Missing.
 
-        All reads together take half of the event loop's time: the lock is held for as long again.
+        The lock is held during the rest, so all reads together take a fixed share of the event loop's time.
         """
         async with self._turn:
             begun_s = time.monotonic()
@@ -199,7 +202,7 @@ class Reads:
                 account.check()
             finally:
                 account.pause()
-                await asyncio.sleep(time.monotonic() - begun_s)
+                await asyncio.sleep(REST_SLICES * (time.monotonic() - begun_s))
 
 
 BUSY = Overloaded("too many expensive reads wait for their turn: try again shortly, or narrow them")

@@ -22,7 +22,7 @@ from tidewire.process.settings import Settings
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, Owned, RedisCommand, Wait
-from tidewire.redis.keys import Home
+from tidewire.redis.keys import Home, PartitionField
 
 from .batches import Deciding
 from .budget import Limits
@@ -108,7 +108,7 @@ class StoreTenure:
             return None
         if self._last is None:
             self._last = await self._last_change()
-            self._floor = int(await self._backend.commands.hget(self._owned.home.partition, "floor") or 0)
+            self._floor = int(await self._backend.commands.hget(self._owned.home.partition, PartitionField.FLOOR) or 0)
         situation = Situation(
             self._partition,
             self._owned.fence.generation,

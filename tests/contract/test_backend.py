@@ -141,7 +141,7 @@ def wrong(server: str, cluster: str) -> list[tuple[str, str]]:
     return [
         (server.replace("redis://", "redis+cluster://"), "is not in cluster mode"),
         (f"redis://{hosts.split(',')[0]}", "name it as redis\\+cluster://"),
-        (f"redis+cluster://nobody:secret@{hosts}", "check its password"),
+        (f"redis+cluster://nobody:secret@{hosts}", "check user and password"),
         ("redis+cluster://127.0.0.1:1,127.0.0.1:2", "does not answer .* is it running"),
         ("redis+cluster://no.such.host.invalid", "does not answer .* is it running"),
     ]

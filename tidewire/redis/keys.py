@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from tidewire.model.values import Scalar, name_of, text_of
@@ -30,6 +31,36 @@ class Home(NamedTuple):
     """Hash: large bodies that entries of feeds refer to, by id."""
     references: bytes
     """Hash: for each body, until when it is kept at most, and how many entries refer to it."""
+
+
+class PartitionField(StrEnum):
+    """The fields of a partition's hash (`Keys.partition`). The first group belongs to the Lua functions."""
+
+    GENERATION = "generation"
+    """Number of the partition's history. A new one begins when the server may have lost writes."""
+    SERVER = "server"
+    """Replication id of the server that the generation is of."""
+    FELL = "fell"
+    """Where the changes ended at each loss: "<generation after it> <ms> <seq> …", the newest last."""
+    ALONE = "alone"
+    """Generation of the last loss on a cluster, where one master can lose writes alone."""
+    FEEDS = "feeds"
+    """Epoch up to which feeds are reset when they are next used."""
+    NEWEST = "newest"
+    """Highest epoch of a feed that was given out."""
+
+    FLOOR = "floor"
+    """Store: versions of new items begin above it."""
+    EXPIRES = "expires"
+    """Store: the attribute by which each table's items are noted as expiring, packed."""
+    INDEXED = "indexed"
+    """Indexer: the last change that it followed, and what it knows of its destinations, packed."""
+    PASSED = "passed"
+    """Broadcaster: id of the last change that it passed on."""
+    UNKNOWN = "unknown"
+    """Broadcaster: tables whose changes it passed without knowing them, packed."""
+    REPAIR = "repair"
+    """Broadcaster: "1" while a repair is in progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +97,7 @@ class Keys:
         return int(key[key.index(b"{p") + 2 : key.index(b"}")])
 
     def partition(self, partition: int) -> bytes:
-        """Hash: the partition's generation, with the server that it is of and what was left at each fall; the number
-        of its feeds' beginnings; the floor under versions of new items; the last change that the broadcaster passed;
-        what the indexer has come to; when it last fell back alone, among several servers; of which tables the items are
-        noted as those that expire; of which tables a broadcaster passed changes without knowing the table.
-        """
+        """Hash: the state of the partition itself. Its fields are those of `PartitionField`."""
         return self._of(partition, b"partition")
 
     def lease(self, partition: int, group: str) -> bytes:

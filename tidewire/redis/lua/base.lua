@@ -1,12 +1,17 @@
--- What all functions of the library share. tidewire/redis/functions.py joins the files of this folder into one library and
--- gives library and functions names that end in a digest of the text, so that two releases can run on one server.
+-- Shared by all functions of the library. tidewire/redis/functions.py joins the files of this folder into one library. The
+-- names of library and functions end in a digest of its text, so that two releases can run on one server.
 --
--- Every key is declared in KEYS, all of one partition. What can be refused is refused before the first write: a write
--- that was done stays done when a later command fails. Each function has a typed wrapper in tidewire/redis/functions.py.
+-- Rules for every function:
+--   * All keys are declared in KEYS, and are of one partition.
+--   * It begins by naming its arguments. Records that follow in a stride are counted by a constant NAME_FIELDS, which
+--     functions.py has too; a test compares them. A list that does not fill its records is refused.
+--   * It refuses before its first write. A write stays done when a later command fails.
+--   * A repeated call does no harm: the client library repeats a call whose answer was lost.
+--   * It compares numbers, never strings with '<': Lua compares strings by the server's locale (strcoll).
 
--- 'allow-oom': the function also runs at maxmemory. Everything that frees memory or keeps order must: leases, trims,
--- deletes and acknowledgements. Growing writes are refused earlier, by the store.
--- 'no-writes': the function runs on a server that refuses writes, too.
+-- 'allow-oom': the function also runs at maxmemory. Everything that frees memory or keeps order must do so: leases, trims,
+-- deletes and acknowledgements. The store refuses growing writes earlier.
+-- 'no-writes': the function also runs on a server that refuses writes.
 local function register(name, callback, flag)
   redis.register_function{function_name = name .. '_@VERSION@', callback = callback, flags = {flag}}
 end
@@ -19,16 +24,17 @@ end
 local function text(n) return string.format('%.0f', n) end
 
 local FENCED = 'FENCED another worker owns this partition'
+local INCOMPLETE = 'ERR the arguments end within a record: caller and library differ'
 
--- All feeds of a partition begin anew: those of an epoch up to this one. `newest` is the latest epoch that was given out,
--- perhaps by a server whose clock was ahead.
+-- Reset all feeds of a partition: those whose epoch is not above the field `feeds`. The field `newest` is the highest epoch
+-- that was given out, perhaps by a server whose clock was ahead, so the new epochs are above it.
 local function feeds_begin(partition)
   local held = redis.call('HMGET', partition, 'feeds', 'newest')
   local begun = math.max(tonumber(held[1] or '0') + 1, tonumber(held[2] or '0'), now_ms())
   redis.call('HSET', partition, 'feeds', text(begun))
 end
 
--- Of a stream, also of one whose entries are all trimmed.
+-- The id of the last entry that was ever added to a stream, even if all its entries are trimmed.
 local function last_id(stream)
   local info = redis.pcall('XINFO', 'STREAM', stream)
   for i = 1, type(info) == 'table' and not info.err and #info or 0, 2 do

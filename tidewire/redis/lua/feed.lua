@@ -1,72 +1,81 @@
--- Feeds and the bodies that their entries refer to. The first keys of each function are those of a Home
--- (tidewire/redis/keys.py): partition, changes, links, feeds, bodies, references.
+-- Feeds, and the bodies that their entries refer to. The first keys of each function are those of a Home in
+-- tidewire/redis/keys.py: partition, changes, links, feeds, bodies, references.
 local FEEDS, BODIES, REFERENCES, HOME = 4, 5, 6, 6
 
--- The states of a partition's open feeds are fields of one hash, named by the key of the feed's stream, so that a call reads
--- and writes the states of a thousand feeds in a few commands. A closed feed has none. A state is text:
---   epoch, 13 digits (ms): when this life of the feed began
---   til,   13 digits (ms): until when it is open
---   tag,   10 hex digits:  of the last entry
---   total, digits:         bytes appended in this life
--- An entry's id is "<epoch>-<seq - 1>": the stream counts seq by itself. Its one field is "<tag> <position> <total>\n<body>",
--- where body may be "@<id>", a reference to a body that is kept once for the partition. The announcement is the id, a
+-- The states of a partition's open feeds are fields of one hash, named by the key of the feed's stream. So a call reads and
+-- writes the states of a thousand feeds in a few commands. A closed feed has no state. A state is text:
+--   epoch, 13 digits: when the feed was opened or last reset, in ms
+--   expiry, 13 digits: until when it is open, in ms
+--   tag, 10 hex digits: of the last entry
+--   total, digits: bytes appended since then
+-- The id of an entry is "<epoch>-<seq - 1>", counted by the stream itself. Its one field is "<tag> <position> <total>\n<body>".
+-- A body "@<id>" is a reference to a body that is stored once for the partition. The announcement of an entry is its id, a
 -- space, and that field.
-local GRACE_MS = 1000 -- entries outlive their state by this time
-local ENTRY_BYTES = 100 -- of an entry, beside its body, about
+local GRACE_MS = 1000 -- how long entries outlive the state of their feed, in ms
+local ENTRY_BYTES = 100 -- size of an entry beside its body, about
 
 local function epoch_of(state) return string.sub(state, 1, 13) end
-local function til_of(state) return string.sub(state, 14, 26) end
+local function expiry_of(state) return string.sub(state, 14, 26) end
 local function tag_of(state) return string.sub(state, 27, 36) end
 local function total_of(state) return tonumber(string.sub(state, 37)) end
+local function state_of(epoch, expiry, tag, total) return epoch .. expiry .. tag .. text(total) end
 
-local function feed_born(partition, feed, begun, now, til)
+-- Begin a feed: remove its entries, and return a state with a new epoch. The epoch is above `begun` and at least the time, so
+-- no earlier cursor of the feed fits.
+local function feed_born(partition, feed, begun, now, expiry)
   redis.call('DEL', feed)
   local epoch = math.max(tonumber(begun) + 1, now)
   local newest = tonumber(redis.call('HGET', partition, 'newest') or '0')
   if newest < epoch then redis.call('HSET', partition, 'newest', text(epoch)) end
-  return text(epoch) .. til .. string.sub(redis.sha1hex(text(epoch) .. feed), 1, 10) .. '0'
+  return state_of(text(epoch), expiry, string.sub(redis.sha1hex(text(epoch) .. feed), 1, 10), 0)
 end
 
--- The state of a feed, begun anew if it must; nil when it is closed. `begun`: feeds of an epoch up to this one begin anew.
+-- The present state of a feed, or nil if it is closed. A feed whose epoch is not above `begun` is reset first.
 local function feed_as_it_is(partition, feed, state, begun, now)
-  if not state or tonumber(til_of(state)) <= now then return nil end
+  if not state or tonumber(expiry_of(state)) <= now then return nil end
   if tonumber(epoch_of(state)) > tonumber(begun) then return state end
-  return feed_born(partition, feed, begun, now, til_of(state))
+  return feed_born(partition, feed, begun, now, expiry_of(state))
 end
 
 -- ── bodies ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- A large body is kept once for all feeds of the partition, in the hash `bodies`. The hash `references` has, for each, until
--- when it is kept at most, and how many entries refer to it: "<til> <count>". It is removed with the last of them, or
--- by the sweep when its time is over, as entries of a feed that expires as a whole are never counted down.
+-- A large body is stored once for all feeds of the partition, in the hash `bodies`. The hash `references` holds for each body
+-- "<expiry> <count>": until when it is kept at most, and how many entries refer to it. The body is removed with its last
+-- entry. The sweep removes it when it expires, because a feed that expires as a whole counts no entries down.
 --
--- `may_end`: whether nothing is still to come that refers to it. A unit may be spread over several calls, of which the
--- first finds no open feed.
+-- `may_end`: whether no further entries will refer to the body. A unit may be spread over several calls, and the first of them
+-- may find no open feed.
 local function reference_add(keys, id, change, may_end)
-  local til, count = string.match(redis.call('HGET', keys[REFERENCES], id) or '', '^(%d+) (%d+)$')
-  if not til then return end -- swept meanwhile: readers of the entry get a reset
+  local expiry, count = string.match(redis.call('HGET', keys[REFERENCES], id) or '', '^(%d+) (%d+)$')
+  if not expiry then return end -- the sweep has removed it: readers of the entry get a reset
   count = tonumber(count) + change
   if count > 0 or not may_end then
-    redis.call('HSET', keys[REFERENCES], id, til .. ' ' .. text(count))
+    redis.call('HSET', keys[REFERENCES], id, expiry .. ' ' .. text(count))
   else
     redis.call('HDEL', keys[REFERENCES], id)
     redis.call('HDEL', keys[BODIES], id)
   end
 end
 
--- keys: those of the home. args: how long to keep them at most, in ms; then id and body of each.
+-- Store bodies, before the entries that refer to them.
+-- keys: those of the home. args: ms for which they are kept at most; then id and body of each.
+--
+-- An id is a digest of its body, so a repeated call stores the same, and keeps the count of references.
+local BODY_FIELDS = 2
 register('body_put', function(keys, args)
-  local til = text(now_ms() + tonumber(args[1]))
-  for i = 2, #args, 2 do
-    local id, body = args[i], args[i + 1]
+  local kept_ms = tonumber(args[1])
+  if (#args - 1) % BODY_FIELDS ~= 0 then return redis.error_reply(INCOMPLETE) end
+  local expiry = text(now_ms() + kept_ms)
+  for i = 2, #args, BODY_FIELDS do
+    local id, body = unpack(args, i, i + BODY_FIELDS - 1)
     local held = redis.call('HGET', keys[REFERENCES], id)
-    redis.call('HSET', keys[REFERENCES], id, til .. ' ' .. (held and string.match(held, '(%d+)$') or '0'))
+    redis.call('HSET', keys[REFERENCES], id, expiry .. ' ' .. (held and string.match(held, '(%d+)$') or '0'))
     if not held then redis.call('HSET', keys[BODIES], id, body) end
   end
   return 'OK'
 end, 'allow-oom')
 
--- keys: those of the home. args: ids. Returns the bodies, false for each that is gone.
+-- Read bodies. keys: those of the home. args: ids. Returns the bodies, false for each that is gone.
 register('body_get', function(keys, args)
   local found = {}
   for i = 1, #args do found[i] = redis.call('HGET', keys[BODIES], args[i]) end
@@ -75,10 +84,10 @@ end, 'no-writes')
 
 -- ── appending ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- Remove entries from the front of a feed until at most `most` remain, and at most `most_bytes` in all; never the last
--- one, which tells the seq. References of what is removed are counted down.
-local function feed_trim(keys, feed, total, most, most_bytes, has_references)
-  local too_many = redis.call('XLEN', feed) - most
+-- Trim the oldest entries of a feed until at most `max_entries` of at most `max_bytes` remain. The last entry always stays,
+-- because it tells the seq. References of trimmed entries are counted down.
+local function feed_trim(keys, feed, total, max_entries, max_bytes, has_references)
+  local too_many = redis.call('XLEN', feed) - max_entries
   local low = '-'
   while true do
     local entries = redis.call('XRANGE', feed, low, '+', 'COUNT', '65')
@@ -86,7 +95,7 @@ local function feed_trim(keys, feed, total, most, most_bytes, has_references)
     for i = 1, #entries - 1 do
       local entry = entries[i][2][2]
       local upto, body_at = string.match(entry, '^%x+ [%d-]+ (%d+)\n()')
-      if too_many <= 0 and total - tonumber(upto) <= most_bytes then
+      if too_many <= 0 and total - tonumber(upto) <= max_bytes then
         first_kept = entries[i][1]
         break
       end
@@ -101,20 +110,27 @@ local function feed_trim(keys, feed, total, most, most_bytes, has_references)
   redis.call('XTRIM', feed, 'MINID', '=', low)
 end
 
--- keys: those of the home, then the entries of each feed.
--- args: source, epoch, most entries and most bytes of a feed; then units. A unit is a change, or all changes of a
--- transaction: generation, ms, seq of its last change; the number of the last feed that gets what the call has of the
--- unit, WHOLE where it has the rest of it; how many appends follow. An append: position, body or "@<id>", bytes of the
--- body; index of its first feed among those keys, how many feeds.
+-- Append to feeds, exactly once, and announce each entry.
+-- keys: those of the home, then the streams of the feeds.
+-- args: source, epoch, max entries and max bytes of a feed; then units, each followed by its appends.
+--   A unit is a change, or all changes of a transaction: generation, ms and seq of its last change; the number of the last
+--   feed in this call, or WHOLE if the call has the rest of the unit; how many appends follow.
+--   An append: position, body or "@<id>", bytes of the body, index of its first feed among the feeds, how many feeds.
 -- Returns how many entries were appended.
 --
--- A feed gets all of a unit in one call, so no reader sees a part of a transaction. A unit that was taken before is skipped,
--- for feeds up to the number that was reached. Entry, seq, chained tag and announcement are one step.
+-- A feed gets a whole unit in one call, so no reader sees a part of a transaction. Entry, seq, tag and announcement are one
+-- atomic step. The link says which unit was taken, and up to which feed. So a repeated call, or a new owner that decides the
+-- unit again with other readers, appends to each feed once.
+local UNIT_FIELDS, APPEND_FIELDS = 5, 5
 register('link_append', function(keys, args)
+  local source, epoch, max_entries, max_bytes = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
+  local first_unit = 5
+  local at = first_unit
+  while at <= #args do at = at + UNIT_FIELDS + APPEND_FIELDS * tonumber(args[at + UNIT_FIELDS - 1] or 0) end
+  if at ~= #args + 1 then return redis.error_reply(INCOMPLETE) end
   generation(keys)
   local call, sha1hex, sub = redis.call, redis.sha1hex, string.sub
   local partition, links, feeds = keys[1], keys[3], keys[FEEDS]
-  local source, epoch, most, most_bytes = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
   local known, taken = link_state(links, source)
   if epoch < known then return redis.error_reply(FENCED) end
   local begun, now = call('HGET', partition, 'feeds') or '0', now_ms()
@@ -135,26 +151,26 @@ register('link_append', function(keys, args)
     local id = call('XADD', feed, epoch_of(state) .. '-*', 'e', entry)
     call('SPUBLISH', feed, id .. ' ' .. entry)
     local ends = sub(id, -2)
-    if ends == '-0' then call('PEXPIREAT', feed, text(tonumber(til_of(state)) + GRACE_MS)) end
-    -- Looked at every 50 entries, and every eighth of the bytes.
-    if ends == '00' or ends == '50' or math.floor(8 * before / most_bytes) < math.floor(8 * total / most_bytes) then
-      feed_trim(keys, feed, total, most, most_bytes, has_references)
+    if ends == '-0' then call('PEXPIREAT', feed, text(tonumber(expiry_of(state)) + GRACE_MS)) end
+    -- Trim every 50 entries, and every eighth of the bytes: to measure a feed costs more than an append.
+    if ends == '00' or ends == '50' or math.floor(8 * before / max_bytes) < math.floor(8 * total / max_bytes) then
+      feed_trim(keys, feed, total, max_entries, max_bytes, has_references)
     end
-    states[feed], written[feed] = sub(state, 1, 26) .. tag .. text(total), true
+    states[feed], written[feed] = state_of(epoch_of(state), expiry_of(state), tag, total), true
     appended = appended + 1
   end
 
-  local at = 5
+  at = first_unit
   while at <= #args do
-    local effect = {tonumber(args[at]), tonumber(args[at + 1]), tonumber(args[at + 2]), tonumber(args[at + 3])}
-    local count = tonumber(args[at + 4])
-    at = at + 5
+    local new, ms, seq, upto, count = unpack(args, at, at + UNIT_FIELDS - 1)
+    local effect = {tonumber(new), tonumber(ms), tonumber(seq), tonumber(upto)}
+    at, count = at + UNIT_FIELDS, tonumber(count)
     local order = compare(effect, taken)
-    local after = order == 0 and taken[4] or NOTHING -- feeds up to this number have had theirs
+    local after = order == 0 and taken[4] or NOTHING -- feeds up to this number have their entries
     local is_new = order > 0 or (order == 0 and effect[4] > after)
     if is_new then last = effect end
     for _ = 1, is_new and count or 0 do
-      local position, body, size, start, many = unpack(args, at, at + 4)
+      local position, body, size, start, many = unpack(args, at, at + APPEND_FIELDS - 1)
       local rest, before = '\n' .. body, appended
       size, start = tonumber(size) + ENTRY_BYTES, HOME + tonumber(start)
       for i = start, start + tonumber(many) - 1 do
@@ -165,9 +181,9 @@ register('link_append', function(keys, args)
         end
       end
       if string.byte(body) == 64 then reference_add(keys, sub(body, 2), appended - before, effect[4] == WHOLE) end
-      at = at + 5
+      at = at + APPEND_FIELDS
     end
-    if not is_new then at = at + 5 * count end
+    if not is_new then at = at + APPEND_FIELDS * count end
   end
 
   local some = {}
@@ -186,7 +202,7 @@ end, 'allow-oom')
 
 -- ── opening and reading ───────────────────────────────────────────────────────────────────────────────────────────
 
--- The one feed of a call: its state, nil when it is closed; and up to which epoch feeds begin anew.
+-- The state of the one feed of a call, or nil if it is closed; and the epoch up to which feeds are reset.
 local function feed_held(keys, now)
   local partition, feeds, feed = keys[1], keys[FEEDS], keys[HOME + 1]
   local begun, held = redis.call('HGET', partition, 'feeds') or '0', redis.call('HGET', feeds, feed)
@@ -195,43 +211,47 @@ local function feed_held(keys, now)
   return state, begun
 end
 
+-- The reply about a feed: {epoch, seq, tag, entries}.
 local function feed_reply(feed, state, entries)
   local last = redis.call('XREVRANGE', feed, '+', '-', 'COUNT', '1')
   local seq = last[1] and tonumber(string.sub(last[1][1], 15)) + 1 or 0
   return {epoch_of(state), text(seq), tag_of(state), entries}
 end
 
--- keys: those of the home, entries. args: how long it stays open without being asked for again, in ms.
--- Returns {epoch, seq, tag}.
+-- Open a feed, or extend the time for which it is open.
+-- keys: those of the home, the feed's stream. args: ms for which it stays open. Returns {epoch, seq, tag}.
 register('feed_open', function(keys, args)
+  local window_ms = tonumber(args[1])
   generation(keys)
   local feed, now = keys[HOME + 1], now_ms()
   local state, begun = feed_held(keys, now)
-  local til = text(now + tonumber(args[1]))
+  local expiry = text(now + window_ms)
   if state then
-    state = epoch_of(state) .. til .. string.sub(state, 27)
+    state = state_of(epoch_of(state), expiry, tag_of(state), total_of(state))
   else
-    state = feed_born(keys[1], feed, begun, now, til)
+    state = feed_born(keys[1], feed, begun, now, expiry)
   end
   redis.call('HSET', keys[FEEDS], feed, state)
-  redis.call('PEXPIREAT', feed, text(tonumber(til) + GRACE_MS))
+  redis.call('PEXPIREAT', feed, text(tonumber(expiry) + GRACE_MS))
   return feed_reply(feed, state)
 end, 'allow-oom')
 
--- keys: those of the home, entries. args: seq, most entries, most bytes of their bodies.
--- Returns {epoch, seq, tag, entries after seq}; an epoch '' for a closed feed. The first entry is given whatever its size.
+-- Read a feed and its state at one moment.
+-- keys: those of the home, the feed's stream. args: seq to read after, max entries, max bytes of their bodies.
+-- Returns {epoch, seq, tag, entries}; an epoch '' for a closed feed. There is at least one entry, whatever its size.
 register('feed_read', function(keys, args)
+  local after, max_entries, max_bytes = args[1], tonumber(args[2]), tonumber(args[3])
   generation(keys)
-  local feed, most_bytes = keys[HOME + 1], tonumber(args[3])
+  local feed = keys[HOME + 1]
   local state = feed_held(keys, now_ms())
   if not state then return {'', '0', '', {}} end
-  local entries, left = {}, tonumber(args[2])
-  local low, first = epoch_of(state) .. '-' .. args[1], nil
+  local entries, left = {}, max_entries
+  local low, first = epoch_of(state) .. '-' .. after, nil
   while left > 0 do
     local some = redis.call('XRANGE', feed, low, '+', 'COUNT', math.min(left, 50))
     for i = 1, #some do
       local total = tonumber(string.match(some[i][2][2], '^%x+ [%d-]+ (%d+)\n'))
-      if first and total - first > most_bytes then return feed_reply(feed, state, entries) end
+      if first and total - first > max_bytes then return feed_reply(feed, state, entries) end
       first = first or total
       entries[#entries + 1] = some[i]
     end
@@ -242,15 +262,17 @@ register('feed_read', function(keys, args)
   return feed_reply(feed, state, entries)
 end, 'allow-oom')
 
--- keys: those of the home. args: cursors of the feeds and of the bodies, '0' for the beginning, '' when done.
--- Forgets feeds that have closed and bodies whose time is over, some at a time. Returns the cursors to go on from.
+-- Remove the states of closed feeds, and expired bodies, some at a time.
+-- keys: those of the home. args: cursors of the feeds and of the bodies: '0' to begin, '' when done.
+-- Returns the cursors to continue from.
 register('feeds_sweep', function(keys, args)
+  local feeds_cursor, bodies_cursor = args[1], args[2]
   local now = now_ms()
-  local function sweep(hash, cursor, til_in, also)
+  local function sweep(hash, cursor, expiry_in, also)
     if cursor == '' then return '' end
     local found, over = redis.call('HSCAN', hash, cursor, 'COUNT', '500'), {}
     for i = 1, #found[2], 2 do
-      if tonumber(til_in(found[2][i + 1])) <= now then over[#over + 1] = found[2][i] end
+      if tonumber(expiry_in(found[2][i + 1])) <= now then over[#over + 1] = found[2][i] end
     end
     for i = 1, #over, 500 do
       local some = {unpack(over, i, math.min(i + 499, #over))}
@@ -259,9 +281,9 @@ register('feeds_sweep', function(keys, args)
     end
     return found[1] == '0' and '' or found[1]
   end
-  local function til_of_reference(value) return string.match(value, '^%d+') end
+  local function expiry_of_reference(value) return string.match(value, '^%d+') end
   return {
-    sweep(keys[FEEDS], args[1], til_of),
-    sweep(keys[REFERENCES], args[2], til_of_reference, keys[BODIES]),
+    sweep(keys[FEEDS], feeds_cursor, expiry_of),
+    sweep(keys[REFERENCES], bodies_cursor, expiry_of_reference, keys[BODIES]),
   }
 end, 'allow-oom')

@@ -1,7 +1,8 @@
--- The server's replication id, false where there is no INFO (fakeredis). INFO costs about 4 µs, so the answer is kept for a
--- moment. The variables live as long as the server process, and no function that looks at them runs on a replica: a
--- replica that is promoted, and a server that restarts, ask at their first call. A master that became a replica and then
--- a master again has been away for longer than this, and a process that was stopped finds that its time is over.
+-- The server's replication id, or false without INFO (fakeredis). INFO costs about 4 µs, so its answer is kept for a moment.
+--
+-- Why that is safe: the variables live as long as the server process, and these functions run only on a master. A promoted
+-- replica and a restarted server have no kept answer. A master that was demoted and promoted again was away for longer
+-- than KEPT_MS. A server process that was stopped finds that the time is over when it continues.
 local KEPT_MS = 100
 local server_id, server_until, server_since = false, 0, 0
 
@@ -15,9 +16,11 @@ local function server()
   return server_id
 end
 
--- Of a server that was promoted or restarted, the newest writes may be gone. Its replication id is then another one: the
--- partition gets a new generation, and notes what its changes had come to, in `fell`: "<generation> <ms> <seq> …".
--- KEYS[1] is always the partition, KEYS[2] its changes. Where there is no INFO (fakeredis), all is generation 0.
+-- The partition's generation. keys[1] is the partition, keys[2] its change stream.
+--
+-- A server that was promoted or restarted may lack the newest writes. Its replication id differs from the one that the
+-- partition notes. The partition then begins a new generation, and appends to its field `fell` where its changes ended:
+-- "<generation> <ms> <seq> …". Without INFO (fakeredis), the generation is always 0.
 local function generation(keys)
   local held = redis.call('HMGET', keys[1], 'generation', 'server')
   local id = server()
@@ -32,7 +35,8 @@ local function generation(keys)
   fell = (fell and fell .. ' ' or '') .. minted .. ' ' .. ms .. ' ' .. seq
   while #fell > 500 do fell = string.match(fell, '^%d+ %d+ %d+ (.*)$') end
   redis.call('HSET', keys[1], 'generation', minted, 'server', id, 'fell', fell)
-  -- Of several masters one can go back alone: its feeds may then lack what nobody sends again.
+  -- On a cluster, one master can lose writes while the others keep theirs. Its feeds may lack entries that no source sends
+  -- again, so they are reset. The indexer reads the field `alone`, and repairs the entries that lie here.
   local cluster = redis.pcall('INFO', 'cluster')
   if type(cluster) == 'string' and string.find(cluster, 'cluster_enabled:1', 1, true) then
     feeds_begin(keys[1])
@@ -41,7 +45,8 @@ local function generation(keys)
   return minted
 end
 
--- The fence is the lease's epoch and the partition's generation. KEYS[3] is the lease.
+-- Whether the caller has lost the partition: its lease has another epoch, or the partition another generation. keys[3] is
+-- the lease.
 local function fenced(keys, epoch, known)
   local now = generation(keys)
   return now ~= known or redis.call('HGET', keys[3], 'epoch') ~= epoch

@@ -1,11 +1,13 @@
--- A service's word is a field of the hash `services`: "<expiry in ms> <information>". `swept` is a hash of the gateways
--- whose connections another one has removed, or is about to: id to when. The mark and the beat meet here, in one step
--- each, so that a gateway is either alive or swept, and knows which.
+-- The registration of a process is a field of the hash `services`: "<expiry in ms> <information>". The hash `swept` holds the
+-- gateways whose connections another one has removed, or is about to remove: id to time. Heartbeat and mark are one atomic
+-- step each, so a gateway is either alive or swept, and finds out which with its next heartbeat.
 
-local function expiry(word) return word and tonumber(string.match(word, '^%d+')) end
+-- The expiry of a registration in ms, or nil.
+local function expiry(registration) return registration and tonumber(string.match(registration, '^%d+')) end
 
--- keys: services, swept. args: id, ms until its word expires, information.
--- Returns {swept, now in ms, server, id, word, …}. A service that was swept does not get its word back.
+-- Renew a registration, unless the gateway was swept, and list all registrations.
+-- keys: services, swept. args: id, ms until it expires, information.
+-- Returns {1 if it was swept, else 0; now in ms; replication id; then id and registration of each process}.
 register('service_beat', function(keys, args)
   local id, length, information = args[1], tonumber(args[2]), args[3]
   local now = now_ms()
@@ -17,8 +19,9 @@ register('service_beat', function(keys, args)
   return reply
 end, 'allow-oom')
 
--- keys: services, swept. args: id, ms for which the mark is kept. Marks a gateway as swept and returns 1. Returns 0 and
--- marks nothing when its word is valid, or it is not registered. A repeat returns 1.
+-- Mark a gateway as swept, before its connections are removed.
+-- keys: services, swept. args: id, ms for which the mark is kept.
+-- Returns 1 if it is marked. Returns 0 if its registration is valid again, or gone. A repeated call returns 1.
 register('service_sweep', function(keys, args)
   local id, kept = args[1], tonumber(args[2])
   local now, expires = now_ms(), expiry(redis.call('HGET', keys[1], id))
@@ -32,7 +35,8 @@ register('service_sweep', function(keys, args)
   return 1
 end, 'allow-oom')
 
--- keys: services. args: id. Takes a service off the list, unless its word is valid again.
+-- Remove an expired registration. Does nothing if it is valid again.
+-- keys: services. args: id.
 register('service_forget', function(keys, args)
   local id = args[1]
   local expires = expiry(redis.call('HGET', keys[1], id))

@@ -1,18 +1,21 @@
--- What is pending for the group after an id, then what is new: {now in ms, id of the stream's last entry, entries}.
--- A call that is repeated gives the same entries again. At most `count` entries, and no more once they have `most_bytes`.
-local function read(stream, group, after, count, most_bytes)
+-- Read for a group: first the entries that are pending after an id, then new ones. Returns {now in ms, id of the stream's last
+-- entry, entries}.
+--
+-- Pending entries come first because a call may be repeated after its answer was lost: the entries that it had read as new
+-- are pending by then, and the repeat returns them again. Reading ends at `count` entries, or once they have `max_bytes`.
+local function read(stream, group, after, count, max_bytes)
   local entries, size, some = {}, 0, 4
   local from = after
-  while #entries < count and size < most_bytes do
+  while #entries < count and size < max_bytes do
     some = math.min(2 * some, count - #entries)
     local reply = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', some, 'STREAMS', stream, from)
     local found = {}
     if reply then
-      if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis: the second
+      if type(reply[1]) == 'table' then found = reply[1][2] else found = reply[2] or {} end -- fakeredis has the second form
     end
     for i = 1, #found do
       entries[#entries + 1] = found[i]
-      local fields = found[i][2] -- none where the entry was trimmed
+      local fields = found[i][2] -- false if the entry was trimmed while it was pending
       size = size + (fields and fields[2] and #fields[2] or 0)
     end
     if #found == some then
@@ -27,88 +30,107 @@ local function read(stream, group, after, count, most_bytes)
   return {now_ms(), last[1] and last[1][1] or last_id(stream), entries}
 end
 
--- keys: partition, changes, lease, stream.
--- args: epoch, generation, group; after which id to read, most entries, most bytes.
--- Returns what is to be done, as `read`.
+-- Read the next batch of a partition's stream.
+-- keys: partition, changes, lease, stream. args: epoch, generation, group, id to read after, max entries, max bytes.
+-- Returns what `read` returns.
 register('batch', function(keys, args)
-  local epoch, known, group, after = args[1], args[2], args[3], args[4]
+  local epoch, known, group, after, count, max_bytes = unpack(args, 1, 6)
   if fenced(keys, epoch, known) then return redis.error_reply(FENCED) end
-  return read(keys[4], group, after, tonumber(args[5]), tonumber(args[6]))
+  return read(keys[4], group, after, tonumber(count), tonumber(max_bytes))
 end, 'allow-oom')
 
--- Plain commands, one after another: for each the number of its arguments, command, index of its key, arguments.
+-- Do the plain commands that lie in args[at] to args[last]. Each is the number of its arguments, the command, the index of
+-- its key, and its arguments.
+local COMMAND_FIELDS = 3
 local function operate(keys, args, at, last)
   while at <= last do
-    local count = tonumber(args[at])
-    redis.call(args[at + 1], keys[tonumber(args[at + 2])], unpack(args, at + 3, at + 2 + count))
-    at = at + 3 + count
+    local count, command, key = unpack(args, at, at + COMMAND_FIELDS - 1)
+    local first = at + COMMAND_FIELDS
+    at = first + tonumber(count)
+    redis.call(command, keys[tonumber(key)], unpack(args, first, at - 1))
   end
 end
 
--- The memory that a stream takes, in bytes; 0 where it is short, which is not worth the look, and in fakeredis.
+-- The memory of a stream in bytes. 0 for a short one, which is not worth measuring, and in fakeredis.
 local SHORT = 16
 local function bytes_of(stream, length)
   local size = length > SHORT and redis.pcall('MEMORY', 'USAGE', stream) or 0
   return type(size) == 'number' and size or 0
 end
 
--- keys: stream, the sender's last call. args: call number (greater than all before), most entries, most bytes, ms for
--- which the call is remembered, records. Adds as many as there is room for; returns how many. A call that the client
--- library repeats is given the first one's answer. One that arrives late, after the sender's next call, adds nothing.
+-- Add records to a stream as far as there is room. Returns how many were added.
+-- keys: stream, the sender's last call. args: call number, max entries, max bytes, ms for which the call is remembered; then
+-- the records.
+--
+-- The sender's call numbers grow. A repeated call gets the answer of the first one: on a stream that is full by now it must
+-- not be told that its records found no room. A call that arrives after the sender's next one adds nothing.
 register('enqueue', function(keys, args)
-  local last, taken = string.match(redis.call('GET', keys[2]) or '', '^(%d+) (%d+)$')
-  local number = tonumber(args[1])
+  local stream, sent = keys[1], keys[2]
+  local number, max_entries, max_bytes, kept_ms = tonumber(args[1]), tonumber(args[2]), tonumber(args[3]), args[4]
+  local first_record = 5
+  local last, taken = string.match(redis.call('GET', sent) or '', '^(%d+) (%d+)$')
   if last and number <= tonumber(last) then return number == tonumber(last) and tonumber(taken) or 0 end
-  local length, added = redis.call('XLEN', keys[1]), 0
-  local room, size = math.min(tonumber(args[2]) - length, #args - 4), bytes_of(keys[1], length)
+  local length, added = redis.call('XLEN', stream), 0
+  local room, size = math.min(max_entries - length, #args - first_record + 1), bytes_of(stream, length)
   while added < room do
-    local record = args[5 + added]
+    local record = args[first_record + added]
     size = size + #record
-    if size > tonumber(args[3]) and length + added > 0 then break end -- the first one always finds room
-    redis.call('XADD', keys[1], '*', 'r', record)
+    if size > max_bytes and length + added > 0 then break end -- an empty stream has room for any record
+    redis.call('XADD', stream, '*', 'r', record)
     added = added + 1
   end
-  redis.call('SET', keys[2], args[1] .. ' ' .. added, 'PX', args[4])
+  redis.call('SET', sent, text(number) .. ' ' .. added, 'PX', kept_ms)
   return added
 end, 'allow-oom')
 
--- keys: stream. args: most entries, most bytes, ms for which the stream is kept, record. For answers, which free memory
--- when they are read: they are added at maxmemory, too. The oldest are dropped when their reader is gone or too slow.
+-- Add an answer to a reply stream, and drop the oldest ones beyond the bounds: their reader is gone, or too slow.
+-- keys: stream. args: max entries, max bytes, ms for which the stream is kept, record.
+--
+-- A repeated call adds the answer twice. The gateway takes the first one.
 register('answer', function(keys, args)
-  redis.call('XADD', keys[1], 'MAXLEN', '~', args[1], '*', 'r', args[4])
-  local length = redis.call('XLEN', keys[1])
-  while bytes_of(keys[1], length) > tonumber(args[2]) do
+  local stream = keys[1]
+  local max_entries, max_bytes, kept_ms, record = args[1], tonumber(args[2]), args[3], args[4]
+  redis.call('XADD', stream, 'MAXLEN', '~', max_entries, '*', 'r', record)
+  local length = redis.call('XLEN', stream)
+  while bytes_of(stream, length) > max_bytes do
     length = math.floor(length / 2)
-    redis.call('XTRIM', keys[1], 'MAXLEN', text(length))
+    redis.call('XTRIM', stream, 'MAXLEN', text(length))
   end
-  redis.call('PEXPIRE', keys[1], args[3])
+  redis.call('PEXPIRE', stream, kept_ms)
   return 'OK'
 end, 'allow-oom')
 
--- keys: partition, changes, lease, stream, then those of the operations.
--- args: epoch, generation, group; after which id to read on, most entries and most bytes to read; call number (1, 2, 3…
--- under this epoch), how many ids follow, ids to acknowledge, then the operations (as `operate` takes them).
--- All of it or, when fenced or done before, nothing. Returns what is to be done next, as `read`.
+-- Commit a batch: do its commands and acknowledge its entries, all or nothing. Then read the next batch.
+-- keys: partition, changes, lease, stream, then those of the commands.
+-- args: epoch, generation, group, id to read after, max entries, max bytes, call number, how many ids follow; the ids to
+-- acknowledge; then the commands, as `operate` takes them. Call numbers are 1, 2, 3… under one epoch.
+-- Returns what `read` returns.
+--
+-- A repeated call finds its number in the lease, and does nothing but read. The lease's epoch is checked first, so neither a
+-- former owner nor a call from before a failover can commit.
 register('commit', function(keys, args)
   local lease, stream = keys[3], keys[4]
-  local epoch, known, group, after = args[1], args[2], args[3], args[4]
-  local count, most_bytes, call, acknowledged = tonumber(args[5]), tonumber(args[6]), args[7], tonumber(args[8])
+  local epoch, known, group, after, count, max_bytes, call, acknowledged = unpack(args, 1, 8)
+  local first_id, last_id_at = 9, 8 + tonumber(acknowledged)
   if fenced(keys, epoch, known) then return redis.error_reply(FENCED) end
   local done = redis.call('HGET', lease, 'call')
   if tonumber(call) <= tonumber(done) then
-    redis.call('HSET', lease, 'call', done) -- WAIT and WAITAOF look at what this connection wrote last
+    redis.call('HSET', lease, 'call', done) -- a write, because WAIT and WAITAOF cover what this connection wrote last
   else
-    local last = 8 + acknowledged
-    operate(keys, args, last + 1, #args)
-    for i = 9, last, 1000 do redis.call('XACK', stream, group, unpack(args, i, math.min(i + 999, last))) end
+    operate(keys, args, last_id_at + 1, #args)
+    for i = first_id, last_id_at, 1000 do
+      redis.call('XACK', stream, group, unpack(args, i, math.min(i + 999, last_id_at)))
+    end
     redis.call('HSET', lease, 'call', call)
   end
-  return read(stream, group, after, count, most_bytes)
+  return read(stream, group, after, tonumber(count), tonumber(max_bytes))
 end, 'allow-oom')
 
--- keys: stream. args: group. Creates the consumer group from the stream's beginning, unless it is there.
+-- Create a consumer group, from the stream's beginning, unless it exists.
+-- keys: stream. args: group.
 register('ensure_group', function(keys, args)
-  local made = redis.pcall('XGROUP', 'CREATE', keys[1], args[1], '0', 'MKSTREAM')
+  local group = args[1]
+  local made = redis.pcall('XGROUP', 'CREATE', keys[1], group, '0', 'MKSTREAM')
   if type(made) == 'table' and made.err and not string.find(tostring(made.err), 'BUSYGROUP', 1, true) then return made end
   return 'OK'
 end, 'allow-oom')
