@@ -1,4 +1,4 @@
-"""What an application declares: its tables, its memberships, who may read and write them."""
+"""The declarations of an application: tables, memberships and topics, with their readers and writers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,18 @@ STREAM_VIEWS = ("KEYS_ONLY", "NEW_IMAGE", "OLD_IMAGE", "NEW_AND_OLD_IMAGES")
 CONNECTIONS = "connections"
 BY_MEMBER = "by_member"
 MAX_KEY_BYTES = 1024
-"""Of a string in a key, as UTF-8."""
+"""Maximum length of a string in a key, in bytes of UTF-8."""
 
 
 class Write(NamedTuple):
-    """What a `writers` function is asked about. `old` is None for an insert, `new` for a delete."""
+    """A write that a `writers` function judges.
+
+    Attributes:
+        old: the item before the write; None for an insert.
+        new: the item after it; None for a delete.
+        user: the user who writes.
+        claims: the claims of the connection.
+    """
 
     old: Item | None
     new: Item | None
@@ -50,12 +57,12 @@ class Write(NamedTuple):
 
 Writers = Audience | Callable[[Write], Audience | bool]
 Schema = type[msgspec.Struct] | Callable[[Item], Any]
-"""What an item must pass: a msgspec Struct, or a callable that raises for an item that does not fit."""
+"""A check of items: a msgspec Struct, or a callable that raises for an item that does not fit."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as declared. `key` is its partition attribute, and its sort attribute if it has one."""
+    """A table as declared. `key` holds its partition attribute, and its sort attribute if it has one."""
 
     name: str
     key: tuple[str, ...]
@@ -80,7 +87,7 @@ class Table:
         return any(isinstance(part, User | Members | Peers | Everyone | Claim) for part in self.readers.parts())
 
     def index(self, name: str) -> tuple[str, str]:
-        """The (partition attribute, sort attribute) of an index. Raises BadRequest when there is none of that name."""
+        """Return the (partition attribute, sort attribute) of an index. Raises BadRequest if there is no such index."""
         try:
             return self.indexes[name]
         except KeyError:
@@ -88,9 +95,9 @@ class Table:
             raise BadRequest(f"table {self.name!r} has no index {name!r}; it has {known}") from None
 
     def is_expired(self, item: Item, now_ms: int) -> bool:
-        """Whether its time has come. An attribute that is no number names no time."""
+        """Whether an item has expired. A value that is not a number sets no expiry."""
         at = item.get(self.expires) if self.expires else None
-        # Divided as Redis is asked for what is due: rounded otherwise, an item could be due there and not here.
+        # Divided exactly as for the query of due items in Redis. Rounded differently, an item could be due only there.
         return isinstance(at, int | float) and not isinstance(at, bool) and at <= now_ms / 1000
 
     def validate(self, item: Item) -> Item:
@@ -118,7 +125,7 @@ class Table:
         return made
 
     def _fitted(self, item: Item) -> Any:
-        """What the schema returns for an item. Raises whatever the schema raises."""
+        """Return what the schema returns for an item. Raises whatever the schema raises."""
         assert self.schema is not None
         if isinstance(self.schema, type) and issubclass(self.schema, msgspec.Struct):
             fitted = msgspec.convert(item, self.schema)
@@ -127,12 +134,12 @@ class Table:
         return check(deepcopy(item))
 
     def key_of(self, item: Item) -> ItemKey:
-        """The key of an item. Raises BadRequest naming the attribute that is missing or of a wrong kind."""
+        """Return the key of an item. Raises BadRequest that names a missing or wrong attribute."""
         partition = self._key_value(item, self.key[0])
         return ItemKey(self.name, partition, self._key_value(item, self.key[1]) if self.sorted else None)
 
     def parse_key(self, given: Any) -> ItemKey:
-        """The key that a request names: an object of the key attributes, or the value where there is only one."""
+        """Parse the key in a request: an object of the key attributes, or the value if there is only one."""
         if not isinstance(given, dict):
             if self.sorted or isinstance(given, list):
                 raise BadRequest(f"key: an object with {self._key_names()} is needed for table {self.name!r}")
@@ -141,7 +148,7 @@ class Table:
         return self.key_of(given)
 
     def parse_partition_key(self, given: Any) -> Scalar:
-        """The partition-key value that a query names: the value itself, or an object of that one attribute."""
+        """Parse the partition key in a query: the value, or an object of that one attribute."""
         if isinstance(given, dict):
             self._refuse_strangers(given, self.key[:1])
         else:
@@ -149,7 +156,7 @@ class Table:
         return self._key_value(given, self.key[0])
 
     def parse_index_key(self, index: str, given: Any) -> Scalar:
-        """The value of an index's partition attribute that a query names, in either of the two forms."""
+        """Parse the partition key of an index in a query, in either of these forms."""
         attribute = self.index(index)[0]
         if isinstance(given, dict):
             if given.keys() != {attribute}:
@@ -162,7 +169,7 @@ class Table:
         return dict(zip(self.key, values, strict=True))
 
     def visible(self, item: Item, role: str) -> Item:
-        """The item without what is hidden from clients."""
+        """Return the item without its hidden attributes."""
         if not self.hidden or role == "service":
             return item
         return {name: value for name, value in item.items() if name not in self.hidden}
@@ -178,14 +185,14 @@ class Table:
     def _key_value(self, item: Item, attribute: str) -> Scalar:
         value = item.get(attribute)
         if type(value) is str and len(value) <= MAX_KEY_BYTES // 4:
-            return value  # as most are, and short enough in any script
+            return value  # most strings are, and this one is short enough in any script
         if attribute not in item:
             raise BadRequest(f"key attribute {attribute!r} of table {self.name!r} is missing")
         return key_value(value, f"key attribute {attribute!r} of table {self.name!r}")
 
 
 def key_value(value: Any, what: str) -> Scalar:
-    """A value that can stand in a key. Raises BadRequest saying what is wrong with `what`."""
+    """Check a value of a key. Raises BadRequest that says what is wrong with `what`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRequest(f"{what} must be a string or a number")
     if not isinstance(value, str):
@@ -198,7 +205,7 @@ def key_value(value: Any, what: str) -> Scalar:
 
 
 def index_key(item: Item, attributes: tuple[str, str]) -> tuple[Scalar, Scalar] | None:
-    """Where an item stands in an index: (partition value, sort value). None for one that is not in it."""
+    """Return the (partition value, sort value) of an item in an index; None if the item is not in it."""
     try:
         partition, sort = (key_value(item[attribute], attribute) for attribute in attributes)
     except (KeyError, BadRequest):
@@ -207,12 +214,12 @@ def index_key(item: Item, attributes: tuple[str, str]) -> tuple[Scalar, Scalar] 
 
 
 def index_field(key: ItemKey, item: Item, attributes: tuple[str, str]) -> bytes:
-    """The bytes by which an item stands in an index: its sort value, then its own key."""
+    """Return the bytes that order an item in an index: its sort value, then its own key."""
     return tuple_bytes(item[attributes[1]], *(value for value in key[1:] if value is not None))
 
 
 class Membership(Table):
-    """A table whose items say who belongs to which group: key (group, member). A member is the name of a user."""
+    """A table whose items make users members of groups. Its key is (group, member); a member is the name of a user."""
 
     def key_of(self, item: Item) -> ItemKey:
         key = super().key_of(item)
@@ -223,20 +230,36 @@ class Membership(Table):
         return key
 
     def of(self, attribute: str, **values: Any) -> Audience:
-        """The members of the group named by that attribute; with values, those whose membership item has them."""
+        """Return the audience of the members of a group.
+
+        Args:
+            attribute: the attribute of the item that names the group.
+            values: values that the membership item must have, such as `role="owner"`.
+        """
         return Members(self.name, attribute, tuple(sorted(values.items())))
 
     def vacant(self, attribute: str) -> Audience:
-        """Anyone, while that group has no members: how the first one gets in."""
+        """Return the audience of every user while a group has no members.
+
+        It lets the first member in; for writers only.
+        """
         return Vacant(self.name, attribute)
 
     def peers(self, attribute: str) -> Audience:
-        """Whoever shares a group with the user named by that attribute. Eventual."""
+        """Return the audience of the users who share a group with the user that an attribute names.
+
+        Eventually consistent.
+        """
         return Peers(self.name, attribute)
 
 
 class App:
-    """An application: a name, its tables, and perhaps a folder of static files beside the module that declares it."""
+    """An application: its tables, memberships and topics.
+
+    Args:
+        name: a name for people.
+        static: a folder beside the module; the HTTP port serves it at `/`.
+    """
 
     def __init__(self, name: str, *, static: str | None = None) -> None:
         if not isinstance(name, str) or not name:
@@ -261,12 +284,22 @@ class App:
         schema: Schema | None = None,
         normalize: bool = False,
     ) -> Table:
-        """Declare a table; `key` is its partition attribute, or (partition attribute, sort attribute).
+        """Declare a table.
 
-        `indexes` are name: (partition attribute, sort attribute). `expires` names the attribute that says when an item
-        ends, in seconds since 1970. `schema` is a msgspec Struct, or a callable that raises for what does not fit. With
-        `normalize`, the store keeps what the schema returns: the Struct's fields with their defaults, or the callable's
-        dict.
+        Args:
+            name: letters, digits and `_`, at most 64, no digit first.
+            key: the partition attribute, or (partition attribute, sort attribute).
+            readers: an audience, or a function of the item that returns one. They read items and receive changes.
+            writers: an audience, or a function of a `Write` that returns an audience or a bool.
+            stream_view: the images in a change: `KEYS_ONLY`, `NEW_IMAGE`, `OLD_IMAGE` or `NEW_AND_OLD_IMAGES`.
+            indexes: further orders to query by: name to (partition attribute, sort attribute).
+            hidden: attributes that only service keys read and write.
+            expires: the attribute with the time at which an item ends, in seconds since 1970.
+            schema: a msgspec Struct, or a callable that raises for an item that does not fit.
+            normalize: whether the store keeps what the schema returns: a Struct with its defaults, or a dict.
+
+        Raises:
+            ConfigurationError: the declaration is wrong; the message says why.
         """
         attributes: Any = tuple(key) if isinstance(key, list | tuple) else (key,)
         table = Table(
@@ -299,9 +332,15 @@ class App:
         schema: Schema | None = None,
         normalize: bool = False,
     ) -> Membership:
-        """Declare a membership. Unless `readers` says otherwise, its members may read it.
+        """Declare a membership: a table with the key (group, member). Other parameters are those of `table`.
 
-        Its index `by_member` gives the groups of a user.
+        By default, the members of a group read its items. The index `by_member` gives the groups of a user.
+
+        Args:
+            name: the name of the table.
+            group: the attribute that names the group.
+            member: the attribute that names the user.
+            readers: the readers, if they are others than the members.
         """
         shown = Members(name, group) if readers is None else readers
         membership = Membership(
@@ -320,18 +359,27 @@ class App:
         return membership
 
     def topic(self, pattern: str, *, followers: Audience = nobody) -> Topic:
-        """Declare a family of topics, like "cell:{id}"; `followers` says who may follow, of an item with `id`."""
+        """Declare a family of topics.
+
+        Args:
+            pattern: the names of the topics, such as `"cell:{id}"`.
+            followers: the audience of users who may follow one, for an item with the values in its name, as strings.
+        """
         topic = Topic(pattern, followers)
         self._declare_topic(topic)
         return topic
 
     def families(self, name: str) -> list[tuple[Topic, dict[str, str]]]:
-        """The families that a topic is of, each with what its {…} stand for: who follows must be let in by all."""
+        """Return the families that contain a topic, each with the values in its name.
+
+        A follower must be admitted by all of them.
+        """
         found = ((topic, topic.parse(name)) for topic in self.topics.values())
         return [(topic, values) for topic, values in found if values is not None]
 
     def connections(self, *, readers: AudienceOf = nobody) -> Table:
-        """Say who may see who is online: the readers of the table `connections`, which is always there."""
+        """Declare the readers of the table `connections`, which every application has: the users who see who is
+        online."""
         hidden = frozenset({"source_ip", "user_agent", "claims"})
         table = Table(CONNECTIONS, ("user", "connection"), readers, nobody, hidden=hidden)
         self.tables.pop(CONNECTIONS, None)
@@ -339,14 +387,14 @@ class App:
         return table
 
     def __getitem__(self, name: str) -> Table:
-        """The table of that name. Raises BadRequest when there is none."""
+        """Return a table by name. Raises BadRequest if there is none."""
         try:
             return self.tables[name]
         except KeyError:
             raise BadRequest(f"there is no table {name!r}") from None
 
     def check(self) -> None:
-        """Look at the declarations together, once all are made. Raises ConfigurationError."""
+        """Check the declarations together, when all are made. Raises ConfigurationError."""
         for table in self.tables.values():
             for what, rule in (("readers", table.readers), ("writers", table.writers)):
                 for part in rule.parts() if isinstance(rule, Audience) else ():
@@ -424,7 +472,7 @@ def _indexes(table: str, indexes: Mapping[str, tuple[str, str]]) -> dict[str, tu
 
 
 def _names(table: Table) -> Iterable[tuple[str, Any]]:
-    """What else is named in a declaration."""
+    """Check the names in a declaration."""
     indexed = [attribute for attributes in table.indexes.values() for attribute in attributes]
     expires = [] if table.expires is None else [table.expires]
     yield from (("attribute", attribute) for attribute in (*table.key, *table.hidden, *indexed, *expires))
@@ -439,7 +487,10 @@ def _static_folder(static: str, declared_in: str) -> Path:
 
 
 def load_app(reference: str) -> App:
-    """Import the application named by `module:attribute`. Raises ConfigurationError with one sentence that says why."""
+    """Import the application named `module:attribute`.
+
+    Raises ConfigurationError with one sentence that says why not.
+    """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ConfigurationError(f"APP is module:attribute, for example chat.app:app, not {reference!r}")
@@ -447,7 +498,7 @@ def load_app(reference: str) -> App:
         module = importlib.import_module(module_name)
     except ConfigurationError as error:
         raise ConfigurationError(f"APP {reference!r}: {error}") from None
-    except BaseException as error:  # the module is the user's: it can raise anything, SystemExit too
+    except BaseException as error:  # the user's module can raise anything, even SystemExit
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigurationError(
@@ -462,9 +513,9 @@ def load_app(reference: str) -> App:
 
 
 def _place(error: BaseException, module_name: str) -> str:
-    """Where in the application's own files it went wrong, for example " (shop.py, line 7)"."""
+    """Return the place of an error in the application's own files, such as " (shop.py, line 7)"."""
     if isinstance(error, SyntaxError):
-        return ""  # its message says it
+        return ""  # the message has the place already
     place, trace = "", error.__traceback__
     while trace:
         path = Path(trace.tb_frame.f_code.co_filename)

@@ -1,7 +1,7 @@
-"""Who may see or write an item: expressions over the item, declared once, evaluated by store and broadcaster.
+"""Audiences: expressions over an item that say who may see or write it. No I/O.
 
-The store asks of one reader (`admits`); the broadcaster asks for all (`recipients`). Both are given what they know of
-memberships by an object with the methods of `Knowledge`; neither does I/O.
+The store asks whether an audience admits one user (`admits`). The broadcaster asks for all its users (`recipients`).
+Both pass an object with the methods of `Knowledge`, which knows the members of groups.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from tidewire.model.values import Scalar, canonical
 
 
 class Knowledge(Protocol):
-    """What is known of groups. A method may raise to say that it must be fetched first."""
+    """Known memberships. A method may raise to say that a group must be fetched first."""
 
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
-        """The membership item of that user, or None."""
+        """Return the membership item of a user in a group, or None."""
 
     def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
-        """Whether the user is a member of one of the groups. What must be fetched for it is asked for at once."""
+        """Whether the user is a member of one of the groups. Missing facts are asked for all at once."""
 
     def members(self, membership: str, group: Scalar) -> Mapping[str, Item]:
-        """All membership items of the group, by user."""
+        """Return all membership items of a group, by user."""
 
     def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> Iterable[Mapping[str, Item]]:
-        """All membership items of several groups. Groups that must be fetched first are named all at once."""
+        """Return all membership items of several groups. Missing groups are asked for all at once."""
 
     def vacant(self, membership: str, group: Scalar) -> bool:
-        """Whether the group has no members."""
+        """Whether a group has no members."""
 
     def groups(self, membership: str, user: str) -> Iterable[Scalar]:
-        """The groups of a user. Eventual: they lie in an index."""
+        """Return the groups of a user. They come from an index, which is eventually consistent."""
 
 
 class Reader(NamedTuple):
-    """Who asks."""
+    """A user with the claims of one connection."""
 
     user: str
     claims: Mapping[str, Any]
 
 
 class Recipients(NamedTuple):
-    """Who a change goes to, each under a condition that their connections' claims must meet."""
+    """The recipients of a change, each with a condition that a connection's claims must meet."""
 
     users: Mapping[str, ClaimCondition] = {}
     topics: Mapping[str, ClaimCondition] = {}  # the followers of each
     open: ClaimCondition = False  # every connection that meets it
 
     def user(self, name: str) -> ClaimCondition:
-        """What a connection of that user must meet, whichever way it gets here."""
+        """Return the condition for connections of a user, by name or as one of all."""
         return either(self.users.get(name, False), self.open)
 
 
@@ -63,7 +63,7 @@ NO_RECIPIENTS = Recipients()
 
 
 class Audience:
-    """Base of all audiences. `a | b` is either, `a & b` both."""
+    """The base of all audiences. `a | b` is the union, `a & b` the intersection."""
 
     def __or__(self, other: Audience) -> Audience:
         return Union(self, _audience(other))
@@ -75,11 +75,11 @@ class Audience:
         raise NotImplementedError
 
     def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
-        """All of them; or as far as it concerns one user, which asks for less."""
+        """Return all recipients. With `only`, return what concerns that user, for which fewer facts are needed."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[Audience]:
-        """This one, and those it is made of."""
+        """Yield this audience and those that it is made of."""
         yield self
 
 
@@ -111,7 +111,7 @@ class Everyone(Audience):
 
 @dataclass(frozen=True)
 class Claim(Audience):
-    """Every connection whose claim of that name equals the item's attribute of that name: a string, number or bool."""
+    """Connections whose claim equals the item's attribute of the same name: a string, number or bool."""
 
     name: str
 
@@ -128,7 +128,7 @@ class Claim(Audience):
 
 @dataclass(frozen=True)
 class User(Audience):
-    """The user, or the list of users, that an attribute names."""
+    """The user that an attribute names, or each of a list."""
 
     attribute: str
 
@@ -152,14 +152,14 @@ def _group(item: Item, attribute: str) -> Scalar | None:
 
 @dataclass(frozen=True)
 class Members(Audience):
-    """The members of the group that an attribute names; with `values`, those whose membership item has them."""
+    """The members of the group that an attribute names. With `values`, only those whose membership item has them."""
 
     membership: str
     attribute: str
     values: tuple[tuple[str, Any], ...] = ()
 
     def counts(self, member: Item | None) -> bool:
-        """Whether somebody with that membership item is meant."""
+        """Whether a user with that membership item is in the audience."""
         return member is not None and all(member.get(name) == value for name, value in self.values)
 
     def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
@@ -173,13 +173,13 @@ class Members(Audience):
         if only is not None:
             return Recipients({only: True} if self.counts(known.member(self.membership, group, only)) else {})
         members = known.members(self.membership, group)
-        # A member is a user, whose name is a string; the store lets no other one in.
+        # A member is the name of a user, which is a string. The store refuses others.
         return Recipients({u: True for u, member in members.items() if isinstance(u, str) and self.counts(member)})
 
 
 @dataclass(frozen=True)
 class Vacant(Audience):
-    """Anyone, while the group has no members. It can be asked of a user, but names nobody to send to."""
+    """Every user, while the group has no members. It admits users, and has no recipients."""
 
     membership: str
     attribute: str
@@ -194,7 +194,7 @@ class Vacant(Audience):
 
 @dataclass(frozen=True)
 class Peers(Audience):
-    """Whoever shares a group with the user that an attribute names. Eventual, as the groups of a user are."""
+    """The users who share a group with the user that an attribute names. Eventually consistent."""
 
     membership: str
     attribute: str
@@ -216,7 +216,7 @@ class Peers(Audience):
 
 @dataclass(frozen=True)
 class Followers(Audience):
-    """Who follows the topic that attributes of the item name: those may read it who may follow."""
+    """The followers of the topic that attributes of the item name. Users who may follow it may read the item."""
 
     topic: Topic
     attributes: tuple[str, ...]
@@ -236,7 +236,7 @@ class Followers(Audience):
         values = dict(
             zip(self.topic.fields, (str(canonical(value)) for value in found if value is not None), strict=True)
         )
-        # What would be read as other values could be followed by others.
+        # A name that parses to other values would belong to other followers.
         return values if self.topic.parse(self.topic.name(values)) == values else None
 
 
@@ -244,15 +244,20 @@ CLAIM_TOPICS = "claim:"
 
 
 def claim_topic(name: str, value: Scalar | bool) -> str:
-    """The topic of every connection whose claim of that name has that value."""
+    """Return the topic of all connections whose claim has a value."""
     written = value if isinstance(value, bool) else canonical(value)
     return f"{CLAIM_TOPICS}{name}:{json.dumps(written, ensure_ascii=False)}"
 
 
 class Topic:
-    """A family of topics: a pattern like "cell:{id}", and who may follow, asked with an item of what {…} stands for.
+    """A family of topics.
 
-    Raises ConfigurationError where the pattern is none, or could be taken for another kind of topic.
+    Args:
+        pattern: the names of the topics, such as `"cell:{id}"`.
+        followers: the audience of users who may follow one, for an item with the values in its name.
+
+    Raises:
+        ConfigurationError: the pattern is malformed, or could match topics of another kind.
     """
 
     def __init__(self, pattern: str, followers: Audience) -> None:
@@ -284,7 +289,11 @@ class Topic:
         self._regex = re.compile("".join(named), re.DOTALL)
 
     def of(self, *attributes: str) -> Audience:
-        """The followers of the topic that these attributes name, one for each {…} of the pattern, in its order."""
+        """Return the audience of the followers of one topic.
+
+        Args:
+            attributes: attributes of the item, one for each `{…}` of the pattern, in order.
+        """
         if len(attributes) != len(self.fields):
             raise ConfigurationError(
                 f"topic {self.pattern!r}: of(…) names an attribute for each of {len(self.fields)} parts, "
@@ -293,11 +302,11 @@ class Topic:
         return Followers(self, attributes)
 
     def name(self, values: Mapping[str, str]) -> str:
-        """The topic of these values."""
+        """Return the name of the topic with these values."""
         return "".join(values[text] if n % 2 else text for n, text in enumerate(self._pieces))
 
     def parse(self, name: str) -> dict[str, str] | None:
-        """What {…} stands for in a topic of this family; None where it is none."""
+        """Return the values in the name of a topic of this family; None for another topic."""
         found = self._regex.fullmatch(name)
         return found.groupdict() if found else None
 
@@ -366,20 +375,20 @@ AudienceOf = Audience | Callable[[Item], Audience]
 
 
 def user(attribute: str) -> Audience:
-    """The user, or list of users, named by that attribute of the item."""
+    """Return the audience of the user that an attribute names, or of each user of a list."""
     return User(attribute)
 
 
 def claim(name: str) -> Audience:
-    """Every connection whose claim of that name equals the item's attribute of that name."""
+    """Return the audience of all connections whose claim equals the item's attribute of the same name."""
     return Claim(name)
 
 
 def topic(pattern: str, *, followers: Audience = nobody) -> Topic:
-    """A family of topics, for `readers=that.of("attribute")`; `app.topic` declares one that no table names."""
+    """Return a family of topics, for `readers=….of("attribute")`. `App.topic` declares one that no table names."""
     return Topic(pattern, followers)
 
 
 def resolve(declared: AudienceOf, item: Item) -> Audience:
-    """The audience of an item. What a function of the application raises, this raises."""
+    """Return the audience of an item. Raises whatever a function of the application raises."""
     return declared if isinstance(declared, Audience) else _audience(declared(item))

@@ -1,14 +1,14 @@
-"""Every error Tidewire raises.
+"""Every error that Tidewire raises.
 
 TidewireError
-├── ConfigurationError      an application, a setting or an address that cannot be used; its message is for people
-│   └── Unreachable         Redis does not answer: waiting and a restart can help
-├── Fenced                  this worker no longer owns the partition: it must stop, and re-do nothing
-├── Declined                this worker leaves the partition to a live one whose application knows more tables
-├── ConnectionClosed        the client's connection ended for good (carries the close code)
-└── RequestError            answered to the client: one class for each code of the wire
+├── ConfigurationError      an application, a setting or an address that cannot be used
+│   └── Unreachable         Redis does not answer; it may pass by itself
+├── Fenced                  another worker owns the partition
+├── Declined                a worker leaves a partition to one that knows more tables
+├── ConnectionClosed        the server closed the client's connection for good
+└── RequestError            the answer to a request: one class for each code
     ├── BadRequest  Unauthenticated  PermissionDenied  NotFound  Conflict  UnsupportedAction  TooLarge
-    └── RateLimited  Overloaded  Timeout  Internal          (these say: trying the same again can help)
+    └── RateLimited  Overloaded  Timeout  Internal          (a retry can help)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 
 
 class TidewireError(Exception):
-    """Base of all errors below."""
+    """The base of all errors of Tidewire."""
 
 
 class ConfigurationError(TidewireError):
-    """Something the operator or the author of the application must change; the message says what and how."""
+    """The operator or the author of the application must change something. The message says what."""
 
 
 class Unreachable(ConfigurationError):
@@ -29,11 +29,11 @@ class Unreachable(ConfigurationError):
 
 
 class Fenced(TidewireError):
-    """Another worker has taken the partition since: nothing was read or written by the call."""
+    """Another worker has taken the partition. The call read and wrote nothing."""
 
 
 class Declined(TidewireError):
-    """What lies in the partition is of a table that this process does not know, and another live process does."""
+    """The partition has entries of a table that another live process knows, and this one does not."""
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__(f"this application does not declare {', '.join(sorted(names))}, another live one does")
@@ -41,7 +41,7 @@ class Declined(TidewireError):
 
 
 class ConnectionClosed(TidewireError):
-    """The server closed the connection with a code after which a client does not come back."""
+    """The server closed the connection for good: the code tells clients not to come back."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(f"closed by the server with {code}: {reason or 'no reason given'}")
@@ -50,7 +50,7 @@ class ConnectionClosed(TidewireError):
 
 
 class RequestError(TidewireError):
-    """An answer of the wire: `code`, a message, whether to `retry`, and details (JSON values)."""
+    """An error that the server answers: `code`, `message`, whether a `retry` can help, and `details` (JSON values)."""
 
     code: ClassVar[str] = "internal"
     retry: ClassVar[bool] = False
@@ -129,7 +129,7 @@ BY_CODE: dict[str, type[RequestError]] = {
 
 
 def from_wire(frame: dict[str, Any]) -> RequestError:
-    """The error that an `error` frame (or a stored reply) stands for."""
+    """Return the error of an `error` frame, or of a stored reply."""
     kind = BY_CODE.get(str(frame.get("code")), Internal)
     error = kind(str(frame.get("message", "")))
     error.details = dict(frame.get("details") or {})

@@ -1,4 +1,4 @@
-"""The whole system in a test's own process, on fakeredis. Sockets, frames and services are the real ones.
+"""All services in the process of a test, on fakeredis. Declarations, frames and sockets are the real ones.
 
 async with tidewire.testing.run(app) as stage:
     alice = await stage.client("alice")
@@ -29,17 +29,17 @@ T = TypeVar("T")
 
 
 class FakeBackend(Backend):
-    """A backend on a fake server; several on one server see the same data."""
+    """A backend on a fake server. Several on one server share its data."""
 
     def __init__(self, server: fakeredis.FakeServer, keys: Keys) -> None:
         clients: list[Redis] = [fakeredis.FakeAsyncRedis(server=server) for _ in range(2)]
         super().__init__(clients[0], clients[1], keys)
 
     def another(self) -> None:
-        """None: a fake server wakes its blocked readers on the event loop of whoever writes, so it has one thread."""
+        """Return None: a fake server wakes blocked readers on the event loop of the writer, so it needs one thread."""
 
     async def _wait(self, read: Callable[[], Awaitable[list[T]]]) -> list[T]:
-        # fakeredis does not block on a stream that exists and is empty: look again, ever less often.
+        # fakeredis does not block on an existing empty stream, so ask again, with growing pauses.
         pause_s, deadline = 0.001, time.monotonic() + BLOCK_MS / 1000
         while not (found := await read()) and time.monotonic() < deadline:
             await asyncio.sleep(pause_s)
@@ -54,7 +54,7 @@ class FakeBackend(Backend):
 
 
 class Stage:
-    """A running system."""
+    """A running stage: its addresses, keys and clients."""
 
     def __init__(self, backend: Backend, url: str, http_url: str, stack: contextlib.AsyncExitStack) -> None:
         self.backend = backend
@@ -63,20 +63,23 @@ class Stage:
         self._stack = stack
 
     async def key(self, user: str, *, role: str = "client", claims: dict[str, Any] | None = None) -> str:
-        """A new auth_key of that user."""
+        """Create a credential for a user, and return it."""
         return str(await keyring.create(self.backend, user, role=role, claims=claims))
 
     async def client(self, user: str, *, role: str = "client", claims: dict[str, Any] | None = None) -> Client:
-        """A connected client of that user; it is closed with the stage."""
+        """Connect a client of a user. It is closed with the stage."""
         key = await self.key(user, role=role, claims=claims)
         return await self._stack.enter_async_context(Client(self.url, key))
 
 
 @contextlib.asynccontextmanager
 async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> AsyncIterator[Stage]:
-    """Run store, broadcaster, authorizer and gateway until the block is left.
+    """Run all services while the block runs.
 
-    `settings` are those of tidewire.process.settings.
+    Args:
+        app: the application.
+        backend: a real server instead of fakeredis.
+        settings: settings by name, such as `partitions=2`. docs/operations.md lists them without their prefix.
     """
     app.check()
     chosen = Settings(**settings)
@@ -87,7 +90,7 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
         await shared.open_stage()
 
         async def another() -> Backend:
-            # What is shared is closed once, after the last of those who use it.
+            # A shared backend is closed once, after its last user.
             return shared if backend else await stack.enter_async_context(FakeBackend(server, keys))
 
         ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))

@@ -1,8 +1,8 @@
-"""Members of groups, as the broadcaster of one partition knows them: bounded caches over what Redis holds.
+"""The members of groups, as the broadcaster of one partition knows them: bounded caches over Redis.
 
-A group of this partition is cached as its changes have passed; nobody else changes it. A group of another partition is
-cached together with its version, the id of its last change, which the store writes in the same commit. The broadcaster
-asks for the versions once a batch, and reads a group's items again only when its version is another one.
+The cache of a group of this partition follows the changes that pass, and nothing else changes it. A group of another
+partition is cached with its version, the id of its last change, which the store writes in the same commit. The
+broadcaster reads the versions once for each batch, and a group's items only if the version differs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tidewire.redis.functions import Arg
 from .decide import Group, GroupsOf, Members
 
 MAX_MEMBERS_CACHED = 50_000
-"""Members, over all groups, that the owner of a partition keeps in memory. Beyond, it evicts the group unused longest.
+"""Maximum members, over all groups, in each cache of a partition. Beyond it, the least recently used group is evicted.
 
-Each of the two caches has this bound: one for groups of the partition itself, one for groups of others."""
+There are two caches: one for groups of the partition itself, and one for groups of others."""
 
 Need = Group | GroupsOf
 
 
 class Snapshot(NamedTuple):
-    """A group of another partition, as of a version."""
+    """A group of another partition, with its version."""
 
     version: bytes
     members: Members
@@ -38,7 +38,7 @@ V = TypeVar("V")
 
 
 class GroupCache(Mapping[Group, V], Generic[V]):
-    """Groups by last use. Costs nothing for groups that nobody asks for. `size` counts what a group takes."""
+    """A cache of groups by last use. `size` returns the size of a group."""
 
     def __init__(self, size: Callable[[V], int], most: int = MAX_MEMBERS_CACHED) -> None:
         self._size = size
@@ -58,7 +58,7 @@ class GroupCache(Mapping[Group, V], Generic[V]):
         return len(self._groups)
 
     def put(self, group: Group, value: V) -> None:
-        """Keep the group as it is now. The newest one stays, however large it is."""
+        """Cache a group. The newest one stays, whatever its size."""
         self.drop(group)
         self._groups[group] = value
         self.held += self._cost(value)
@@ -79,7 +79,7 @@ class GroupCache(Mapping[Group, V], Generic[V]):
 
 
 class Known(Mapping[Need, Any]):
-    """What one decision knows: what was fetched for it, over the cached groups."""
+    """The groups that one decision knows: those fetched for it, over the cached ones."""
 
     def __init__(self, cached: Mapping[Group, Members]) -> None:
         self.fetched: dict[Need, Any] = {}
@@ -101,7 +101,7 @@ class Known(Mapping[Need, Any]):
 
 
 class Groups:
-    """What one partition's broadcaster knows of groups, from one batch to the next."""
+    """The known groups of a partition's broadcaster, from one batch to the next."""
 
     def __init__(self, app: App, backend: Backend, partition: int) -> None:
         self._app = app
@@ -111,11 +111,11 @@ class Groups:
         self._others: GroupCache[Snapshot] = GroupCache(lambda snapshot: len(snapshot.members))
 
     def begin(self) -> Known:
-        """What the next decision may know without asking."""
+        """Return what the next decision knows without fetching."""
         return Known(self._own)
 
     def keep(self, known: Known, changed: Mapping[Group, Members]) -> None:
-        """After a commit: keep what was fetched for the decision, and the groups that it changed."""
+        """After a commit, cache the groups that were fetched for the decision, and those that it changed."""
         for need, value in known.fetched.items():
             if isinstance(need, Group) and self._is_here(need):
                 self._own.put(need, value)
@@ -129,12 +129,13 @@ class Groups:
         return self._backend.keys.partition_of(group.group) == self._partition
 
     async def fetch(self, needs: Iterable[Need], *, versioned: bool) -> dict[Need, Any]:
-        """What a decision lacks, in one round trip, and one more where groups of other partitions have changed.
+        """Fetch what a decision lacks, in one round trip, and a second one for changed groups of other partitions.
 
-        `versioned` says that every store notes the versions of groups. If not, no group of another partition is cached.
+        `versioned` says that every store notes the versions of groups. Otherwise no group of another partition is
+        cached.
         """
         wanted = list(needs)
-        # Looked up before the first answer is kept: that may evict another one of these.
+        # Looked up before the first answer is cached, which may evict one of these.
         cached = {need: self._others.get(need) for need in wanted if isinstance(need, Group)}
         calls = [call for need in wanted for call in self._calls(need, versioned=versioned)]
         answers = iter(await self._backend.calls(calls))
@@ -159,7 +160,7 @@ class Groups:
         return found
 
     def _calls(self, need: Need, *, versioned: bool) -> list[tuple[Arg, ...]]:
-        """Commands whose answers `fetch` reads in this order."""
+        """Return the commands for a need. `fetch` reads their answers in this order."""
         keys = self._backend.keys
         if isinstance(need, GroupsOf):
             table = self._app[need.membership]
@@ -171,13 +172,16 @@ class Groups:
             return [self._items(need)]
         versions = keys.group_versions(keys.partition_of(need.group))
         version: tuple[Arg, ...] = ("HGET", versions, keys.group_field(need.membership, need.group))
-        # The version first: with newer items it costs another read. A version that is newer than the items would leave
-        # the cache stale.
+        # The version is read before the items. If it is older than they are, the group is read once more. A newer one
+        # would leave the cache stale.
         return [version] if need in self._others else [version, self._items(need)]
 
     def _items(self, group: Group) -> tuple[Arg, ...]:
-        """Items, not what the other broadcaster has passed: who is told of a membership may query at once, and must
-        then hear of every change, though that broadcaster has yet to commit."""
+        """Return the command for a group's items.
+
+        The members that the other broadcaster has passed would be older: a user who receives a membership may query at
+        once, and must then receive every change.
+        """
         return "HGETALL", self._backend.keys.items(group.membership, group.group)
 
     def _snapshot(self, group: Group, version: bytes | None, raw: Any) -> Members:
@@ -197,5 +201,5 @@ class Groups:
 
 
 def _pairs(raw: Any) -> Iterable[tuple[bytes, bytes]]:
-    """A hash as RESP3 or RESP2 gives it."""
+    """Iterate over a hash in the form of RESP3 or RESP2."""
     return raw.items() if isinstance(raw, Mapping) else zip(raw[::2], raw[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""Waiting for the indexer: before users are told of a membership's change, the index of their groups must have it."""
+"""Waiting for the indexer: the index of a user's groups must contain a membership before the user is told of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tidewire.redis.keys import PartitionField
 log = structlog.get_logger(__name__)
 
 INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
-"""Seconds between two looks at the indexer's position, and the longest wait, for one batch of changes."""
+"""Seconds between two reads of the indexer's position, and the maximum wait for one batch."""
 
 BEHIND = Counter("tidewire_broadcaster_index_behind_total", "Times that a batch waited for the indexer in vain.")
 
@@ -26,7 +26,7 @@ Id = tuple[int, int]
 
 
 def peer_memberships(app: App) -> frozenset[str]:
-    """Memberships by which users see items, or follow topics, of whoever shares a group with them."""
+    """Return the memberships through which `peers` audiences see items or follow topics."""
     audiences = [table.readers for table in app.tables.values()]
     audiences += [topic.followers for topic in app.topics.values()]
     parts = (part for audience in audiences if isinstance(audience, Audience) for part in audience.parts())
@@ -34,7 +34,7 @@ def peer_memberships(app: App) -> frozenset[str]:
 
 
 def last_of_peers(memberships: frozenset[str], changes: Iterable[tuple[Id, Change | None]]) -> Id | None:
-    """The id of the last change that begins or ends a membership of these."""
+    """Return the id of the last change that begins or ends one of these memberships."""
     found = None
     for id_, change in changes:
         if change and change.table in memberships and (change.old is None) != (change.new is None):
@@ -43,10 +43,10 @@ def last_of_peers(memberships: frozenset[str], changes: Iterable[tuple[Id, Chang
 
 
 class IndexWait:
-    """Waits once for a batch, however many changes are in it.
+    """Waits once for each batch, however many changes it has.
 
-    The indexer commits its position after its entries have arrived where they lie. Once it has been waited for in
-    vain, a batch only looks at the position, until the indexer has caught up: a dead indexer delays a partition once.
+    The indexer commits its position after its entries have arrived. After one wait in vain, a batch only reads the
+    position until the indexer has caught up. So a dead indexer delays a partition once.
     """
 
     def __init__(self, backend: Backend, partition: int) -> None:
@@ -55,7 +55,7 @@ class IndexWait:
         self._behind = False
 
     async def until(self, id_: Id) -> None:
-        """Wait until the indexer has followed that change."""
+        """Wait until the indexer has followed a change."""
         deadline = time.monotonic() + (0 if self._behind else INDEX_PATIENCE_S)
         while await self._position() < id_:
             if time.monotonic() >= deadline:

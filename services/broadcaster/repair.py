@@ -1,16 +1,16 @@
-"""Repairing a partition whose broadcaster has missed changes: members are read from items, and all feeds begin anew.
+"""The repair of a partition whose broadcaster has missed changes.
 
-Changes are missed where they were trimmed before they were read, and where a broadcaster passed changes of a table that
-its application did not declare. A repair has three steps:
+It misses changes that were trimmed unread, and those of tables that its application did not declare. A repair has three
+steps:
 
-1. The members of groups are written as the items have them, in many small commits, so that no call to Redis is large.
-   The items may be ahead of the changes that come next.
-2. Changes up to the one that was the last when the items had been read are passed without telling anybody. Membership
-   changes among them are applied in order, so the members are in the end exactly those at that change.
-3. All feeds begin anew behind that change. Readers query, and find a state that contains it.
+1. The members of groups are rebuilt from the items, in many small commits, so that no call to Redis is large. The items
+may
+   be ahead of the changes that come next.
+2. All changes up to the newest one at the end of step 1 are passed without delivery. Membership changes among them are
+   applied in order, so that the members are exactly those at that change.
+3. All feeds are reset behind that change. Readers query, and find a state that contains it.
 
-The first commit notes that a repair is under way and the last one removes the note: a new owner begins again from the
-start until then.
+The first commit notes the repair, and the last one removes the note. Until then, a new owner begins the repair again.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from tidewire.redis.walk import WalkPosition, walk
 from .decide import member_operation
 
 MEMBERS_BATCH = 200
-"""Members that one commit of a repair writes at most."""
+"""Maximum members that one commit of a repair writes."""
 GROUPS_BATCH = 500
-"""Groups that one commit of a repair clears at most."""
+"""Maximum groups that one commit of a repair clears."""
 MAX_COMMIT_BYTES = 1 << 20
-"""Bytes of membership items in one commit of a repair, about."""
+"""Maximum bytes of membership items in one commit of a repair, about."""
 
 
 class Repair:
-    """A repair under way. `memberships` are those whose members are not known."""
+    """A repair in progress. `memberships` are those whose members must be rebuilt."""
 
     def __init__(self, app: App, backend: Backend, partition: int, memberships: Iterable[str]) -> None:
         self._pieces = members_as_they_are(app, backend, partition, memberships)
         self.until: Id | None = None
-        """Changes up to this id are passed without telling anybody; None while members are being written."""
+        """Changes up to this id are passed without delivery; None during step 1."""
 
     async def piece(self, last: Id) -> list[RedisCommand] | None:
-        """The next operations of the first step; None at its end. `last` is the id of the newest change by now."""
+        """Return the next commands of step 1; None at its end. `last` is the id of the newest change."""
         piece = await anext(self._pieces, None)
         if piece is None and self.until is None:
             self.until = last
@@ -53,7 +53,7 @@ class Repair:
 
 
 def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -> list[RedisCommand]:
-    """The operations that apply membership changes to the known members."""
+    """Return the commands that apply membership changes to the members."""
     found = []
     for _, change in changes:
         table = app.tables.get(change.table) if change else None
@@ -65,7 +65,7 @@ def applied(app: App, keys: Keys, changes: Iterable[tuple[Id, Change | None]]) -
 async def members_as_they_are(
     app: App, backend: Backend, partition: int, memberships: Iterable[str]
 ) -> AsyncIterator[list[RedisCommand]]:
-    """The operations that make the known members those of the items, in pieces of a bounded size."""
+    """Yield the commands that rebuild the members from the items, in pieces of bounded size."""
     names = frozenset(memberships)
     for table in app.tables.values():
         if table.name in names and isinstance(table, Membership):

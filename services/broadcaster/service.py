@@ -1,4 +1,4 @@
-"""The broadcaster as a process: a worker whose partitions' streams are the changes."""
+"""The broadcaster process: a worker over the change streams of its partitions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ log = structlog.get_logger(__name__)
 
 GROUP = "broadcaster"
 MAX_DECIDE_S = 0.1
-"""A batch whose decision takes longer ends with the change it is at. Turns of other work do not count."""
+"""Maximum seconds of deciding a batch, without the turns of other work.
+
+Beyond it, the batch ends with its current change.
+"""
 STEP_S = 0.002
-"""Seconds of a decision after which other work of the process gets its turn."""
+"""Seconds of deciding after which other work of the process gets its turn."""
 BODY_GRACE_MS = 60_000
-"""Large bodies outlive the resume window by this time."""
+"""How long, in ms, large bodies outlive the resume window."""
 SWEEP_S = 60.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
@@ -54,7 +57,7 @@ Changes = list[tuple[Id, Change | None]]
 
 
 class BroadcasterTenure:
-    """The broadcaster's work on one partition while it owns it."""
+    """The work of the broadcaster on one partition that it owns."""
 
     def __init__(
         self, app: App, backend: Backend, versions: Versions, partition: int, owned: Owned, feeds: DestinationCache
@@ -75,11 +78,11 @@ class BroadcasterTenure:
         self._passed: Id | None = None  # id of the last change that was passed on
         self._next_passed: Id = (0, 0)
         self._unknown: frozenset[str] = frozenset()
-        """Tables and topics whose changes a broadcaster passed without knowing them, as the partition notes them."""
+        """Tables and topics whose changes were passed without knowing them, as the partition notes."""
         self._next_unknown: frozenset[str] = frozenset()
         self._repair: Repair | None = None
         self._repair_noted = False
-        """Whether the partition notes that a repair is under way."""
+        """Whether the partition notes a repair in progress."""
 
     def destinations(self) -> list[Home]:
         keys = self._backend.keys
@@ -104,7 +107,7 @@ class BroadcasterTenure:
         return await self._pass_on(changes[: count or sound])
 
     async def _pass_on(self, changes: Changes) -> Outcome:
-        """Who hears of these changes, and what."""
+        """Decide who receives these changes."""
         unknown = await self._not_known(changes)
         self._known = self._groups.begin()
         versioned = self._versions.all_note_groups()
@@ -120,11 +123,11 @@ class BroadcasterTenure:
         return Outcome(len(changes), [*decided.operations, *self._notes()], decided.links)
 
     async def _decided(self, changes: Changes) -> Decision | set[Group | GroupsOf]:
-        """Decide in steps, between which other partitions of this process get their turn."""
+        """Decide in steps. Between two, other partitions of this process get their turn."""
         feeds = self._feeds.begin()
         steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, feeds)
         resumed, spent_s = time.perf_counter(), 0.0
-        time_is_up: bool | None = None  # a generator takes nothing else at first
+        time_is_up: bool | None = None  # a generator accepts only None at first
         while True:
             try:
                 steps.send(time_is_up)
@@ -151,14 +154,15 @@ class BroadcasterTenure:
             AGE_SECONDS.observe(max(now - at, 0) / 1000)
 
     async def _begin(self) -> tuple[Id, frozenset[str], bool]:
-        """What the partition notes of how far its broadcasters have come, and whether a repair is under way."""
+        """Read the notes of the partition: the last change that passed, unknown tables, and whether a repair is in
+        progress."""
         fields = (PartitionField.PASSED, PartitionField.UNKNOWN, PartitionField.REPAIR)
         passed, unknown, repair = await self._backend.commands.hmget(self._owned.home.partition, *fields)
         names = frozenset(unpack(unknown)) if unknown else frozenset[str]()
         return stream_id(passed) if passed else (0, 0), names, repair is not None
 
     def _notes(self) -> list[RedisCommand]:
-        """The same, as it will be."""
+        """Return the commands that update these notes."""
         partition, (ms, seq) = self._owned.home.partition, self._next_passed
         notes = [RedisCommand("HSET", partition, (PartitionField.PASSED, f"{ms}-{seq}"))]
         if self._next_unknown != self._unknown:
@@ -166,12 +170,12 @@ class BroadcasterTenure:
         return notes
 
     async def _not_known(self, changes: Changes) -> frozenset[str]:
-        """Tables and topics that these changes concern and this application lacks. Raises Declined."""
+        """Return tables and topics that these changes concern and this application lacks. Raises Declined."""
         tables = {change.table for _, change in changes if change and change.event != "SEND"}
         unknown = frozenset(tables - self._app.tables.keys())
         memberships = {name for name in tables - unknown if isinstance(self._app.tables[name], Membership)}
         if memberships:
-            # Read after the changes: a table that is declared later had no items when they were made.
+            # Read after the changes: a table that is declared later had no items when these were made.
             unknown |= await self._versions.dependents_of(memberships)
         await self._versions.leave_to_others(GROUP, self._partition, unknown)
         return unknown
@@ -182,13 +186,13 @@ class BroadcasterTenure:
         assert self._passed is not None
         memberships = {name for name, table in self._app.tables.items() if isinstance(table, Membership)}
         if changes and not unbroken(self._passed, changes):
-            # Changes were trimmed before they were read: whom they concerned is not known any more.
+            # Changes were trimmed unread, and nothing tells whom they concerned.
             GAPS.inc()
             log.error("changes_lost", partition=self._partition, after=self._passed, before=changes[0][0])
         elif self._repair_noted:
             log.warning("repair_resumed", partition=self._partition)
         elif unknown := self._unknown & self._versions.names:
-            # A predecessor passed changes of a table that it did not know and this application declares.
+            # A former owner passed changes of a table that it did not know. This application declares it.
             log.warning("repair_of_unknown", partition=self._partition, tables=sorted(unknown))
             memberships &= unknown
         else:
@@ -198,7 +202,7 @@ class BroadcasterTenure:
         return Repair(self._app, self._backend, self._partition, memberships)
 
     async def _step(self, repair: Repair, batch: Batch, changes: Changes) -> Outcome:
-        """The next commit of a repair."""
+        """Decide the next commit of a repair."""
         partition, notes = self._owned.home.partition, list[RedisCommand]()
         if not self._repair_noted:
             notes = [RedisCommand("HSET", partition, (PartitionField.REPAIR, "1"))]
@@ -217,27 +221,27 @@ class BroadcasterTenure:
         self._next_passed = max(self._next_passed, until)
         self._next_unknown -= self._versions.names
         self._repair, self._repair_noted = None, False
-        # Behind all that destinations have taken, and not above the next change.
+        # The position is behind everything that destinations have taken, and not above the next change.
         reset = FeedReset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
         links: dict[Home, list[FeedReset]] = {home: [reset] for home in self.destinations()}
         operations += [*self._notes(), RedisCommand("HDEL", partition, (PartitionField.REPAIR,))]
         return Outcome(len(silent), operations, links)
 
     def _untold(self, changes: Changes) -> frozenset[str]:
-        """Tables of changes that this application does not declare."""
+        """Return the tables of changes that this application does not declare."""
         return frozenset(change.table for _, change in changes if change and change.event != "SEND") - set(
             self._app.tables
         )
 
 
 class FeedReset(Struct):
-    """All feeds of a destination begin anew: what they missed before this change is not known."""
+    """A call that resets all feeds of a destination, because unknown changes before `position` were lost."""
 
     position: Position
 
 
 def _change(fields: dict[bytes, bytes]) -> Change | None:
-    """The change of an entry; None for one that was trimmed before it was read, or that nobody here wrote."""
+    """Decode the change of an entry; None if it was trimmed unread, or is malformed."""
     if b"r" not in fields:
         LOST.inc()
         return None
@@ -250,7 +254,7 @@ def _change(fields: dict[bytes, bytes]) -> Change | None:
 
 
 def build(service: Service, app: App) -> Worker:
-    """Wire the broadcaster into a service process."""
+    """Add the broadcaster to a service process."""
     backend = service.backend
     versions = Versions(app, backend, service.registry)
     service.at_start(versions.publish)
@@ -287,7 +291,7 @@ def build(service: Service, app: App) -> Worker:
     )
 
     async def sweep() -> None:
-        """Forget feeds that have closed, where this worker is at home. Who does it, and how often, is all the same."""
+        """Remove the states of closed feeds in the owned partitions. It does no harm if several workers do it."""
         while True:
             await asyncio.sleep(min(SWEEP_S, service.settings.resume_window_s))
             for partition in worker.partitions:

@@ -27,7 +27,7 @@ from . import progress
 from .output import write
 from .reach import declaration_of, declarations
 
-MAX_AT_A_TIME = 1000
+MAX_PAGE_ITEMS = 1000
 PAGE_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 16
 RESUME = ": the same command with --resume goes on"
@@ -115,7 +115,7 @@ async def pages(
                 more = len(found) == at_a_time
                 if found:
                     after = found[-1][0]
-                    at_a_time = min(MAX_AT_A_TIME, len(found) * PAGE_BYTES // max(len(lines), 1) + 1)
+                    at_a_time = min(MAX_PAGE_ITEMS, len(found) * PAGE_BYTES // max(len(lines), 1) + 1)
             done += all_values
 
 

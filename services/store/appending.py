@@ -20,21 +20,24 @@ from .view import Author, Gaps, View, same
 log = structlog.get_logger(__name__)
 
 MAX_PLAUSIBLE_EXPIRY_S = 10**11
-"""Largest expiry, in seconds since 1970, that is no mistake: the year 5138. Milliseconds of today are above it."""
+"""Largest plausible expiry, in seconds since 1970: the year 5138. Present times in milliseconds are above it."""
 _warned_of_ms: set[str] = set()
-"""Tables with an expiry beyond it: this process warns once for each."""
+"""Tables for which this process has warned of a larger expiry."""
 OPENED_ITEMS = 100
 OPENED_BYTES = 65536
-"""A membership's change carries at most so much of what its member may gain or lose sight of."""
+"""Maximum items, and bytes of them, that a membership's change carries for the broadcaster to compare."""
 EXPIRY = Author("tidewire:expiry")
 """The author of the REMOVE of an expired item."""
 
 
 def append_change(view: View, author: Author, table: Table, key: ItemKey, new: Item | None) -> tuple[int, str]:
-    """One item's change, with all that is kept beside the item; (version, position). Nothing, if nothing changes.
+    """Append one item's change, with everything kept beside the item, and return (version, position).
 
-    An item whose time has come has its REMOVE first. Raises TooLarge, or BadRequest for a sort key of a kind that
-    the table does not have.
+    An equal item makes no change. An expired item gets its REMOVE first.
+
+    Raises:
+        TooLarge: the item exceeds the limit.
+        BadRequest: the sort key is of another kind than those of the table.
     """
     record = view.record(key)
     if record and record.item is not None and author is not EXPIRY and view.alive(table, record) is None:
@@ -85,7 +88,7 @@ def append_change(view: View, author: Author, table: Table, key: ItemKey, new: I
 
 
 def append_message(view: View, author: Author, user: str, body: Any) -> None:
-    """A message to a user: a change of no table, which has that user as its audience."""
+    """Append a message to a user: a change without a table, whose audience is that user."""
     id_, now = view.next_id(), view.situation.now
     change = Change(
         "SEND",
@@ -104,7 +107,7 @@ def append_message(view: View, author: Author, user: str, body: Any) -> None:
 
 
 def _opens(view: View, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:
-    """The items that the member may gain or lose sight of, as they are now."""
+    """Return the items whose visibility to the member may change, as they are now."""
     found: list[Opened] = []
     gaps = Gaps()
     for table in visibility(view.app, membership, old, new).compare:
@@ -149,7 +152,7 @@ def _opened(view: View, table: Table, membership: ItemKey) -> Opened:
 def _keep_order(
     view: View, table: Table, key: ItemKey, record: ItemRecord | None, id_: tuple[int, int], *, live: bool
 ) -> None:
-    """Which items there are, in order; which values; and which versions are remembered."""
+    """Keep the order of items, the list of partition-key values, and the remembered versions."""
     operations, partition = view.effects.operations, view.situation.partition
     if table.sorted:
         order = view.keys.order(key.table, key.partition)
@@ -157,7 +160,7 @@ def _keep_order(
             RedisCommand("ZADD", order, ("0", key.field)) if live else RedisCommand("ZREM", order, (key.field,))
         )
     if not live:
-        # A connection's id never comes again: nobody will ask for its version.
+        # The id of a connection is never used again, so its version need not be remembered.
         since = 0 if table.name == CONNECTIONS else id_[0]
         operations.append(RedisCommand("ZADD", view.keys.tombstones(partition), (since, member_of(key))))
     elif record is None:
@@ -169,7 +172,7 @@ def _keep_order(
 def _keep_group(
     view: View, table: Membership, key: ItemKey, old: Item | None, new: Item | None, id_: tuple[int, int]
 ) -> None:
-    """Note the group's version, and have gateways look at once at what the member may no longer follow."""
+    """Note the group's version. If the member may lose topics, have its gateways recheck at once."""
     situation, keys = view.situation, view.keys
     version = b"%d-%d-%d" % (situation.generation, *id_)
     field = keys.group_field(table.name, key.partition)
@@ -187,7 +190,7 @@ def _keep_expiry(view: View, table: Table, key: ItemKey, old: Item | None, new: 
 
 
 def _keep_connection(view: View, key: ItemKey, old: Item | None, new: Item | None) -> None:
-    """Beside a connection's item, by gateway: what must be removed when the gateway dies."""
+    """Keep the connection in the set of its gateway, for the sweep if that dies."""
     if old is not None:
         forget_connection(view, str(old.get("gateway")), key)
     if new is not None:
@@ -208,7 +211,7 @@ def _check_size(view: View, item: Item) -> None:
 
 
 def _check_kind(view: View, table: Table, sort: Scalar) -> None:
-    """Within a table, sort keys are of one kind: that of the first one."""
+    """Check that the sort key is of the kind of the table, which its first item decides."""
     kind = "s" if isinstance(sort, str) else "n"
     known: str | None = (
         view.effects.kinds.get(table.name)
@@ -227,12 +230,12 @@ def _check_kind(view: View, table: Table, sort: Scalar) -> None:
 
 
 def member_of(key: ItemKey) -> bytes:
-    """An item's key in the sets of a partition."""
+    """Return the member for an item in the sets of a partition."""
     return pack([key.table, key.partition, key.sort])
 
 
 def keep_expiry(expiries: bytes, key: ItemKey, at: float | None) -> RedisCommand:
-    """Note among those that expire when this one does."""
+    """Return the command that notes when an item expires."""
     member = member_of(key)
     return (
         RedisCommand("ZREM", expiries, (member,)) if at is None else RedisCommand("ZADD", expiries, (repr(at), member))

@@ -1,6 +1,6 @@
-"""How a batch of commands gets its decision: facts are fetched until it can be decided, within the commands' budgets.
+"""Decides a batch of commands: fetches facts until they suffice, within the budgets of the commands.
 
-An expensive command does not hold up the others: a read is detached, a write is decided alone.
+An expensive command does not delay the others: a read is detached, and a write is decided alone.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from .view import Situation
 
 FORESEEN_BATCH = 128
 MAX_FORESEEN_BYTES = 8 << 20
-"""A batch ends where the items that its commands name exceed this many bytes. They are fetched for FORESEEN_BATCH
-commands at a time."""
+"""Maximum bytes of the items that the commands of a batch name.
+
+They are fetched for FORESEEN_BATCH commands at a time.
+"""
 DETACHABLE = ("get", "query")
 
 
 class Deciding:
-    """One batch on its way to a decision."""
+    """The deciding of one batch."""
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class Deciding:
         self._limits = limits
         self._begun_s = time.monotonic()
         self._facts: dict[Fact, Value] = {}
-        # The services' own commands are bounded by those who send them.
+        # The senders bound the commands of services.
         self._accounts = [
             Account(UNLIMITED if command is None or command.action in (SWEEP, LOAD) else limits, clock)
             for command in commands
@@ -62,12 +64,12 @@ class Deciding:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The kinds of sort keys, by table, that are settled and known."""
+        """The known kinds of sort keys, by table."""
         facts = self._facts.items()
         return {fact.table: str(kind) for fact, kind in facts if isinstance(fact, KindFact) and kind is not None}
 
     async def decision(self) -> Decision:
-        """What the batch comes to. It may consume a prefix."""
+        """Return the decision, which may consume only the first commands."""
         await self._foresee()
         while True:
             found = self._decide()
@@ -102,7 +104,7 @@ class Deciding:
                 break
 
     async def _fetch(self, needs: Needs) -> None:
-        """One round: what the commands that stay in the batch need, charged to them."""
+        """Fetch one round of facts for the commands that stay in the batch, and charge them."""
         wanted = set(needs.get(CHORES, ()))
         charged = {number: facts for number, facts in needs.items() if number != CHORES}
         for number, facts in charged.items():
@@ -122,7 +124,10 @@ class Deciding:
             self._accounts[number].add_bytes(sum(sizes.get(fact, 0) for fact in facts))
 
     async def _settled(self, decision: Decision) -> bool:
-        """Whether the kinds of sort keys are as decided. If another partition was first, its kind becomes a fact."""
+        """Settle the kinds of sort keys.
+
+        Returns False if another partition was first; its kind is a fact from then on.
+        """
         agreed = True
         for table, kind in decision.kinds.items():
             try:

@@ -1,4 +1,4 @@
-"""What one command may cost, what it has cost so far, and which commands are too expensive for a shared batch."""
+"""Budgets of commands: their limits, their costs so far, and which commands are too expensive for a shared batch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tidewire.errors import TooLarge
 from tidewire.process.settings import Settings
 
 Clock = Callable[[], float]
-"""Seconds of CPU time. The CPU time of the thread, so that a busy machine makes no command more expensive."""
+"""Returns seconds of CPU time of the thread. A busy machine does not make a command more expensive."""
 
 MAX_SHARED_ROUNDS = 6
 MAX_SHARED_FACTS = 256
 MAX_SHARED_BYTES = 1 << 20
 MAX_SHARED_CPU_S = 0.005
-"""A command beyond one of these does not share a batch: a read is detached, a write is decided alone."""
+"""Maximum costs of a command that shares a batch. Beyond one, a read is detached, and a write is decided alone."""
 MAX_BATCH_FACTS = 4096
-"""Facts that the commands of one batch may ask for in one round, all together."""
+"""Maximum facts that all commands of a batch ask for in one round."""
 MAX_BATCH_CPU_S = 0.025
-"""A pass over a batch ends at the command that exceeds this many seconds. The rest comes with the next batch."""
+"""Maximum seconds of one pass over a batch. The rest comes with the next batch."""
 CHECK_EVERY = 32
-"""Evaluations of rules between two looks at the clock."""
+"""Evaluations of rules between two checks of the clock."""
 
 
 class Exhausted(TooLarge):
@@ -30,7 +30,7 @@ class Exhausted(TooLarge):
 
 
 class Limits(NamedTuple):
-    """The budget of one command; 0 lifts a bound. Settings `TIDEWIRE_COMMAND_<NAME>` have the same names."""
+    """The budget of one command; 0 lifts a bound. The settings `TIDEWIRE_COMMAND_<NAME>` have the same names."""
 
     rounds: int = 0
     """Rounds of fetching facts."""
@@ -59,7 +59,7 @@ _NAMES = {
 
 
 class Account:
-    """The costs of one command. The shell charges what it fetches; the decision charges what it does."""
+    """The costs of one command. `Deciding` charges what it fetches, and the decision charges what it does."""
 
     def __init__(self, limits: Limits = UNLIMITED, clock: Clock = time.thread_time) -> None:
         self._limits = limits
@@ -97,7 +97,7 @@ class Account:
             self.check()
 
     def exhausted(self) -> str | None:
-        """The bound that is exceeded, by its name in Limits."""
+        """Return the name of an exceeded bound, or None."""
         if not any(self._limits):
             return None
         cpu_ms = int(1000 * self.cpu_s)
@@ -108,7 +108,7 @@ class Account:
         return None
 
     def check(self) -> None:
-        """Raises Exhausted, naming the bound, its setting, and what to do, once one is exceeded."""
+        """Raise Exhausted if a bound is exceeded. The message names it, its setting, and what to do."""
         if name := self.exhausted():
             limit = getattr(self._limits, name)
             raise Exhausted(
@@ -132,7 +132,7 @@ class Account:
 
 
 class Cut(NamedTuple):
-    """How a batch is decided further: its first `limit` commands, without those that are detached."""
+    """The part of a batch to decide: its first `limit` commands, without the detached ones."""
 
     limit: int
     detached: frozenset[int]

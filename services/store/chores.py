@@ -1,6 +1,6 @@
-"""What time brings: items that expire, changes and versions that need be kept no longer. Pure.
+"""Chores: expiry, trimming of changes, and forgetting of versions. No I/O.
 
-Each is done within the commit of a batch, as if it were one more command.
+Each chore is part of the commit of a batch, like one more command. So none can interleave with a write.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import PartitionField
 
 from .appending import EXPIRY, append_change, expiry_of, keep_expiry, member_of
-from .facts import AT_A_TIME, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
+from .facts import CHORE_BATCH, ChangesFact, DueFact, Fact, FieldsFact, ItemFact, Stream, TombstonesFact
 from .view import Gaps, View
 
 
 def expire(view: View) -> bool:
-    """Remove items whose time has come; whether there may be more of them."""
+    """Remove expired items. Returns whether there may be more."""
     due: list[ItemKey] = view.know(DueFact(view.situation.now))
     view.need(ItemFact(key) for key in due)
     gaps = Gaps()
@@ -30,24 +30,24 @@ def expire(view: View) -> bool:
         if table and record and record.item is not None and table.is_expired(record.item, view.situation.now):
             with gaps:
                 append_change(view, EXPIRY, table, key, None)
-        elif key not in view.written:  # of a table that has named another attribute since, or none
+        elif key not in view.written:  # the table has another `expires` attribute by now, or none
             at = expiry_of(table, record.item) if table and record else None
             view.effects.operations.append(keep_expiry(view.keys.expiries(view.situation.partition), key, at))
     gaps.close()
-    return len(due) == AT_A_TIME
+    return len(due) == CHORE_BATCH
 
 
 class Trimmed(NamedTuple):
     lost: dict[str, int]
-    """By group: changes that it never read."""
+    """Changes that each group never read."""
     more: bool
-    """Whether the stream still takes too much memory: the next trim should be soon."""
+    """Whether the stream still exceeds its memory, so that the next trim should come soon."""
 
 
 def trim(view: View) -> Trimmed:
-    """Trim the change stream behind its slowest reader and the time to keep.
+    """Trim the change stream behind its slowest group, and behind the retention time.
 
-    Beyond its bound in entries, or beyond four times its bound in bytes, unread changes are trimmed too, and counted.
+    Beyond its bound in entries, or four times its bound in bytes, unread changes are trimmed too, and counted.
     """
     situation = view.situation
     stream: Stream = view.know(ChangesFact())
@@ -64,24 +64,24 @@ def trim(view: View) -> Trimmed:
         keep = min(keep, situation.keep_changes)
     if keep >= stream.length:
         return Trimmed({}, more=False)
-    # What this commit has appended so far stays as well: it is not part of what the stream was when it was looked at.
+    # Changes that this commit appends also stay: they are not part of the measured stream.
     view.effects.operations.append(RedisCommand("XTRIM", changes, ("MAXLEN", "=", keep + view.appended)))
-    # What was trimmed before is still counted as unread by the server; it was told then.
+    # The server still counts changes as unread that were trimmed before. They were reported then.
     unread = {group: min(count, stream.length) for group, count in stream.unread.items()}
     return Trimmed({group: count - keep for group, count in unread.items() if count > keep}, more)
 
 
 UNREAD_FACTOR = 4
-"""Unread changes may take this many times the memory of a change stream's bound."""
+"""Memory of unread changes, as a multiple of the bound of a change stream."""
 STEPS = 4, 64
-"""A trim removes a quarter of what is too much on average, and a 64th of the stream at least.
+"""One trim removes a quarter of the excess by the average entry, and at least a 64th of the stream.
 
-Entries differ in size. Trimming in steps, with a look at the memory after each, keeps about as many as fit.
+Entries differ in size. Trimming in steps, with a measurement after each, keeps about as many as fit.
 """
 
 
 def kept_by_bytes(stream: Stream, max_bytes: int) -> int:
-    """How many entries one trim keeps of a stream that takes more memory than `max_bytes`."""
+    """Return how many entries one trim keeps of a stream that exceeds `max_bytes` of memory."""
     length, size_bytes = stream.length, stream.size_bytes
     part, least = STEPS
     fit = length * max_bytes // size_bytes
@@ -89,26 +89,27 @@ def kept_by_bytes(stream: Stream, max_bytes: int) -> int:
     unread = min(max(stream.unread.values(), default=0), length) if stream.counted else length
     if keep >= unread:
         return keep
-    # Whatever was read goes. Unread entries go when the stream is many times too large, down to that.
+    # Changes that all groups have read go first. Unread ones go only beyond UNREAD_FACTOR times the bound.
     fit_unread = length * UNREAD_FACTOR * max_bytes // size_bytes
     return min(unread, max(fit_unread, keep))
 
 
 def purge(view: View) -> tuple[int, bool]:
-    """Forget versions of items that were deleted before the oldest change.
+    """Forget the versions of items that were deleted before the oldest change.
 
-    The floor under new items from then on, and whether there may be more to forget.
+    Partition-key values that this batch writes to are left for a later batch. Raises Missing.
 
-    Raises Missing. Nothing is done for partition-key values that this batch writes to: they come later.
+    Returns:
+        The floor under versions of new items, and whether there may be more to forget.
     """
     situation, floor = view.situation, view.situation.floor
     stream: Stream = view.know(ChangesFact())
     assert situation.keep_since is not None
-    # Older than the oldest change that is kept, whichever bound has trimmed those before it.
+    # Older than the oldest change, whichever bound has trimmed those before it.
     before = max(min(situation.keep_since, stream.read_by_all), stream.first)[0]
     dead: list[ItemKey] = view.know(TombstonesFact(before))
     busy = {(key.table, key.partition) for key in (*view.written, *view.effects.items)}
-    may_be_more = len(dead) == AT_A_TIME
+    may_be_more = len(dead) == CHORE_BATCH
     dead = [key for key in dead if (key.table, key.partition) not in busy]
     groups = Counter((key.table, key.partition) for key in dead)
     view.need(_of_tombstones(dead, groups))
@@ -131,7 +132,10 @@ def purge(view: View) -> tuple[int, bool]:
 
 
 def _forget_group(view: View, table: str, group: Scalar) -> Iterable[RedisCommand]:
-    """What is kept of a membership's group, once its last tombstone is gone. Its changes have passed, or are lost."""
+    """Return the commands that remove the state of a group without items and tombstones.
+
+    Its changes have passed, or are lost.
+    """
     if isinstance(view.app.tables.get(table), Membership):
         keys = view.keys
         versions = keys.group_versions(view.situation.partition)

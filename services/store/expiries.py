@@ -1,4 +1,4 @@
-"""Items that were there before their table named an attribute of expiry, or this one: they come to expire too."""
+"""Noting the expiry of items that were written before their table declared `expires`, or declared it differently."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tidewire.redis.walk import WalkPosition, walk
 
 from .appending import expiry_of, keep_expiry
 
-AT_A_TIME = 200
+NOTE_BATCH = 200
 
 
 class Noted(NamedTuple):
-    """How far a table's items of a partition are noted as those that expire."""
+    """How far the items of a table in a partition are noted."""
 
     attribute: str
-    place: WalkPosition | None  # the last one that was; None at the start
+    place: WalkPosition | None  # the last noted item; None at the start
     done: bool = False
 
 
 class Expiries:
-    """Works through the tables of one partition, a step with each batch. Used by the partition's owner alone."""
+    """Walks through the tables of one partition, one step with each batch. Only the owner of the partition uses it."""
 
     def __init__(self, app: App, backend: Backend, partition: int) -> None:
         self._app = app
@@ -34,7 +34,10 @@ class Expiries:
         self._noted: dict[str, Noted] | None = None
 
     async def step(self) -> list[RedisCommand]:
-        """To be done before all else that is in the batch, which may know better; [] when there is nothing left."""
+        """Return the commands of the next step, or [] when done.
+
+        They come before those of the batch, which are newer.
+        """
         keep = False
         if self._noted is None:
             self._noted, keep = await self._found()
@@ -42,8 +45,8 @@ class Expiries:
         name = next((name for name, one in noted.items() if not one.done), None)
         if name is None:
             return [self._kept()] if keep else []
-        found = await walk(self._backend, self._partition, name, noted[name].place, AT_A_TIME)
-        done = len(found) < AT_A_TIME
+        found = await walk(self._backend, self._partition, name, noted[name].place, NOTE_BATCH)
+        done = len(found) < NOTE_BATCH
         noted[name] = Noted(noted[name].attribute, None if done else found[-1][0], done)
         table, keys = self._app[name], self._backend.keys
         expiries = keys.expiries(self._partition)
@@ -56,9 +59,9 @@ class Expiries:
         )
 
     async def _found(self) -> tuple[dict[str, Noted], bool]:
-        """What is noted, and whether less of it holds than was kept.
+        """Return the notes, and whether they must be written again.
 
-        What this application does not declare is forgotten: from now on it is written without being noted.
+        A note of a table that this application does not declare is dropped, because items are no longer noted for it.
         """
         raw = await self._backend.commands.hget(self._backend.keys.partition(self._partition), PartitionField.EXPIRES)
         stored = unpack(raw) if raw else {}

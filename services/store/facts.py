@@ -1,4 +1,4 @@
-"""What the store must know to decide, and how it is fetched: by name, in one round trip, whatever it is."""
+"""The facts that decisions need, and their fetching: many facts of any kind in one round trip."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tidewire.redis.functions import Arg
 from tidewire.redis.keys import Keys
 
 PAGE_BYTES = 1 << 20
-"""A page of a query ends here, with a `next`."""
-AT_A_TIME = 500
-"""So many expired items, or forgotten versions, go into one commit."""
+"""Size at which a page of a query ends, with a `next`."""
+CHORE_BATCH = 500
+"""Maximum expired items, or forgotten versions, of one commit."""
 
 
-# Structs, as named tuples of two kinds are equal when their values are.
+# Structs, because named tuples of two classes are equal if their values are.
 
 
 class ItemFact(Struct, frozen=True):
@@ -29,14 +29,14 @@ class ItemFact(Struct, frozen=True):
 
 
 class CountFact(Struct, frozen=True):
-    """How many items a partition-key value has."""
+    """The number of items with a partition-key value."""
 
     table: str
     partition: Scalar
 
 
 class PageFact(Struct, frozen=True):
-    """Records between two bounds of ZRANGEBYLEX, at most `limit` and about `size_bytes`; and whether there are more."""
+    """Records between two bounds of ZRANGEBYLEX, at most `limit` of about `size_bytes`, and whether there are more."""
 
     order: bytes
     items: bytes
@@ -53,61 +53,61 @@ class Page(NamedTuple):
 
 
 class RequestFact(Struct, frozen=True):
-    """The first reply to an idempotent request."""
+    """The first reply to a request id."""
 
     user: str
     request: str
 
 
 class AskedFact(Struct, frozen=True):
-    """The number of the last command that was done for a gateway; 0 when none is remembered."""
+    """The number of the last command that was done for a gateway; 0 if none is known."""
 
     gateway: str
 
 
 class ConnectedFact(Struct, frozen=True):
-    """Connections of a gateway in this partition, a few hundred of them: (user, connection)."""
+    """Up to 200 connections of a gateway in this partition: (user, connection)."""
 
     gateway: str
 
 
 class KindFact(Struct, frozen=True):
-    """Of what kind a table's sort keys are, in all partitions: "s" or "n"; None before the first item."""
+    """The kind of a table's sort keys in all partitions: "s" or "n"; None before the first item."""
 
     table: str
 
 
 class DueFact(Struct, frozen=True):
-    """Keys of items that expired before now (ms), at most AT_A_TIME."""
+    """Keys of items that expired before a time (ms), at most CHORE_BATCH."""
 
     now: int
 
 
 class ChangesFact(Struct, frozen=True):
-    """How the partition's change stream stands."""
+    """The state of the partition's change stream."""
 
 
 NEVER = (2**63, 0)
-"""Later than any id of a stream."""
+"""An id later than any other."""
 
 
 class Stream(NamedTuple):
     length: int
     first: tuple[int, int]  # id of its first entry
-    read_by_all: tuple[int, int]  # every group has acknowledged what is before that; NEVER, where that is all
-    unread: dict[str, int]  # by group: entries that it has not acknowledged
-    size_bytes: int = 0  # memory that it takes; 0 where the server cannot say
-    counted: bool = True  # whether the server could count for each group what it has not read
+    read_by_all: tuple[int, int]  # all groups have acknowledged everything before it; NEVER for all
+    unread: dict[str, int]  # by group: number of unacknowledged entries
+    size_bytes: int = 0  # its memory; 0 if the server does not say
+    counted: bool = True  # whether the server knows for each group how many entries it has not read
 
 
 class TombstonesFact(Struct, frozen=True):
-    """Keys of items deleted before that time (ms), at most AT_A_TIME."""
+    """Keys of items deleted before a time (ms), at most CHORE_BATCH."""
 
     before: int
 
 
 class FieldsFact(Struct, frozen=True):
-    """How many items and tombstones a partition-key value has."""
+    """The number of items and tombstones with a partition-key value."""
 
     table: str
     partition: Scalar
@@ -130,17 +130,17 @@ Value = ItemRecord | int | str | Page | Reply | Stream | list[tuple[str, str]] |
 
 
 MAX_FETCH = 512
-"""Facts that are fetched in one round trip. Other work gets its turn between two."""
+"""Maximum facts of one round trip. Other work gets its turn between two."""
 Sizes = dict[Fact, int]
-"""The bytes of facts as they lie in Redis."""
+"""Sizes of facts in Redis, in bytes."""
 
 
 async def fetch(
     backend: Backend, partition: int, facts: Iterable[Fact], sizes: Sizes | None = None, *, max_bytes: int = 0
 ) -> dict[Fact, Value]:
-    """All of them, concurrently: simple ones in few round trips, the others in calls of their own.
+    """Fetch facts concurrently: simple ones in few round trips, pages in calls of their own.
 
-    `sizes` is told the bytes of each. With `max_bytes`, fetching stops soon after so many: then not all are returned.
+    `sizes` receives the bytes of each. With `max_bytes`, fetching stops soon after that many, and the rest is missing.
     """
     simple: list[Fact] = []
     others: list[Fact] = []
@@ -160,7 +160,7 @@ async def fetch(
         if max_bytes and fetched_bytes > max_bytes:
             return known
     if max_bytes:
-        for fact in others:  # one at a time: each may have a page of bytes
+        for fact in others:  # one at a time, because each may be a whole page
             known[fact] = await _other(backend, partition, fact, sizes)
             fetched_bytes += sizes.get(fact, 0)
             if fetched_bytes > max_bytes:
@@ -193,9 +193,9 @@ def _command(keys: Keys, partition: int, fact: Fact) -> tuple[Arg, ...]:  # noqa
         case ConnectedFact(gateway):
             return "SRANDMEMBER", keys.connected(partition, gateway), 200
         case DueFact(now):
-            return "ZRANGEBYSCORE", keys.expiries(partition), "-inf", str(now / 1000), "LIMIT", 0, AT_A_TIME
+            return "ZRANGEBYSCORE", keys.expiries(partition), "-inf", str(now / 1000), "LIMIT", 0, CHORE_BATCH
         case TombstonesFact(before):
-            return "ZRANGEBYSCORE", keys.tombstones(partition), "-inf", f"({before}", "LIMIT", 0, AT_A_TIME
+            return "ZRANGEBYSCORE", keys.tombstones(partition), "-inf", f"({before}", "LIMIT", 0, CHORE_BATCH
     raise AssertionError(f"{fact} is asked for in a way of its own")
 
 
@@ -220,9 +220,9 @@ async def _other(backend: Backend, partition: int, fact: Fact, sizes: Sizes) -> 
 
 
 async def settle_kind(backend: Backend, table: str, kind: str) -> str:
-    """The kind of a table's sort keys, which is this one unless another partition has settled it before.
+    """Settle the kind of a table's sort keys, and return it. Another partition may have settled it first.
 
-    Nothing is undone when the write that wanted it is not committed: it was a valid one.
+    It stays if the write that needed it is not committed, because that was a valid write.
     """
     kinds = backend.keys.sort_kinds()
     _, settled = await backend.calls([("HSETNX", kinds, table, kind), ("HGET", kinds, table)])
@@ -258,7 +258,7 @@ async def _stream(backend: Backend, partition: int) -> Stream:
     unread = {group["name"].decode(): int(group.get("lag") or 0) + int(group["pending"]) for group in groups}
     read = [await _read_by(backend, stream, group, last) for group in groups]
     if "broadcaster" not in unread:
-        read.append((0, 0))  # it has not begun
+        read.append((0, 0))  # the group has not begun
     counted = "broadcaster" in unread and all(group.get("lag") is not None for group in groups)
     size_bytes = await _memory_of(backend, stream)
     return Stream(int(info["length"]), first, min(read), unread, size_bytes, counted)
@@ -266,13 +266,13 @@ async def _stream(backend: Backend, partition: int) -> Stream:
 
 async def _memory_of(backend: Backend, key: bytes) -> int:
     try:
-        return int(await backend.commands.memory_usage(key, samples=0) or 0)  # of all entries, not a sample
+        return int(await backend.commands.memory_usage(key, samples=0) or 0)  # measure all entries, not a sample
     except (ResponseError, NotImplementedError):
         return 0  # fakeredis
 
 
 async def _read_by(backend: Backend, stream: bytes, group: Any, last: tuple[int, int]) -> tuple[int, int]:
-    """The first id that a group has not acknowledged."""
+    """Return the first id that a group has not acknowledged."""
     if group["pending"]:
         pending: Any = await backend.commands.xpending(stream, group["name"])
         if pending["min"]:

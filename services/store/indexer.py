@@ -32,9 +32,9 @@ from tidewire.redis.walk import WalkPosition, walk
 log = structlog.get_logger(__name__)
 
 GROUP = "indexer"
-AT_A_TIME = 200
+FILL_BATCH = 200
 """Items that are carried into an index, or out of it, between two batches of changes."""
-NAMES_AT_A_TIME, ENTRIES_AT_A_TIME = 4, 32
+NAMES_BATCH, ENTRIES_BATCH = 4, 32
 """Values of an index, and entries of each, that are looked at between two batches: records may be large."""
 SCAN_S = 0.05
 """So long nothing else is done, while keys are looked through."""
@@ -316,8 +316,8 @@ class IndexerTenure:
     async def _carry(self, index: Index) -> list[Entry]:
         """The next items into the index, or out of it."""
         filling = self._next[index]
-        found = await walk(self._backend, self._partition, index.table, filling.place, AT_A_TIME)
-        if len(found) == AT_A_TIME:
+        found = await walk(self._backend, self._partition, index.table, filling.place, FILL_BATCH)
+        if len(found) == FILL_BATCH:
             self._next[index] = filling._replace(place=found[-1][0])
         elif filling.add:
             self._next[index] = Filling(add=True, place=None, done=True)
@@ -363,7 +363,7 @@ class IndexerTenure:
                     break
                 if not (keys.is_index(names[-1], *index) and filling.concerns(keys.partition_at(names[-1]))):
                     names.pop()  # the pattern says less: what users write may be in a key
-                if len(names) == NAMES_AT_A_TIME:
+                if len(names) == NAMES_BATCH:
                     async for strays in self._strays_of(index, names):
                         yield strays
                     names = []
@@ -380,7 +380,7 @@ class IndexerTenure:
         while places:
             async with self._backend.commands.pipeline(transaction=False) as pipeline:
                 for name, place in places.items():
-                    pipeline.hscan(name, place, count=ENTRIES_AT_A_TIME)
+                    pipeline.hscan(name, place, count=ENTRIES_BATCH)
                 pages = list(zip(places, await pipeline.execute(), strict=True))
             entries = [
                 (name, field, table.key_of(item), item)

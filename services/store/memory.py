@@ -1,4 +1,4 @@
-"""Which nodes of Redis are full, so that the store refuses what would make them hold more."""
+"""Which Redis nodes are full, so that the store refuses growing writes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 1.0
 FULL_PERCENT = 97
-"""From this share of maxmemory on, growing writes are refused. The rest is for deletes, trims, expiry and replies."""
+"""Share of maxmemory from which growing writes are refused. The rest is for deletes, trims, expiry and replies."""
 
 FULL = Gauge("tidewire_redis_full", "Partitions whose node of Redis has too little memory left for writes.")
 
 
 def fullness(info: Mapping[str, Any]) -> str | None:
-    """Why a node takes no growing writes, by its INFO memory; None while it does."""
+    """Return why a node accepts no growing writes, by its INFO memory; None if it does."""
     used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
     if not most or 100 * used < FULL_PERCENT * most:
         return None
@@ -33,36 +33,36 @@ def fullness(info: Mapping[str, Any]) -> str | None:
 
 
 class Memory:
-    """What is known of the memory of the nodes that have the partitions. `run` looks at it once a second."""
+    """The memory of the nodes that have the partitions. `run` measures it every second."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._full: dict[int, str] = {}
 
     def full(self, partition: int) -> str | None:
-        """Why the partition's node takes no growing writes; None while it does."""
+        """Return why the node of a partition accepts no growing writes; None if it does."""
         return self._full.get(partition)
 
     def refused(self, partition: int) -> str:
-        """Note that the node has refused a command for its memory; what `full` says until the next look."""
+        """Note that a node has refused a command for want of memory.
+
+        Returns what `full` says until the next measurement.
+        """
         why = "Redis is full: it has reached its maxmemory. Nothing was done. Delete items or raise maxmemory"
         return self._full.setdefault(partition, why)
 
     async def run(self) -> None:
-        """Look, until cancelled."""
+        """Measure until cancelled."""
         try:
             while True:
                 await self.look()
                 await asyncio.sleep(LOOK_S)
-        except ResponseError as error:  # fakeredis; or a user of Redis who may not ask
+        except ResponseError as error:  # fakeredis, or a Redis user without INFO
             log.warning("redis_memory_unknown", error=str(error))
             await asyncio.Event().wait()
 
     async def look(self) -> None:
-        """Ask each node once. A node that does not answer stays as it was.
-
-        Raises ResponseError where the server refuses to say.
-        """
+        """Ask each node once. A node that does not answer keeps its state. Raises ResponseError if INFO is refused."""
         asked: dict[int, str | None] = {}
         was_full = bool(self._full)
         for partition in range(self._backend.keys.partitions):

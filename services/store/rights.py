@@ -1,4 +1,4 @@
-"""Who may read, who may write, and what `if` may tell. Pure."""
+"""The rights of a command: reading, writing, following, and what a condition may reveal. No I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 class Rights:
-    """What the user of one command may do."""
+    """The rights of the user of one command."""
 
     def __init__(self, view: View, command: Command) -> None:
         self._view = view
@@ -33,7 +33,7 @@ class Rights:
         self._view.account.evaluate()
         try:
             audience = resolve(table.readers, item)
-        except Exception as error:  # the application's function: what it cannot say yes to, nobody reads
+        except Exception as error:  # a fault of the application: without an audience, no user reads the item
             log.warning("readers_failed", table=table.name, error=repr(error))
             return False
         return audience.admits(item, self._reader, self._view)
@@ -56,7 +56,7 @@ class Rights:
         return holds(recipients.user(self._reader.user), self._reader.claims)
 
     def may_follow(self, name: str) -> None:
-        """Raises NotFound where the application has no such topic, PermissionDenied where this user may not follow."""
+        """Check that the user may follow a topic. Raises NotFound or PermissionDenied."""
         families = self._view.app.families(name)
         if not families:
             raise NotFound(f"there is no topic {name[:200]!r}")
@@ -64,14 +64,14 @@ class Rights:
             raise PermissionDenied(f"you may not follow the topic {name[:200]!r}")
 
     def readable(self, table: Table, key: ItemKey) -> Item:
-        """The live item. Raises NotFound where there is none, or none that this user may know of."""
+        """Return a live item. Raises NotFound if there is none, or if the user may not read it."""
         item = self._view.item(table, key)
         if item is None or not self.may_read(table, item):
             raise NotFound(f"there is no such item in table {table.name!r}")
         return item
 
     def may_write(self, table: Table, old: Item | None, new: Item | None) -> None:
-        """Raises PermissionDenied unless the user is among the writers of the item as it is and as it would be."""
+        """Check that the user is among the writers of the old item and of the new one. Raises PermissionDenied."""
         if new is not None:
             _check_readers(table, new)
         if self.all:
@@ -98,14 +98,14 @@ class Rights:
             raise PermissionDenied(f"you may not write this item of table {table.name!r}")
 
     def keep_hidden(self, table: Table, names: Iterable[str]) -> None:
-        """Raises PermissionDenied where a client names a hidden attribute: its answers would tell what is in it."""
+        """Check that a client names no hidden attribute: the answer would reveal its value. Raises PermissionDenied."""
         if not self.all and (hidden := table.hidden.intersection(names)):
             raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
 
     def check_if_readable(self, table: Table, key: ItemKey, condition: Condition) -> None:
-        """`if`, of an item that the user may read as it is, or that is not there; else nothing.
+        """Check a condition on an item that the user may read, or that does not exist. On others, check nothing.
 
-        So nothing is told that `get` would not tell.
+        So the answer reveals nothing that `get` would not reveal.
         """
         item = self._view.item(table, key)
         if item is None and not condition.absent and not self.all:
@@ -114,7 +114,7 @@ class Rights:
             self.check(table, key, condition)
 
     def check(self, table: Table, key: ItemKey, condition: Condition | None) -> None:
-        """`if`. Raises Conflict, with the item's version for who may read it."""
+        """Check a condition. Raises Conflict, with the version of the item if the user may read it."""
         if condition is None:
             return
         record = self._view.record(key)
@@ -123,7 +123,7 @@ class Rights:
             self.keep_hidden(table, condition.equals)
         told = record is not None and item is not None and self.may_read(table, item)
         if item is not None and not told and (condition.version is not None or condition.equals is not None):
-            holds = False  # what one may write and not read cannot be found out by guessing
+            holds = False  # a user who may write, but not read, must not find out the item by guessing
         elif condition.version is not None:
             holds = record is not None and item is not None and record.version == condition.version
         elif condition.equals is not None:

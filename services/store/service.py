@@ -1,4 +1,4 @@
-"""The store as a process: a worker whose partitions' streams are the commands."""
+"""The store process: a worker over the command streams of its partitions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ log = structlog.get_logger(__name__)
 
 GROUP = "store"
 GATEWAYS_KEPT = 1000
-"""Gateways whose last command a partition's owner keeps in memory; beyond, it forgets all, and fetches them again."""
+"""Maximum gateways whose last command number a partition's owner caches. At this number the cache is dropped."""
 EXPIRE_EVERY_S = 1.0
 TRIM_EVERY_S = 10.0
-"""Or ten times within the time that changes are kept, if that is shorter."""
+"""Seconds between two trims of a change stream; at most a tenth of the retention time."""
 EARLY_PART = 4
-"""Changes are also trimmed when this part of their bound in bytes was appended since the last time."""
+"""Changes are also trimmed after appends of this fraction of their bound in bytes."""
 
 COMMANDS = Counter("tidewire_store_commands_total", "Commands decided.")
 CHANGES = Counter("tidewire_store_changes_total", "Changes appended.")
@@ -55,7 +55,7 @@ DECIDE_SECONDS = Histogram("tidewire_store_decide_seconds", "From a batch to its
 
 
 class StoreTenure:
-    """The store's work on one partition while it owns it. It alone writes there, so what it fetched stays true."""
+    """The work of the store on one partition that it owns. Only the owner writes there, so its facts stay true."""
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class StoreTenure:
         self._limits = Limits.of(settings)
         self._situation: Situation | None = None
         self._begun_s = 0.0
-        self._appended_bytes = 0  # to the changes, about, since they were last trimmed
+        self._appended_bytes = 0  # bytes of changes appended since the last trim, about
         self._wait = wait_for(settings)
         self._expires = any(table.expires for table in app.tables.values())
         self._expiries = Expiries(app, backend, partition)
-        self._expire_at = self._trim_at = 0.0  # monotonic: when to look again
+        self._expire_at = self._trim_at = 0.0  # monotonic seconds
         self._expire_every_s = EXPIRE_EVERY_S
         self._trim_every_s = min(TRIM_EVERY_S, max(settings.changes_retention_s / 10, 0.2))
 
@@ -140,7 +140,7 @@ class StoreTenure:
         operations = [*noted, *decided.operations]
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]
-            # Commands are of no use once acknowledged: trimmed behind the one reader, never deleted.
+            # Acknowledged commands are useless. They are trimmed behind their only reader.
             operations.append(RedisCommand("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
         DECIDE_SECONDS.observe(time.perf_counter() - begun)
         if not operations:
@@ -177,7 +177,7 @@ class StoreTenure:
 
 
 def wait_for(settings: Settings) -> Wait | None:
-    """What a commit waits for before its writes are answered."""
+    """Return the confirmation that a commit waits for before its writes are acknowledged."""
     timeout_ms = int(1000 * settings.durable_timeout_s)
     if settings.durability == "fsync":
         return Wait(("WAITAOF", 1, 0, timeout_ms), 1)
@@ -187,7 +187,7 @@ def wait_for(settings: Settings) -> Wait | None:
 
 
 def unconfirmed(decision: Decision) -> dict[str, list[Reply]]:
-    """The replies, where those that tell of a write may not say so yet."""
+    """Return the replies of an unconfirmed commit, in which each write ends with a time-out."""
     error = Timeout("the write was not confirmed as durable in time: repeat it with the same request id").as_frame(None)
     told = {name: list(replies) for name, replies in decision.replies.items()}
     for name, replies in told.items():
@@ -199,7 +199,7 @@ def unconfirmed(decision: Decision) -> dict[str, list[Reply]]:
 
 
 def _command(fields: dict[bytes, bytes]) -> Command | None:
-    """The command of an entry; None for one that nobody here wrote."""
+    """Decode the command of an entry; None if it is malformed."""
     try:
         return Command(*unpack(fields[b"r"]))
     except Exception:
@@ -209,7 +209,7 @@ def _command(fields: dict[bytes, bytes]) -> Command | None:
 
 
 def unknown_names(app: App, versions: Versions, commands: Iterable[Command | None]) -> frozenset[str]:
-    """Tables and topics that commands name and this application does not declare."""
+    """Return the tables and topics that commands name and this application does not declare."""
     tables, topics = set[str](), set[str]()
     for command in commands:
         body: Any = command.body if command else {}
@@ -223,7 +223,7 @@ def unknown_names(app: App, versions: Versions, commands: Iterable[Command | Non
 
 
 def build(service: Service, app: App) -> Worker:
-    """Wire the store into a service process."""
+    """Add the store to a service process."""
     backend, settings = service.backend, service.settings
     answers = Answers(backend)
     service.at_drain(answers.sent)
@@ -248,7 +248,7 @@ def build(service: Service, app: App) -> Worker:
         await versions.publish()
         indexed = await is_needed(app, backend)
         for partition in range(backend.keys.partitions):
-            # From now on nothing is trimmed that one of them has not read.
+            # From now on, no change is trimmed that one of these groups has not read.
             changes = backend.keys.changes(partition)
             await backend.ensure_group(changes, "broadcaster")
             if indexed:
@@ -284,10 +284,10 @@ def build(service: Service, app: App) -> Worker:
 
 
 async def check_durability(backend: Backend, settings: Settings) -> None:
-    """Raises ConfigurationError where the server cannot keep the promise."""
+    """Check that the server supports the chosen durability. Raises ConfigurationError."""
     if settings.durability == "fsync":
         try:
-            for partition in range(backend.keys.partitions):  # each may be on a server of its own
+            for partition in range(backend.keys.partitions):  # each partition may be on another server
                 await backend.wait(("WAITAOF", 1, 0, 1), backend.keys.partition(partition))
         except ResponseError as error:
             raise ConfigurationError(
@@ -297,7 +297,10 @@ async def check_durability(backend: Backend, settings: Settings) -> None:
 
 
 async def declare_tables(backend: Backend, app: App) -> None:
-    """Tell the stage what its tables are. Raises ConfigurationError where a table's key is not that of its items."""
+    """Write the declared tables to the stage.
+
+    Raises ConfigurationError if a table's key differs from that of its items.
+    """
     stored = await backend.commands.hgetall(backend.keys.tables())
     for table in app.tables.values():
         raw = stored.get(table.name.encode())

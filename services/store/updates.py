@@ -1,4 +1,4 @@
-"""`update`: set, remove and add, by paths into nested objects. Pure."""
+"""The parts of an `update`: set, remove and add, by paths into nested objects. No I/O."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tidewire.model.records import Item
 
 
 def apply_update(item: Item, update: Update) -> Item:
-    """A new item: first set, then remove, then add. Raises BadRequest naming the path that does not fit.
+    """Return the updated item: first set, then remove, then add. Raises BadRequest that names the wrong path.
 
-    The new item shares what the update does not touch with the old one, which stays as it is. Nobody may change either
-    in place. The cost is that of the paths, whatever the size of the item.
+    The new item shares everything that the update does not touch with the old one. Neither may be changed in place. The
+    cost grows with the paths, not with the item.
     """
     new = dict(item)
-    own = {id(new): new}  # objects that were made here, and can be changed
+    own = {id(new): new}  # objects that this function has made, and may change
     for path, value in _pairs(update.set):
         parent, name = _parent(new, path, own, make=True)
-        parent[name] = value  # shared with the request, from which a decision may be made again
+        parent[name] = value  # shared with the request, which may be decided again
     for path in update.remove:
         try:
             parent, name = _parent(new, path, own, make=False)
         except KeyError:
-            continue  # what is not there needs no removing
+            continue  # nothing to remove
         parent.pop(name, None)
     for path, value in _pairs(update.add):
         if not _number(value):
@@ -68,9 +68,9 @@ def _sum(a: float, b: float) -> float:
 
 
 def check_values(update: Update) -> None:
-    """Raises BadRequest for a value whose item neither JSON nor our records could hold: above all, nested too deep.
+    """Check that the updated item can be stored, above all that it is not nested too deeply. Raises BadRequest.
 
-    The rest of the item was checked when it was written, and a sum by `apply_update`.
+    The rest of the item was checked when it was written, and `apply_update` checks sums.
     """
     for path, value in _pairs(update.set):
         if fault := fault_in(value, depth=MAX_DEPTH - len(_names(path))):
@@ -78,7 +78,7 @@ def check_values(update: Update) -> None:
 
 
 def touched(update: Update) -> set[str]:
-    """The attributes that an update names."""
+    """Return the attributes that an update names."""
     paths = [*(path for path, _ in _pairs(update.set)), *update.remove, *(path for path, _ in _pairs(update.add))]
     return {path.partition(".")[0] if isinstance(path, str) else path[0] for path in paths if path}
 
@@ -92,7 +92,10 @@ def _names(path: Path) -> list[str]:
 
 
 def _parent(item: Item, path: Path, own: dict[int, Item], *, make: bool) -> tuple[Item, str]:
-    """The object that holds the path's last name, made here. Raises KeyError where one is missing and not `make`."""
+    """Return a copy of the object that holds the last name of a path.
+
+    Raises KeyError if it is missing and not `make`.
+    """
     *names, last = _names(path)
     if not last or not all(names):
         raise BadRequest(f"update: the path {_shown(path)} has an empty name")

@@ -1,7 +1,7 @@
-"""One partition as it stands after what was decided so far: what is known of it, and what will be written to it. Pure.
+"""The view of a partition during a decision: fetched facts, and the effects of commands decided so far. No I/O.
 
-What is not known is named (`Missing`), fetched, and everything is decided again from the start: so the same code says
-what must be fetched and what is to be done.
+A fact that is not known raises `Missing`. It is fetched, and everything is decided again from the beginning. So the
+same code says what must be fetched and what happens.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from .facts import CountFact, Fact, ItemFact, Page, PageFact, Value
 log = structlog.get_logger(__name__)
 
 MAX_GROUPS = 1000
-"""Of one user, as far as who shares a group with whom is asked."""
+"""Maximum groups of a user that `peers` audiences look at."""
 
 
 class Missing(Exception):
-    """These facts must be fetched before a command can be decided."""
+    """Facts must be fetched before a command can be decided."""
 
     def __init__(self, facts: Iterable[Fact], *, expensive: bool = False) -> None:
         self.facts = set(facts)
         self.expensive = expensive
-        """Whether the command has proven too expensive for the partition's serial path."""
+        """Whether the command is too expensive for the serial path of the partition."""
 
 
 class Gaps:
-    """A context manager for steps that do not depend on each other: collects what they miss, to ask for it at once.
+    """A context manager for independent steps. It collects the facts that they miss, to ask for all at once.
 
-    When a step fails after another one missed a fact, the failure may be due to that: then the facts come first.
+    If a step fails after another one has missed a fact, the failure may be due to that. The facts are then fetched
+    first.
     """
 
     def __init__(self) -> None:
@@ -58,33 +59,33 @@ class Gaps:
         return False
 
     def close(self) -> None:
-        """Raises Missing if any step missed a fact."""
+        """Raise Missing if any step has missed a fact."""
         if self._facts:
             raise Missing(self._facts) from None
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Where and when a batch is decided."""
+    """The circumstances of a batch: the partition, its state, and the time."""
 
     partition: int
     generation: int
     now: int  # ms since 1970, the server's
     last: tuple[int, int]  # id of the partition's last change
-    item_bytes: int  # most bytes of an item as JSON; 0: no limit
-    floor: int = 0  # no item begins with a version at or below it
-    kinds: Mapping[str, str] = field(default_factory=dict)  # of sort keys, as far as they are known: "s" or "n"
-    asked: Mapping[str, int] = field(default_factory=dict)  # by gateway: its last command, as far as that is known
-    expire: bool = False  # it is time to look for expired items
-    keep_since: tuple[int, int] | None = None  # it is time to trim what is older than this change id…
-    keep_changes: int = 0  # … and what is beyond so many; 0: no limit
-    keep_bytes: int = 0  # … and what is beyond this memory, in bytes; 0: no limit
-    waited_ms: int = 0  # how long ago `now` was
-    full: str | None = None  # why nothing may be written that makes Redis hold more
+    item_bytes: int  # maximum bytes of an item as JSON; 0: no limit
+    floor: int = 0  # versions of new items begin above it
+    kinds: Mapping[str, str] = field(default_factory=dict)  # known kinds of sort keys, by table: "s" or "n"
+    asked: Mapping[str, int] = field(default_factory=dict)  # by gateway: number of its last command, if known
+    expire: bool = False  # whether expired items are due to be removed
+    keep_since: tuple[int, int] | None = None  # changes before this id are due to be trimmed…
+    keep_changes: int = 0  # … and those beyond this number; 0: no limit
+    keep_bytes: int = 0  # … and those beyond this memory, in bytes; 0: no limit
+    waited_ms: int = 0  # milliseconds since `now`
+    full: str | None = None  # why growing writes are refused
 
 
 class Author(NamedTuple):
-    """Who writes, as the change tells it."""
+    """The author of a write, as its change names it."""
 
     user: str
     connection: str | None = None
@@ -94,16 +95,16 @@ class Author(NamedTuple):
 
 @dataclass
 class Effects:
-    """What one command would do; nothing of it counts until it succeeds."""
+    """The effects of one command. They count only if it succeeds."""
 
     items: dict[ItemKey, ItemRecord] = field(default_factory=dict)
     changes: list[tuple[tuple[int, int], Change]] = field(default_factory=list)
     operations: list[RedisCommand] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=dict)  # of sort keys, by table, where these writes settle them
+    kinds: dict[str, str] = field(default_factory=dict)  # kinds of sort keys, by table, that these writes settle
 
 
 class View:
-    """Facts, over them what earlier commands of the batch wrote, and over that what the present one would write."""
+    """Facts, overlaid by the writes of earlier commands of the batch, overlaid by those of the current command."""
 
     def __init__(self, app: App, keys: Keys, facts: dict[Fact, Value], situation: Situation) -> None:
         self.app = app
@@ -112,13 +113,13 @@ class View:
         self.last = situation.last
         self.written: dict[ItemKey, ItemRecord] = {}
         self.effects = Effects()
-        self.open_items = True  # whether memberships carry what they open, or tell their members to query
-        self._place = f"{situation.partition}-{situation.generation}"  # how each Position of it begins
+        self.open_items = True  # whether memberships carry items to compare; else their members query
+        self._place = f"{situation.partition}-{situation.generation}"  # the beginning of each position
         self._facts = facts
-        self.account = Account()  # of the present command
+        self.account = Account()  # of the current command
         self.settled: dict[str, str] = {}  # kinds of sort keys, by table, that this batch settles
         self.appended = 0  # changes of the batch so far
-        self._counted: dict[tuple[str, Scalar], int] = {}  # items more or fewer than the facts say
+        self._counted: dict[tuple[str, Scalar], int] = {}  # difference of item counts to the facts
 
     # ── what is known ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,7 +130,7 @@ class View:
             raise Missing((fact,)) from None
 
     def need(self, facts: Iterable[Fact]) -> None:
-        """Raises Missing with all that is not known yet: one round of fetching instead of several."""
+        """Raise Missing with all unknown facts among these, so that one round fetches them."""
         missing = [
             fact
             for fact in facts
@@ -147,7 +148,7 @@ class View:
         return record
 
     def alive(self, table: Table, record: ItemRecord | None) -> Item | None:
-        """The item, unless it was deleted or its time has come."""
+        """Return the item of a record, unless it is deleted or expired."""
         if record is None or record.item is None:
             return None
         return None if table.expires and table.is_expired(record.item, self.situation.now) else record.item
@@ -155,7 +156,7 @@ class View:
     def item(self, table: Table, key: ItemKey) -> Item | None:
         return self.alive(table, self.record(key))
 
-    # `Knowledge`, for the audiences: memberships are tables, so that the same facts serve. A group that lies in another
+    # The methods of `Knowledge`, for audiences. Memberships are tables, so the same facts serve. A group of another
     # partition is seen as it is now.
 
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
@@ -170,7 +171,7 @@ class View:
     def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:
         table = self.app[membership]
         keys = [ItemKey(membership, group, user) for group in groups]
-        self.need(ItemFact(key) for key in keys)  # all at once
+        self.need(ItemFact(key) for key in keys)  # in one round
         return any(self.item(table, key) is not None for key in keys)
 
     def vacant(self, membership: str, group: Scalar) -> bool:
@@ -199,12 +200,12 @@ class View:
     # ── what will be written ────────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, account: Account | None = None) -> None:
-        """Forget what the command before would have done; from now on, costs go to this account."""
+        """Drop the effects of the last command, and charge costs to this account from now on."""
         self.effects = Effects()
         self.account = account or self.account
 
     def accept(self) -> Effects:
-        """What the present command would do is done: the next ones see it."""
+        """Accept the effects of the current command, so that the next ones see them, and return them."""
         done = self.effects
         for key in done.items:
             group = (key.table, key.partition)
@@ -232,8 +233,8 @@ class View:
 
 
 def same(a: Any, b: Any) -> bool:
-    """JSON equality: as ==, but true is not 1."""
-    # First what costs little for large items: `==` is stricter in nothing but that, and an update shares what it keeps.
+    """Whether two values are equal in JSON, where true is not 1."""
+    # `==` is fast, and an updated item shares most of its parts. Only booleans need the slow comparison.
     return a is b or (bool(a == b) and _same(a, b))
 
 

@@ -9,7 +9,8 @@ from tidewire.redis.keys import PartitionField
 
 
 def test_both_sides_agree_on_the_fields_of_each_record() -> None:
-    names, numbers = [], []
+    names: list[str] = []
+    numbers: list[int] = []
     for left, right in re.findall(r"^local ((?:[A-Z]+_FIELDS(?:, )?)+) = ([\d, ]+)$", SOURCE, re.MULTILINE):
         names += [name.removesuffix("_FIELDS") for name in left.split(", ")]
         numbers += map(int, right.split(", "))

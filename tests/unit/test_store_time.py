@@ -121,8 +121,8 @@ class TestExpiry:
         world.changes.clear()
         rounds = 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tidewire.services.store.chores.AT_A_TIME", 2)
-            patch.setattr("tests.unit.world.AT_A_TIME", 2)
+            patch.setattr("tidewire.services.store.chores.CHORE_BATCH", 2)
+            patch.setattr("tests.unit.world.CHORE_BATCH", 2)
             while world.chore(expire=True).more_to_expire:
                 rounds += 1
                 assert rounds < 5

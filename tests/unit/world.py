@@ -17,7 +17,7 @@ from tidewire.services.store.batches import DETACHABLE
 from tidewire.services.store.budget import UNLIMITED, Account, Cut, cut
 from tidewire.services.store.decide import CHORES, Decision, decide, wire_error
 from tidewire.services.store.facts import (
-    AT_A_TIME,
+    CHORE_BATCH,
     AskedFact,
     ChangesFact,
     ConnectedFact,
@@ -180,11 +180,11 @@ class World:
         if isinstance(fact, DueFact):
             due = self.scores[KEYS.expiries(0)]
             found = [ItemKey(*unpack(member)) for member, at in due.items() if float(at) <= fact.now / 1000]
-            return found[:AT_A_TIME]
+            return found[:CHORE_BATCH]
         if isinstance(fact, TombstonesFact):
             dead = self.scores[KEYS.tombstones(0)]
             found = [ItemKey(*unpack(member)) for member, at in dead.items() if float(at) < fact.before]
-            return found[:AT_A_TIME]
+            return found[:CHORE_BATCH]
         if isinstance(fact, FieldsFact):
             return len(self.hashes[KEYS.items(fact.table, fact.partition)])
         if isinstance(fact, ChangesFact):

@@ -1,7 +1,7 @@
-"""Feeds seen from the reader's side: cursors, the chain of tags, and what to do with what arrives. Pure.
+"""Feeds as readers see them: cursors, the chain of tags, and resumes. No I/O.
 
-A feed's entries are numbered 1, 2, 3… without holes. The tag of an entry is a hash of the tag before it and of the
-change it carries: a cursor that has the right tag has had the right entries, all of them.
+The entries of a feed are numbered 1, 2, 3… without holes. The tag of an entry is a hash of the tag before it and of the
+position of its change. So a cursor with the right tag proves that its reader had all entries before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FeedEntry(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """Where a reader stands. Opaque to clients: `<feed epoch>.<seq>.<tag of the entry>`."""
+    """The place of a reader in a feed: `<epoch>.<seq>.<tag>` of its last entry. Opaque to clients."""
 
     epoch: str
     seq: int
@@ -38,7 +38,7 @@ class Cursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Cursor | None:
-        """The cursor, or None where the text is none."""
+        """Parse a cursor; None if the text is malformed."""
         epoch, _, rest = text.partition(".")
         seq, _, tag = rest.partition(".")
         numbers = epoch.isdecimal() and seq.isdecimal() and len(seq) <= 15
@@ -47,12 +47,12 @@ class Cursor(NamedTuple):
 
 
 def chained(tag: str, position: str) -> str:
-    """The tag of the entry that follows the one with `tag`. The same as in lua/feed.lua, link_append."""
+    """Return the tag of the entry after the one with `tag`. The same as in `link_append` of lua/feed.lua."""
     return hashlib.sha1((tag + position).encode(), usedforsecurity=False).hexdigest()[:10]
 
 
 class Announcement(NamedTuple):
-    """What a feed's channel says of each entry."""
+    """The announcement of an entry on the feed's channel."""
 
     epoch: str
     entry: FeedEntry
@@ -66,7 +66,7 @@ class Announcement(NamedTuple):
 
 @dataclass(frozen=True)
 class Reset:
-    """What cannot be proven complete: the reader must query again, and goes on from `cursor`."""
+    """The reader may lack entries: it must query again, and continue from `cursor`."""
 
     reason: str
     cursor: Cursor
@@ -77,16 +77,16 @@ def head_of(state: FeedState) -> Cursor:
 
 
 def follow_on(cursor: Cursor, entry: FeedEntry) -> Cursor | None:
-    """The cursor after the entry, when it is the very next one; else None."""
+    """Return the cursor after an entry if it is exactly the next one, else None."""
     if entry.seq != cursor.seq + 1 or chained(cursor.tag, entry.position) != entry.tag:
         return None
     return Cursor(cursor.epoch, entry.seq, entry.tag)
 
 
 def resume(cursor: Cursor, state: FeedState, entries: list[FeedEntry]) -> Reset | None:
-    """Whether `entries` (those after the cursor's seq, as read with `state`) are all that the cursor missed, in full.
+    """Check that `entries` are all that a cursor missed. They are those after its seq, as read together with `state`.
 
-    None when they are; else the reset to send. Entries that were read only in part (a bounded read) count as in order.
+    Returns None if they are, else the reset to send. A bounded read may return only the first of them.
     """
     head = head_of(state)
     if cursor.epoch != state.epoch:

@@ -1,6 +1,6 @@
-"""What lies in Redis, as MessagePack arrays of the tuples below.
+"""Records in Redis, stored as MessagePack arrays of the tuples below.
 
-A field that is added later goes to the end, and has a default.
+Several releases read the same records. A new field goes to the end, and has a default.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgpack
 JSON = Any
 Item = dict[str, Any]
 Id = tuple[int, int]
-"""The id of a stream's entry: ms and seq."""
+"""The id of an entry in a stream: ms and seq."""
 
 
 def pack(value: Any) -> bytes:
@@ -25,12 +25,12 @@ def unpack(data: bytes | str) -> Any:
 
 
 def text(raw: bytes | str) -> str:
-    """A name as Redis gave it."""
+    """Decode a name from Redis."""
     return raw.decode() if isinstance(raw, bytes) else raw
 
 
 class ItemRecord(NamedTuple):
-    """An item at rest. `item` is None for a tombstone, which keeps versions from going back."""
+    """A stored item. `item` is None for a tombstone, which remembers the version of a deleted item."""
 
     version: int
     at: int  # ms since 1970
@@ -39,7 +39,7 @@ class ItemRecord(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A request on its way to the store."""
+    """A request in the command stream of a partition."""
 
     action: str
     body: dict[str, Any]
@@ -47,16 +47,16 @@ class Command(NamedTuple):
     role: str  # "client" or "service"
     claims: dict[str, Any]
     connection: str | None
-    request: str | None  # the client's own: the same user's same id gives the first result again
+    request: str | None  # the client's request id: a repeat of it returns the first result
     request_ttl_ms: int
-    deadline: int  # ms since 1970, server time: older than that, it is not done
+    deadline: int  # ms since 1970, server time; later than that, the store does not do it
     reply_to: str  # gateway
-    number: int  # of the request within that gateway, greater than all before: what comes again is known by it
+    number: int  # of the gateway's requests; it grows, so that a repeat is recognized
     trace: str | None = None  # W3C traceparent
 
 
 class Reply(NamedTuple):
-    """The answer: a result, or an error as {code, message, details}."""
+    """The answer to a command: a result, or an error as {code, message, details}."""
 
     number: int
     result: JSON
@@ -64,7 +64,7 @@ class Reply(NamedTuple):
 
 
 class DirectMessage(NamedTuple):
-    """A frame for one connection, on its way to the gateway that has it."""
+    """A frame for one connection, in the stream of the gateway that has it."""
 
     connection: str
     frame: dict[str, Any]
@@ -74,9 +74,12 @@ class DirectMessage(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What the store appends for each write. Both images, always: who could see the old one must hear of it."""
+    """The record of one write, in the change stream.
 
-    event: str  # INSERT, MODIFY or REMOVE; SEND for a message to a user, which is in no table
+    It always has both images: readers of the old one receive a LEAVE.
+    """
+
+    event: str  # INSERT, MODIFY or REMOVE; SEND for a message to a user, which has no table
     table: str
     key: dict[str, Any]
     version: int
@@ -86,26 +89,24 @@ class Change(NamedTuple):
     by: str
     connection: str | None
     request: str | None
-    transaction: str | None = None  # the same for all changes of one; they come one after another
-    more: bool = False  # another change of the transaction follows
+    transaction: str | None = None  # equal for all changes of a transaction, which come one after another
+    more: bool = False  # whether another change of the transaction follows
     trace: str | None = None  # W3C traceparent
-    generation: int = 0  # of the partition when it was written: what was written before a fall back keeps its own
-    previous: Any = (
-        None  # id of the partition's change before it, as [ms, seq]: where that was not passed, there is a gap
-    )
-    opens: list[Any] | None = None  # of a membership: as `Opened`, what its member may gain or lose sight of
+    generation: int = 0  # of the partition when it was written
+    previous: Any = None  # id of the change before it, as [ms, seq]: a reader that has not passed that one has a gap
+    opens: list[Any] | None = None  # of a membership: `Opened` items, whose visibility may change
 
 
 class Opened(NamedTuple):
-    """The items of one table and group that are looked at when a membership changes, as they are at that moment."""
+    """The items of one table and group when a membership changes, for the broadcaster to compare."""
 
     table: str
-    records: list[Any]  # as `ItemRecord`, the last of the sort order first
-    whole: bool  # whether these are all
+    records: list[Any]  # `ItemRecord`s, the last in sort order first
+    whole: bool  # whether the group has no further items
 
 
 class Declaration(NamedTuple):
-    """A table as an application declares it, for those who work on a stage without its application."""
+    """A table as declared, for commands that work on a stage without its application."""
 
     key: tuple[str, ...]
     stream_view: str
@@ -114,7 +115,7 @@ class Declaration(NamedTuple):
 
 
 class Authorization(NamedTuple):
-    """A gateway's question to the authorizers."""
+    """A question of a gateway to the authorizers."""
 
     auth_key: str
     reply_to: str
@@ -122,17 +123,17 @@ class Authorization(NamedTuple):
 
 
 class Principal(NamedTuple):
-    """Who a credential stands for."""
+    """The user, role and claims that a credential stands for."""
 
     user: str
     role: str
     claims: dict[str, Any]
-    credential: str  # id of the API key, for revocation
+    credential: str  # id of the API key, by which it is revoked
     expires_at: int | None  # ms since 1970
 
 
 class Credential(NamedTuple):
-    """An API key at rest: the SHA-256 of its secret, never the secret."""
+    """A stored API key. It has the SHA-256 of the secret, never the secret."""
 
     digest: bytes
     user: str
@@ -144,19 +145,19 @@ class Credential(NamedTuple):
 
 
 class FeedBody(NamedTuple):
-    """What a feed's entry carries: the type of the frame, and the rest of it as JSON text of an object."""
+    """The body of a feed entry: the type of the frame, and the rest of it as JSON text of an object."""
 
-    type: str  # change, message, reset; RECHECK is for the gateway alone
+    type: str  # change, message or reset; RECHECK is for the gateway
     rest: bytes
-    asks: Any = True  # the condition that a connection's claims must meet, as in tidewire/model/claims.py
+    asks: Any = True  # the condition on a connection's claims, as in tidewire/model/claims.py
 
 
 RECHECK = "recheck"
-"""The user may no longer follow all topics: each of the connections is to be looked at."""
+"""Type of an entry for gateways: the user may no longer follow all topics, so each connection must ask again."""
 
 
 class Position(NamedTuple):
-    """Where a change stands: its partition, that partition's generation, and its id in the change stream."""
+    """The position of a change: its partition, generation, and id in the change stream."""
 
     partition: int
     generation: int
@@ -168,6 +169,6 @@ class Position(NamedTuple):
 
 
 def stream_id(raw: bytes | str) -> Id:
-    """b"1795409459002-3" → (1795409459002, 3)."""
+    """Parse an id: b"1795409459002-3" is (1795409459002, 3)."""
     ms, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")
     return int(ms), int(seq or 0)

@@ -6,39 +6,39 @@ import struct
 from typing import NamedTuple
 
 Scalar = str | int | float
-"""A value of a key attribute. Booleans are refused before they get here."""
+"""A value of a key attribute. Booleans are refused earlier."""
 
 LARGEST_KEY_NUMBER = 2**53
-"""Numbers in keys are ordered as IEEE doubles, which are exact up to here."""
+"""Largest absolute number in a key. Keys are ordered as IEEE doubles, which are exact up to it."""
 
 
 def canonical(value: Scalar) -> Scalar:
-    """1.0 and 1 are one key."""
+    """Return the canonical form of a value: 1.0 and 1 are one key."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def text_of(value: Scalar) -> bytes:
-    """The value as text, in UTF-8."""
+    """Return a value as text, in UTF-8."""
     return value.encode() if isinstance(value, str) else repr(canonical(value)).encode()
 
 
 def name_of(value: Scalar) -> bytes:
-    """The partition-key value as part of a Redis key; "1" and 1 differ."""
+    """Return a partition-key value as a part of a Redis key, in which "1" and 1 differ."""
     return (b"s" if isinstance(value, str) else b"n") + text_of(value)
 
 
 def sort_bytes(value: Scalar) -> bytes:
-    """The sort-key value as bytes whose order is the order of the values: numbers, then strings by UTF-8 bytes."""
+    """Return a sort-key value as bytes that sort as the values do: numbers first, then strings by UTF-8."""
     if isinstance(value, str):
         return b"s" + value.encode()
     (bits,) = struct.unpack(">Q", struct.pack(">d", float(value) + 0.0))
-    # The order of doubles is the order of their bits once the sign is folded in (negative ones count backwards).
+    # Doubles sort as their bits do, once the sign is folded in: negative ones sort backwards.
     bits = bits ^ 0xFFFFFFFFFFFFFFFF if bits >> 63 else bits | (1 << 63)
     return b"n" + struct.pack(">Q", bits)
 
 
 def value_of(name: bytes) -> Scalar:
-    """The value that `name_of` made this of."""
+    """Return the value of which `name_of` made these bytes."""
     text = name[1:].decode()
     if name[:1] == b"s":
         return text
@@ -46,7 +46,7 @@ def value_of(name: bytes) -> Scalar:
 
 
 def sort_value(field: bytes) -> Scalar:
-    """The value that `sort_bytes` made this of."""
+    """Return the value of which `sort_bytes` made these bytes."""
     if field[:1] == b"s":
         return field[1:].decode()
     (bits,) = struct.unpack(">Q", field[1:])
@@ -56,22 +56,22 @@ def sort_value(field: bytes) -> Scalar:
 
 
 def tuple_bytes(*values: Scalar) -> bytes:
-    """Several values as bytes whose order is theirs, the first one counting most; no such text begins another."""
+    """Return several values as bytes that sort as the tuples do. No result is the beginning of another."""
     return b"".join(_closed(sort_bytes(value)) if isinstance(value, str) else sort_bytes(value) for value in values)
 
 
 def prefix_bytes(prefix: str) -> bytes:
-    """What `tuple_bytes` of all strings with that prefix begin with."""
+    """Return the bytes with which `tuple_bytes` of every string with that prefix begins."""
     return _closed(sort_bytes(prefix))[:-2]
 
 
 def _closed(text: bytes) -> bytes:
-    # A zero byte within is marked, so that the end sorts before all that goes on.
+    # Zero bytes in the text are marked, so that the end of a text sorts before any continuation.
     return text.replace(b"\0", b"\0\xff") + b"\0\x01"
 
 
 class ItemKey(NamedTuple):
-    """One item: partition-key value, and sort-key value (None where the table has no sort key)."""
+    """The key of an item: table, partition-key value, and sort-key value (None in a table without one)."""
 
     table: str
     partition: Scalar

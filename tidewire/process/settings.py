@@ -38,7 +38,7 @@ _ONE_OF = {
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What every service is given."""
+    """The settings of a process."""
 
     redis: str = "redis://127.0.0.1:6379"
     stage: str = "dev"
@@ -93,12 +93,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, (shown, *allowed, last) in _ONE_OF.items():
             if (given := getattr(self, name)) not in (*allowed, last):
                 raise ConfigurationError(f"{shown} {given!r}: {', '.join(allowed)} or {last}")
-        if not 0 < self.durable_timeout_s <= 4:  # shorter than the socket's time-out
+        if not 0 < self.durable_timeout_s <= 4:  # shorter than the time-out of the socket
             raise ConfigurationError(f"TIDEWIRE_DURABLE_TIMEOUT_S={self.durable_timeout_s}: above 0, at most 4")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigurationError(f"TIDEWIRE_{name.upper()}={getattr(self, name)}: at least {least}")
-        if not 256 <= self.batch <= 2000:  # a batch holds a whole transaction, which may replace 100 expired items
+        # a batch must hold a whole transaction, which may also remove 100 expired items
+        if not 256 <= self.batch <= 2000:
             raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 256 and 2000")
         if self.lease_ms < 300:
             raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
@@ -121,7 +122,7 @@ def drop_service_links(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def load(environment: Mapping[str, str] | None = None, **flags: Any) -> Settings:
-    """The settings in force; flags that are None are not given. Raises ConfigurationError naming the variable."""
+    """Load the settings. Flags that are None count as not given. Raises ConfigurationError that names the variable."""
     environment = os.environ if environment is None else environment
     given: dict[str, Any] = {}
     for field in msgspec.structs.fields(Settings):

@@ -1,4 +1,4 @@
-"""What the addresses of --redis say: a cluster's nodes, sentinels and their service, users and passwords."""
+"""The addresses of --redis: nodes of a cluster, sentinels with their service, users and passwords."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tidewire.errors import ConfigurationError
 
 
 class ClusterAddress(NamedTuple):
-    """What redis+cluster://user:password@host:port,host:port says."""
+    """The address redis+cluster://user:password@host:port,host:port."""
 
     nodes: list[tuple[str, int]]
     username: str | None
@@ -18,7 +18,7 @@ class ClusterAddress(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> ClusterAddress:
-        """Raises ConfigurationError for what is no such address."""
+        """Parse an address. Raises ConfigurationError."""
         user, password, nodes, behind = _parts(url, 6379)
         if nodes is None:
             raise ConfigurationError(
@@ -32,10 +32,9 @@ class ClusterAddress(NamedTuple):
 
 
 class SentinelsAddress(NamedTuple):
-    """What redis+sentinel://user:password@host:port,host:port/service?sentinel_password=… says.
+    """The address redis+sentinel://user:password@host:port,host:port/service?sentinel_password=….
 
-    User and password are the servers'; the sentinels' own, where they have them, are `sentinel_username` and
-    `sentinel_password`.
+    User and password are those of the servers. Those of the sentinels are `sentinel_username` and `sentinel_password`.
     """
 
     nodes: list[tuple[str, int]]
@@ -46,7 +45,7 @@ class SentinelsAddress(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> SentinelsAddress:
-        """Raises ConfigurationError for what is no such address."""
+        """Parse an address. Raises ConfigurationError."""
         user, password, nodes, behind = _parts(url, 26379)
         path, _, query = behind.partition("?")
         service, options = unquote(path.strip("/")), dict(parse_qsl(query, keep_blank_values=True))
@@ -62,8 +61,8 @@ class SentinelsAddress(NamedTuple):
 
 
 def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str, int]] | None, str]:
-    """(user, password, nodes, what comes behind) of an address with several; nodes are None where they are none."""
-    # A password may hold anything, the rest neither of these signs.
+    """Split an address with several nodes into (user, password, nodes, rest). Nodes are None if they are malformed."""
+    # A password may contain anything. The rest contains none of these signs.
     login, _, rest = url.partition("://")[2].rpartition("@")
     hosts, *behind = re.split(r"(?=[/?#])", rest, maxsplit=1)
     user, _, password = login.partition(":")
@@ -88,6 +87,6 @@ def check_login(url: str) -> None:
 
 
 def redacted(url: str) -> str:
-    """The address without its password, wherever it stands."""
+    """Return an address without its passwords."""
     url = re.sub(r"^([^:]*://[^:@/]*):.*@", r"\1:…@", url, flags=re.DOTALL)
     return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1…", url)

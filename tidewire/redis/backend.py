@@ -1,6 +1,7 @@
-"""Connections to Redis, by URL. Services ask for what they need; which topology is behind it is decided here.
+"""One stage on Redis, whatever the topology.
 
-Every key has a hash tag, and each call stays with one tag: so the same calls do for a single server and for a cluster.
+Every key has a hash tag, and each call uses keys of one tag. So the same calls work on a single server and on a
+cluster.
 """
 
 from __future__ import annotations
@@ -30,23 +31,26 @@ from tidewire.redis.wire import Wire, without_errors
 log = structlog.get_logger(__name__)
 
 BLOCK_MS = 1000
-"""How long a blocking read waits at the server. Shorter than `wire.MAX_SILENCE_S`, or it would be given up."""
+"""How long, in ms, a blocking read waits at the server.
+
+Shorter than `wire.MAX_SILENCE_S`, after which it would be dropped.
+"""
 COMMANDS: dict[str, Any] = {
     "socket_connect_timeout": 3,
     "socket_timeout": 4,
     "max_connections": 1000,
     "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
 }
-"""redis-py's own way, for what is rare. A server that hangs holds a command up for less than 15 s."""
+"""Options of redis-py for rare commands. A server that hangs delays one for less than 15 s."""
 LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
-"""For subscribers, which try again themselves."""
+"""Options of redis-py for subscribers, which retry themselves."""
 Entry = tuple[bytes, dict[bytes, bytes]]
-"""A stream's entry: id and fields."""
+"""An entry of a stream: id and fields."""
 StreamEntries = tuple[bytes, list[Entry]]
 
 
 class Waiter:
-    """Waits for a stream to grow, on a connection of its own where that is to be had."""
+    """Waits for new entries of a stream, on a connection of its own if the backend has wires."""
 
     def __init__(self, backend: Backend, stream: bytes, wire: Wire | ClusterWire | None) -> None:
         self._backend = backend
@@ -54,7 +58,7 @@ class Waiter:
         self._wire = wire
 
     async def __call__(self, last: tuple[int, int]) -> None:
-        """Until there is an entry after that id, or for a second."""
+        """Wait until the stream has an entry after an id, at most a second."""
         after = f"{last[0]}-{last[1]}"
         if self._wire:
             await self._wire.calls([("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._stream, after)])
@@ -67,10 +71,10 @@ class Waiter:
 
 
 class Backend:
-    """One stage on one Redis, as a process sees it. An async context manager.
+    """One stage on Redis, as a process uses it. An async context manager.
 
-    Short commands share the `wire`. Blocking reads and confirmed writes each take a connection of their own from a
-    pool. `commands` is redis-py's client, for rare commands. Without a wire (fakeredis) it does everything.
+    Short commands share the `wire`. Each blocking read and each confirmed write has a connection of its own from a
+    pool. `commands` is redis-py's client, for rare commands. Without a wire, on fakeredis, it does everything.
     """
 
     make_another: Callable[[], Backend] | None = None
@@ -91,11 +95,12 @@ class Backend:
         return self
 
     def another(self) -> Backend | None:
-        """A second backend to the same place, not reached yet, for another thread; None where there can be none."""
+        """Return a second backend of the same stage for another thread, not connected yet; None if that is
+        impossible."""
         return self.make_another() if self.make_another else None
 
     async def reach(self) -> None:
-        """Find whoever is needed before the first command; of a cluster, its nodes."""
+        """Connect; on a cluster, find its nodes."""
         await self.commands.initialize()
 
     async def __aexit__(self, *_: object) -> None:
@@ -106,7 +111,7 @@ class Backend:
         await self._listening.aclose()
 
     async def calls(self, commands: Iterable[tuple[Arg, ...]]) -> list[Any]:
-        """Plain commands, in one round trip; they may be done twice. Raises the first error, when all are done."""
+        """Do plain commands in one round trip. They may be done twice. Raises the first error when all are done."""
         if self._wire:
             return await self._wire.calls(commands)
         async with self.commands.pipeline(transaction=False) as pipeline:
@@ -116,11 +121,11 @@ class Backend:
             return found
 
     async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
-        """XREAD that waits up to a second; [] when nothing came."""
+        """Read streams with XREAD, waiting up to a second. Returns [] without entries."""
         return await self.read_now(streams, count, BLOCK_MS)
 
     async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
-        """XREADGROUP of new entries for a competing consumer, waiting up to a second."""
+        """Read new entries for a competing consumer with XREADGROUP, waiting up to a second."""
         return await self.read_group_now(stream, group, consumer, count, BLOCK_MS)
 
     async def read_now(
@@ -148,18 +153,18 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def _own_wire(self, wire: Wire | ClusterWire) -> AsyncIterator[Wire | ClusterWire]:
-        """A wire that nobody else uses meanwhile."""
+        """Borrow a wire that no other caller uses meanwhile."""
         found = self._idle.pop() if self._idle else wire.another()
         try:
             yield found
         except asyncio.CancelledError:
-            await found.aclose()  # its connection may still wait for an answer that is of no use
+            await found.aclose()  # its connection may still wait for an answer that nobody needs
             raise
         finally:
             self._idle.append(found)
 
     async def confirmed(self, call: tuple[Arg, ...], wait: Wait) -> tuple[Any, int]:
-        """A call and, on the connection that wrote, WAIT or WAITAOF: (answer or error, how many confirmed)."""
+        """Make a call, then WAIT or WAITAOF on its connection. Returns (answer or error, how many confirmed)."""
         assert self._wire, "only a real server has WAIT"
         async with self._own_wire(self._wire) as wire:
             answer, confirmed = await wire.answers([call, wait.command], cast(bytes, call[3]))
@@ -170,7 +175,7 @@ class Backend:
         return answer, int(confirmed[0] if isinstance(confirmed, list) else confirmed)
 
     async def wait(self, command: tuple[Arg, ...], key: bytes) -> Any:
-        """WAIT or WAITAOF by itself, at the node that has the key."""
+        """Do WAIT or WAITAOF alone, at the node that has a key."""
         assert self._wire, "only a real server has WAIT"
         async with self._own_wire(self._wire) as wire:
             return without_errors(await wire.answers([command], key))[0]
@@ -179,13 +184,13 @@ class Backend:
         return Waiter(self, stream, self._wire and self._wire.another())
 
     def subscriber(self, heard: OnMessage) -> Subscriber:
-        """One who hears channels, once it runs. It has connections of its own."""
+        """Make a subscriber, which receives messages once it runs. It has connections of its own."""
         made = Subscriber(self, heard)
         self._subscribers.add(made)
         return made
 
     def when_moved(self, told: Callable[[], None]) -> None:
-        """Call it whenever a master was replaced. What that one had, and did not pass on, is lost."""
+        """Register a callback for each replaced master. Writes that it had not replicated are lost."""
         self._when_moved.append(told)
 
     def node_of(self, channel: bytes) -> Redis:
@@ -195,21 +200,22 @@ class Backend:
         return self.node_of(channel)
 
     async def address_of(self, key: bytes) -> str:
-        """host:port of the node that has the key, as far as is known here; a socket's path."""
+        """Return host:port of the node that has a key, as known here, or the path of its socket."""
         where: dict[str, Any] = self.node_of(key).connection_pool.connection_kwargs
         return str(where["path"]) if "path" in where else f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
 
     async def now_ms(self) -> int:
-        """The server's time since 1970; of a cluster, that of any node."""
+        """Return the server's time in ms since 1970; on a cluster, that of any node."""
         seconds, microseconds = await self.commands.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def ensure_group(self, stream: bytes, group: str) -> None:
-        """Create the consumer group, from the stream's beginning, unless it is there."""
+        """Create a consumer group, from the stream's beginning, unless it exists."""
         await self.functions.ensure_group(stream, group)
 
     async def may_evict(self) -> str | None:
-        """The maxmemory-policy under which the server evicts keys; None when it evicts nothing, or does not tell."""
+        """Return the maxmemory-policy under which the server evicts keys; None if it evicts nothing, or does not
+        say."""
         try:
             memory: Any = await self.commands.info("memory")
         except ResponseError:
@@ -218,9 +224,10 @@ class Backend:
         return policy if int(memory.get("maxmemory", 0)) > 0 and policy != "noeviction" else None
 
     async def open_stage(self) -> None:
-        """Fix the stage's number of partitions, or find it as expected, and load the functions.
+        """Fix or check the stage's number of partitions, and load the functions.
 
-        Raises ConfigurationError when the stage was created with another number.
+        Raises:
+            ConfigurationError: the stage was created with another number.
         """
         settings = self.keys.stage_settings()
         stored = int(await self.commands.hget(settings, "partitions") or 0)
@@ -234,12 +241,12 @@ class Backend:
             )
         try:
             await self.functions.load()
-        except OutOfMemoryError as error:  # a server at its maxmemory may have them from an earlier start
+        except OutOfMemoryError as error:  # a server at its maxmemory may have them already
             log.warning("functions_not_loaded", error=str(error))
 
 
 def _streams(found: Any) -> list[StreamEntries]:
-    """One shape for the answers of RESP2 (pairs) and RESP3 (a mapping), raw or read by redis-py."""
+    """Convert the answers of RESP2 (pairs) and RESP3 (a mapping), raw or parsed by redis-py, to one form."""
     pairs = found.items() if isinstance(found, dict) else (found or [])
     return [(name, _entries(entries)) for name, entries in pairs]
 
@@ -251,5 +258,5 @@ def _entries(raw: Any) -> list[Entry]:
 
 
 def _fields(raw: Any) -> dict[bytes, bytes]:
-    """An entry's fields; none where it was trimmed while it was pending."""
+    """Return an entry's fields; {} if it was trimmed while it was pending."""
     return dict(zip(raw[::2], raw[1::2], strict=True)) if isinstance(raw, list) else raw or {}

@@ -40,10 +40,10 @@ class ClusterBackend(MasterWatch):
         self._client = _Client(address, COMMANDS)
         self._nodes: dict[Address, Redis] = {}
         self._lookouts: dict[Address, Wire] = {}
-        self._order = list(address.nodes)  # whom to ask for the topology, who answered last first
+        self._order = list(address.nodes)  # the nodes to ask for the topology, the last one that answered first
         self._slots = Slots()
         self._fanned = ClusterWire(self._slots, self._wire_to, self.doubt)
-        # The cluster client has the same commands, and is no Redis for its types alone.
+        # The cluster client has the same commands. Only its type is another one.
         client = cast(Redis, self._client)
         super().__init__(client, client, keys, fanned=self._fanned)
 
@@ -70,7 +70,7 @@ class ClusterBackend(MasterWatch):
         return Wire(self._node(address).connection_pool.make_connection)
 
     async def _look(self) -> None:
-        """Ask one node after another, until one answers."""
+        """Ask one node after another until one answers."""
         for asked in list(self._order):
             if asked not in self._lookouts:
                 self._lookouts[asked] = self._wire_to(asked)
@@ -104,14 +104,18 @@ class ClusterBackend(MasterWatch):
 
 
 class _Client(RedisCluster):
-    """redis-py's, whose errors are all RedisError, and which finds the keys of our calls without asking a server."""
+    """redis-py's cluster client.
+
+    All its errors are RedisErrors, and it finds the keys of our calls without asking a server.
+    """
 
     def __init__(self, address: ClusterAddress, options: dict[str, Any]) -> None:
         super().__init__(
             startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
             username=address.username,
             password=address.password,
-            # A slot that moved is noted. To learn all anew would break the connections of every call under way.
+            # redis-py notes a slot that moved. Reading the whole topology again would break the connections of all
+            # calls in flight.
             reinitialize_steps=0,
             **options,
         )
@@ -135,7 +139,7 @@ class _Client(RedisCluster):
             raise ConnectionError(str(error)) from None
 
     def follow(self, ranges: Iterable[tuple[int, int, Address]], replaced: Collection[Address]) -> None:
-        """Take a new topology over at once. redis-py would ask for it only when a command has failed."""
+        """Take over a new topology at once. redis-py would ask for it only after a command has failed."""
         manager: Any = self.nodes_manager
         for low, high, (host, port) in ranges:
             name = f"{host}:{port}"
@@ -155,7 +159,8 @@ class _Client(RedisCluster):
 
 
 class _KeyFinder(AsyncCommandsParser):
-    """Where the keys of a command are. redis-py asks a server where they are not in a fixed place: once a call."""
+    """Finds the keys of a command. redis-py asks a server for commands without fixed key positions, once for each
+    call."""
 
     async def get_keys(self, *args: Any) -> Any:
         command = str(args[0]).upper()
@@ -168,4 +173,4 @@ class _KeyFinder(AsyncCommandsParser):
 
 
 class NotACluster(ConnectionError):
-    """The server answers, and is not in cluster mode."""
+    """The server answers, but is not in cluster mode."""

@@ -1,4 +1,4 @@
-"""A Redis Cluster: which node has which slot, and one `Wire` to each node."""
+"""Commands on a Redis Cluster: the master of each slot, and one `Wire` to each node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tidewire.redis.wire import Wire, pause, without_errors
 
 SLOTS = 16384
 MAX_TRIES = 10
-"""Attempts of one call, within about four seconds: a failover takes longer than a restart."""
+"""Maximum attempts of one call, within about four seconds: a failover takes longer than a restart."""
 ASKING = hiredis.pack_command((b"ASKING",))
 
 Address = tuple[str, int]
@@ -31,13 +31,13 @@ Address = tuple[str, int]
 
 
 class Slots:
-    """The address of each slot's master, as the cluster's nodes last told it. No I/O."""
+    """The address of each slot's master, as the cluster last reported it. No I/O."""
 
     def __init__(self) -> None:
         self._masters: list[Address | None] = [None] * SLOTS
 
     def master_of(self, slot: int) -> Address:
-        """Raises ConnectionError while nobody is known to have the slot."""
+        """Return the master of a slot. Raises ConnectionError while none is known."""
         found = self._masters[slot]
         if found is None:
             raise ConnectionError(f"no node of the cluster is known to have slot {slot}")
@@ -47,29 +47,32 @@ class Slots:
         return {address for address in self._masters if address}
 
     def moved(self, slot: int, to: Address) -> None:
-        """Note what a MOVED answer says."""
+        """Take over the address in a MOVED answer."""
         self._masters[slot] = to
 
     def learn(self, ranges: Iterable[tuple[int, int, Address]]) -> set[Address]:
-        """Take over (first slot, last slot, master) of all slots. Returns the addresses that no longer have any."""
+        """Take over (first slot, last slot, master) of all slots.
+
+        Returns the addresses that have lost all their slots.
+        """
         before = self.masters()
         told: list[Address | None] = [None] * SLOTS
         for low, high, address in ranges:
             told[low : high + 1] = [address] * (high + 1 - low)
-        # A slot that nobody claims at this moment stays where it was: there is no better place to ask.
+        # A slot that no node claims at the moment stays where it was: there is no better node to ask.
         self._masters = [new or old for new, old in zip(told, self._masters, strict=True)]
         return before - self.masters()
 
 
 def ranges_of(answer: Sequence[Any], asked: Address) -> Iterator[tuple[int, int, Address]]:
-    """The ranges of a CLUSTER SLOTS answer. A node without a host of its own is at the host that was asked."""
+    """Yield the ranges of a CLUSTER SLOTS answer. A node without a host is at the host that was asked."""
     for low, high, (host, port, *_), *_ in answer:
         name = (host or b"").decode()
         yield int(low), int(high), (name if name and name != "?" else asked[0], int(port))
 
 
 def key_of(command: Sequence[Any]) -> Any:
-    """The first key of a command."""
+    """Return the first key of a command."""
     match str(command[0]).upper():
         case "FCALL" | "FCALL_RO":
             return command[3]
@@ -81,9 +84,9 @@ def key_of(command: Sequence[Any]) -> Any:
 
 
 class ClusterWire:
-    """Commands, each to the node that has its key. Those of one slot go out in the order in which they were asked for.
+    """Sends each command to the node that has its key. Commands of one slot leave in the order of the calls.
 
-    `doubt` is called when a node could not be reached: the topology may have changed.
+    `doubt` is called when a node cannot be reached, because the topology may have changed.
     """
 
     def __init__(self, slots: Slots, wire_to: Callable[[Address], Wire], doubt: Callable[[], None]) -> None:
@@ -93,17 +96,17 @@ class ClusterWire:
         self._wires: dict[Address, Wire] = {}
 
     def another(self) -> ClusterWire:
-        """One whose commands do not wait for those that go this way."""
+        """Return another wire, whose commands do not wait for those of this one."""
         return ClusterWire(self._slots, lambda address: self._wire(address).another(), self._doubt)
 
     async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """The answers of all commands. Raises the first error when all are done."""
+        """Return the answers of all commands. Raises the first error when all are done."""
         return without_errors(await self.answers(commands))
 
     async def answers(self, commands: Iterable[tuple[Any, ...]], key: bytes | None = None) -> list[Any]:
-        """The answers of all commands, the servers' errors among them.
+        """Return the answers of all commands, with the servers' errors among them.
 
-        With a key, all go over one connection to the node that has it, and are repeated together.
+        With a key, all commands go over one connection to the node that has it, and are repeated together.
         """
         groups: dict[int, list[int]] = {}
         packed: list[bytes] = []
@@ -125,12 +128,12 @@ class ClusterWire:
         return (await self.calls((("FCALL", function, numkeys, *keys_and_args),)))[0]
 
     async def function_load(self, code: str, replace: bool = False) -> Any:
-        """Load functions at every master."""
+        """Load a library at every master."""
         loads = (self._wire(address).function_load(code, replace) for address in self._slots.masters())
         return (await asyncio.gather(*loads))[0]
 
     def lose(self, address: Address, why: str) -> None:
-        """Break the connections to a node. Their calls are repeated where the slots are known to be then."""
+        """Break the connections to a node. Their calls are repeated at the nodes that have the slots then."""
         if wire := self._wires.get(address):
             wire.lose(why)
 
@@ -144,7 +147,7 @@ class ClusterWire:
         return self._wires[address]
 
     async def _at(self, slot: int, packed: list[bytes], *, together: bool = False) -> list[Any]:
-        """The answers of commands with keys of one slot, wherever it is."""
+        """Return the answers of commands with keys of one slot, wherever it is."""
         answers: list[Any] = [None] * len(packed)
         todo = list(range(len(packed)))
         for number in itertools.count(1):
@@ -165,18 +168,18 @@ class ClusterWire:
                 if isinstance(error, MovedError):
                     self._slots.moved(slot, (error.host, int(error.port)))
                     if number == 1:
-                        continue  # the node that has it is known
+                        continue  # the right node is known now
                 self._doubt()
             await pause(number)
         raise AssertionError("the last try ends it")
 
     async def _asked(self, error: AskError, packed: bytes) -> Any:
-        """The answer of the node that a slot is moving to, which has the key already."""
+        """Return the answer of the node that a slot is moving to, which has the key already."""
         return (await self._wire((error.host, int(error.port))).once([ASKING, packed]))[1]
 
 
 _ELSEWHERE_OR_LATER = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
-"""A node that answers one of these has not done the command."""
+"""Errors of a node that has not done the command."""
 
 
 def _is_ask(answer: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Every Redis key and channel, made here and nowhere else.
+"""Every Redis key and channel. They are made only here.
 
-A key is `<stage>:{pN}:<kind>…`. The hash tag keeps all of a partition in one cluster slot, so that one function call
-can touch all of it. What is not a partition's has a tag of its own.
+A key is `<stage>:{pN}:<kind>…`. The hash tag keeps all keys of a partition in one cluster slot, so that one function
+call can use them together. Keys of no partition have tags of their own.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def _index_name(table: str, attributes: tuple[str, str]) -> bytes:
 
 
 class Home(NamedTuple):
-    """What every function that touches a partition is given of it."""
+    """The first keys of every function that works on a partition."""
 
     partition: bytes
     changes: bytes
     links: bytes
     feeds: bytes
-    """Hash: the states of the open feeds, by the key of their entries."""
+    """Hash: the states of the open feeds, by the key of their stream."""
     bodies: bytes
-    """Hash: large bodies that entries of feeds refer to, by id."""
+    """Hash: large bodies by id, which entries of feeds refer to."""
     references: bytes
-    """Hash: for each body, until when it is kept at most, and how many entries refer to it."""
+    """Hash: the expiry of each body, and how many entries refer to it."""
 
 
 class PartitionField(StrEnum):
@@ -65,13 +65,13 @@ class PartitionField(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of one stage with its number of partitions."""
+    """The keys of one stage."""
 
     stage: str
     partitions: int
 
     def partition_of(self, value: Scalar) -> int:
-        """crc16 (the one Redis Cluster uses) of the value, modulo the partitions."""
+        """Return the partition of a value: its CRC16, as Redis Cluster computes it, modulo the number of partitions."""
         return binascii.crc_hqx(text_of(value), 0) % self.partitions
 
     # ── of a partition ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,11 +89,11 @@ class Keys:
         )
 
     def home_of(self, key: bytes) -> Home:
-        """Of the partition that a key of a partition is of."""
+        """Return the home of the partition that a key belongs to."""
         return self.home(self.partition_at(key))
 
     def partition_at(self, key: bytes) -> int:
-        """The partition that a key of a partition is of."""
+        """Return the partition that a key belongs to."""
         return int(key[key.index(b"{p") + 2 : key.index(b"}")])
 
     def partition(self, partition: int) -> bytes:
@@ -101,91 +101,94 @@ class Keys:
         return self._of(partition, b"partition")
 
     def lease(self, partition: int, group: str) -> bytes:
-        """Hash: who owns the partition for a group, until when, under which epoch."""
+        """Hash: owner, expiry and epoch of the lease of a partition for a group."""
         return self._of(partition, b"lease:" + group.encode())
 
     def commands(self, partition: int) -> bytes:
-        """Stream: requests for the store."""
+        """Stream: the commands for the store."""
         return self._of(partition, b"commands")
 
     def sent(self, stream: bytes, sender: str) -> bytes:
-        """String with a TTL: the last call of one sender to a stream, and how many of its records were added."""
+        """String with a TTL: number of a sender's last call to a stream, and how many records it added."""
         return stream + b":sent:" + sender.encode()
 
     def changes(self, partition: int) -> bytes:
-        """Stream: what was written, in order."""
+        """Stream: the changes, in order."""
         return self._of(partition, b"changes")
 
     def links(self, partition: int) -> bytes:
-        """Hash: for each source, its epoch and the position of the last effect taken from it."""
+        """Hash: the state of the link from each source."""
         return self._of(partition, b"links")
 
     def items(self, table: str, value: Scalar) -> bytes:
-        """Hash: sort bytes to item record, of one partition-key value."""
+        """Hash: sort bytes to item record, for one partition-key value."""
         return self._of(self.partition_of(value), b"items:%s:%s" % (table.encode(), name_of(value)))
 
     def order(self, table: str, value: Scalar) -> bytes:
-        """Sorted set (by bytes): the sort keys of the live items of one partition-key value."""
+        """Sorted set, by bytes: the sort keys of the live items of one partition-key value."""
         return self._of(self.partition_of(value), b"order:%s:%s" % (table.encode(), name_of(value)))
 
     def values(self, partition: int, table: str) -> bytes:
-        """Sorted set (by bytes): the partition-key values, as `name_of`, that have items or tombstones."""
+        """Sorted set, by bytes: the partition-key values with items or tombstones, as `name_of` writes them."""
         return self._of(partition, b"values:" + table.encode())
 
     def tombstones(self, partition: int) -> bytes:
-        """Sorted set: keys of deleted items whose versions are remembered, by the time of deletion in ms."""
+        """Sorted set: keys of deleted items whose version is remembered, by time of deletion in ms."""
         return self._of(partition, b"tombstones")
 
     def expiries(self, partition: int) -> bytes:
-        """Sorted set: keys of items that expire, by when, in seconds since 1970."""
+        """Sorted set: keys of items that expire, by expiry in seconds since 1970."""
         return self._of(partition, b"expiries")
 
     def index(self, table: str, attributes: tuple[str, str], value: Scalar) -> tuple[bytes, bytes]:
-        """(Hash: entry's bytes to item record; sorted set: the entries in order) of one value of an index's key."""
+        """Hash: entry's bytes to item record. Sorted set: the entries in order. Both for one value of an index."""
         name = _index_name(table, attributes) + b":" + name_of(value)
         partition = self.partition_of(value)
         return self._of(partition, b"index:" + name), self._of(partition, b"indexorder:" + name)
 
     def index_pattern(self, table: str, attributes: tuple[str, str]) -> bytes:
-        """What SCAN finds the hashes of an index by, in all partitions; and others, which `is_index` tells apart."""
+        """Pattern for SCAN of the hashes of an index in all partitions.
+
+        It also matches others, which `is_index` excludes.
+        """
         name = _index_name(table, attributes)
         return b"%s:{p*}:index:%s:*" % (self.stage.encode(), re.sub(rb"([][*?\\^])", rb"\\\1", name))
 
     def is_index(self, key: bytes, table: str, attributes: tuple[str, str]) -> bool:
-        """Whether this is the hash of a value of that index."""
+        """Whether a key is the hash of a value of that index."""
         name = _index_name(table, attributes)
         return bool(re.match(rb"%s:\{p\d+\}:index:%s:" % (re.escape(self.stage.encode()), re.escape(name)), key))
 
     def indexes(self, partition: int) -> bytes:
-        """Hash: how far each index is filled from the tables' items of this partition."""
+        """Hash: how far each index is filled from the items of this partition."""
         return self._of(partition, b"indexes")
 
     def asked(self, partition: int, gateway: str) -> bytes:
-        """String with a TTL: the number of the last command that was done for a gateway."""
+        """String with a TTL: number of the last command that was done for a gateway."""
         return self._of(partition, b"asked:" + gateway.encode())
 
     def request(self, partition: int, user: str, request: str) -> bytes:
-        """String with a TTL: the first reply to an idempotent request."""
+        """String with a TTL: the first reply to a request with a request id."""
         return self._of(partition, b"request:%s\0%s" % (user.encode(), request.encode()))
 
     def connected(self, partition: int, gateway: str) -> bytes:
-        """Set: the connections of a gateway whose items lie in this partition, so that they can be swept."""
+        """Set: the connections of a gateway whose items are in this partition, for the sweep."""
         return self._of(partition, b"connected:" + gateway.encode())
 
     def members(self, membership: str, group: Scalar) -> bytes:
-        """Hash: the members of a group as the broadcaster has seen them pass."""
+        """Hash: the members of a group, as of the last change that the broadcaster passed on."""
         return self._of(self.partition_of(group), b"members:%s:%s" % (membership.encode(), name_of(group)))
 
     def group_versions(self, partition: int) -> bytes:
-        """Hash: the version of each group of the partition, by `group_field`: generation and id of its last change."""
+        """Hash: the version of each group, by `group_field`: generation and id of its last change."""
         return self._of(partition, b"group-versions")
 
     def group_field(self, membership: str, group: Scalar) -> bytes:
-        """The field of a group in `group_versions`."""
+        """Return the field of a group in `group_versions`."""
         return b"%s:%s" % (membership.encode(), name_of(group))
 
     def rechecks(self, partition: int) -> bytes:
-        """Channel: users whose membership in a group of the partition has ended, so that they may follow less."""
+        """Channel: users whose membership in a group of the partition has ended."""
         return self._of(partition, b"rechecks")
 
     # ── feeds: the stream's key is its channel's name too, and its field in `Home.feeds` ────────────────────────────
@@ -205,7 +208,7 @@ class Keys:
         return b"%s:{%s}:%s" % (self.stage.encode(), tag, kind)
 
     def stage_settings(self) -> bytes:
-        """Hash: what was fixed when the stage was created, and whether it has had credentials."""
+        """Hash: the settings fixed when the stage was created, and whether it has credentials."""
         return self._global(b"stage", b"settings")
 
     def probe(self) -> bytes:
@@ -213,45 +216,45 @@ class Keys:
         return self._global(b"stage", b"probe")
 
     def tables(self) -> bytes:
-        """Hash: the tables as the last store declared them."""
+        """Hash: the tables, as the last store declared them."""
         return self._global(b"stage", b"tables")
 
     def applications(self) -> bytes:
-        """Hash: digest of an application to the names of its tables and topics, while a live service runs it."""
+        """Hash: digest of an application to the names of its tables and topics, while a live process runs it."""
         return self._global(b"stage", b"applications")
 
     def dependents(self) -> bytes:
-        """Hash: table or topic to the memberships that its audience depends on, as the last application had it."""
+        """Hash: table or topic to the memberships that its audience depends on."""
         return self._global(b"stage", b"dependents")
 
     def sort_kinds(self) -> bytes:
-        """Hash: of each table, whether its sort keys are strings or numbers."""
+        """Hash: table to the kind of its sort keys, strings or numbers."""
         return self._global(b"stage", b"sort-kinds")
 
     def services(self) -> bytes:
-        """Hash: every live service process, with the time its word expires."""
+        """Hash: the registrations of all processes."""
         return self._global(b"stage", b"services")
 
     def swept(self) -> bytes:
-        """Hash with a TTL: gateways whose connections another one has removed, with the time it began."""
+        """Hash with a TTL: gateways that were swept, with the time."""
         return self._global(b"stage", b"swept")
 
     def replies(self, gateway: str) -> bytes:
-        """Stream with a TTL: answers for one gateway."""
+        """Stream with a TTL: the answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")
 
     def direct(self, gateway: str) -> bytes:
-        """Stream with a TTL: frames for connections of one gateway."""
+        """Stream with a TTL: direct messages for connections of one gateway."""
         return self._global(b"g-" + gateway.encode(), b"direct")
 
     def credentials(self) -> bytes:
-        """Hash: API key id to record."""
+        """Hash: id of an API key to its record."""
         return self._global(b"auth", b"credentials")
 
     def authorizations(self) -> bytes:
-        """Stream: what gateways ask the authorizers."""
+        """Stream: the questions of gateways to the authorizers."""
         return self._global(b"auth", b"authorizations")
 
     def revocations(self) -> bytes:
-        """Stream: credentials withdrawn; every gateway reads all of it."""
+        """Stream: revoked credentials. Every gateway reads all of it."""
         return self._global(b"auth", b"revocations")

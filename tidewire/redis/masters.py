@@ -1,4 +1,4 @@
-"""Following the masters of a topology that changes."""
+"""Following the masters of a topology whose masters change."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ log = structlog.get_logger(__name__)
 REPLACED = Counter("tidewire_redis_masters_total", "Masters that were replaced by another server.")
 
 LOOK_S = 1.0
-"""Time between two looks at who the master is. It is part of the time that a failover takes."""
+"""Seconds between two checks which servers are masters. It adds to the time of a failover."""
 MAX_LOOK_S = 1.0
-"""Longest time for a node to answer such a look before another one is asked."""
+"""Maximum seconds for a node to answer a check before another one is asked."""
 
 
 class MasterWatch(Backend):
-    """A backend whose masters change. It looks once a second who they are, and at once when one cannot be reached.
+    """A backend whose masters change. It checks them every second, and at once when one cannot be reached.
 
-    A server that hangs keeps its connections: nothing but a look at the others tells that it has been replaced.
+    A server that hangs keeps its connections open. Only a check with another server tells that it has been replaced.
     """
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -50,7 +50,7 @@ class MasterWatch(Backend):
         await super().__aexit__()
 
     def doubt(self) -> None:
-        """Look soon."""
+        """Check soon."""
         self._doubted.set()
 
     async def _watch(self) -> None:
@@ -61,10 +61,10 @@ class MasterWatch(Backend):
             self._doubted.clear()
             with contextlib.suppress(RedisError, OSError):
                 await self._look()
-            await asyncio.sleep(0.1)  # between two looks, however much is doubted
+            await asyncio.sleep(0.1)  # between two checks, however many callers doubt
 
     async def _look(self) -> None:
-        """Ask who the masters are, and break the connections to those that were replaced."""
+        """Ask for the present masters, and break the connections to replaced ones."""
         raise NotImplementedError
 
     def _moved(self) -> None:
@@ -75,9 +75,9 @@ class MasterWatch(Backend):
 
 
 def break_connections(client: Redis, unless_at: Address | None = None) -> None:
-    """End a client's connections at once, those that wait for an answer too; its readers and retries make new ones.
+    """Abort a client's connections, even those that wait for an answer. Its readers and retries make new ones.
 
-    redis-py's own `disconnect` waits until all is written, which a server that hangs never lets happen.
+    redis-py's own `disconnect` waits until everything is written, which never happens with a server that hangs.
     """
     pool: Any = client.connection_pool
     for connection in (*pool._available_connections, *pool._in_use_connections):

@@ -21,11 +21,11 @@ log = structlog.get_logger(__name__)
 
 
 class SentinelBackend(MasterWatch):
-    """A stage on the master that sentinels name: it is asked for whenever a connection is made, and once a second.
+    """A stage on the master that sentinels name. They are asked for each new connection, and every second.
 
-    An operator's `SENTINEL FAILOVER` leaves the old master alive and writable until the sentinels have told it whom to
-    follow, ten seconds later or more. Writes that it accepts meanwhile are lost. A connection that was being made while
-    the master changed may have gone to the old one, so each look drops every connection to another server.
+    After an operator's `SENTINEL FAILOVER`, the old master stays writable until the sentinels make it a replica, ten
+    seconds later or more. Writes that it accepts meanwhile are lost. A connection that was being made during the
+    failover may have gone to the old master, so each check drops every connection to another server.
     """
 
     def __init__(self, address: SentinelsAddress, keys: Keys) -> None:

@@ -1,4 +1,4 @@
-"""Sharded pub/sub: channels are subscribed to at whichever node has their slot, with one reader for each node."""
+"""Sharded pub/sub: each channel is subscribed to at the node that has its slot, with one reader for each node."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ log = structlog.get_logger(__name__)
 ASTRAY = Counter("tidewire_subscriber_moved_total", "Channels subscribed to anew, as their node is another one.")
 
 PING_S = 1.0
-"""Time between two pings of a subscriber's connection: a server that hangs keeps the connection, and says nothing."""
+"""Seconds between two pings of a subscriber's connection, because a server that hangs keeps it open."""
 MAX_SILENCE_S = 2.0
-"""Longest time from a ping until anything is heard. After it the connection is dropped."""
+"""Maximum seconds from a ping to any answer. After it, the connection is dropped."""
 
 OnMessage = Callable[[bytes, bytes | None], None]
-"""Called with a channel and a message; with None when the channel is subscribed to."""
+"""Called with a channel and a message, or with None when the subscription of the channel begins."""
 
 
 class Nodes(Protocol):
-    """Who has a channel's slot. There is one node, or there are those of a cluster."""
+    """Finds the node of a channel: the only one, or one of a cluster."""
 
     def node_of(self, channel: bytes) -> Redis:
-        """The node that has it, as far as is known here."""
+        """Return the node that has a channel, as known here."""
 
     async def find_node_of(self, channel: bytes) -> Redis:
-        """The node that has it, asked for, because what was known has proven wrong."""
+        """Ask for the node that has a channel, because the known one was wrong."""
 
 
 class Subscriber:
-    """Channels, and one function that hears them.
+    """Subscribes to channels, and passes their messages to a function.
 
-    `heard(channel, None)` says that a channel is subscribed to: what was published before may have been missed. It is
-    said again after each reconnect, and when the channel has gone to another node. Messages of a channel are heard in
-    their order. A node that is away is waited for.
+    `heard(channel, None)` says that a subscription begins: earlier messages may have been missed. It is called again
+    after each reconnect, and when the channel has moved to another node. Messages of a channel come in their order.
+    While a node is away, the subscriber retries.
     """
 
     def __init__(self, nodes: Nodes, heard: OnMessage) -> None:
@@ -57,7 +57,7 @@ class Subscriber:
         self._moving: asyncio.Task[None] | None = None
 
     async def subscribe(self, channel: bytes) -> None:
-        """Want the channel. Raises redis-py's errors when that could not be said: it is then said at the reconnect."""
+        """Subscribe to a channel. After one of redis-py's errors, the next connection subscribes to it."""
         connection = self._connection(self._nodes.node_of(channel))
         before = self._at.get(channel, connection)
         if before is not connection:
@@ -66,12 +66,12 @@ class Subscriber:
         await connection.want(channel)
 
     async def unsubscribe(self, channel: bytes) -> None:
-        """No longer want it: nothing more is heard of it, even if this raises one of redis-py's errors."""
+        """Unsubscribe from a channel. No further message comes, even if this raises one of redis-py's errors."""
         if connection := self._at.pop(channel, None):
             await connection.leave(channel)
 
     async def run(self) -> None:
-        """Hear, until cancelled. Raises what a reader died of."""
+        """Receive messages until cancelled. Raises the error of a failed reader."""
         self._failed = asyncio.get_running_loop().create_future()
         try:
             for connection in self._connections.values():
@@ -84,7 +84,7 @@ class Subscriber:
                 await connection.close_quietly()
 
     def look(self) -> None:
-        """The masters have changed: subscribe where the channels are now, without waiting for their old connections."""
+        """Subscribe at the new masters, without waiting for the old connections."""
         if self._failed and (self._moving is None or self._moving.done()):
             self._moving = asyncio.create_task(self._move(), name="subscriber_moving")
             self._readers.add(self._moving)
@@ -96,7 +96,7 @@ class Subscriber:
                 if self._at.get(channel) is connection and self._nodes.node_of(channel) is not connection.node:
                     ASTRAY.inc()
                     await self.subscribe(channel)
-            except (RedisError, OSError) as error:  # it is wanted there, and said when that connection opens
+            except (RedisError, OSError) as error:  # the new connection subscribes to it when it opens
                 log.warning("announcements_not_heard", error=str(error))
 
     def _connection(self, node: Redis) -> _Connection:
@@ -133,7 +133,8 @@ class Subscriber:
                     await connection.close_quietly()
                     return
                 await asyncio.sleep(0.2)
-                # An answer does not say which channel it refuses. Without one, the node may have been replaced.
+                # An error does not name the refused channel, so all are tried again. Without an answer, the node may be
+                # replaced.
                 connection.astray |= {
                     channel
                     for channel in connection.wanted
@@ -149,12 +150,12 @@ class Subscriber:
         return False
 
     async def _find(self, connection: _Connection) -> None:
-        """Subscribe again, at the nodes that have them now, to channels of which this one wants to know nothing."""
+        """Subscribe to channels that this node refuses, at the nodes that have them now."""
         ASTRAY.inc(len(connection.astray))
         for channel in list(connection.astray):
             if self._at.get(channel) is connection:
                 await self._nodes.find_node_of(channel)
-            if self._at.get(channel) is connection:  # nobody has left it meanwhile
+            if self._at.get(channel) is connection:  # it was not unsubscribed meanwhile
                 await self.subscribe(channel)
             connection.astray.discard(channel)
 
@@ -163,9 +164,9 @@ class Subscriber:
         if channel is None:
             return  # the answer to a ping
         if self._at.get(channel) is not connection:
-            return  # it was left, or is heard from another node
+            return  # it was unsubscribed, or comes from another node
         if message["type"] == "sunsubscribe":
-            # Unasked for (the slot moved), or asked for just before somebody came back.
+            # The slot has moved, or the channel was subscribed to again after an unsubscribe.
             connection.astray.add(channel)
         elif message["type"] == "ssubscribe":
             self._heard(channel, None)
@@ -174,10 +175,9 @@ class Subscriber:
 
 
 class _Connection(PubSub):
-    """The connection to one node. What is wanted there is subscribed to whenever it connects.
+    """The connection to one node. It subscribes to all wanted channels whenever it connects.
 
-    redis-py's own memory of channels is not used: it repeats all of them in one command, and a cluster wants one for
-    each slot.
+    redis-py would subscribe to all channels in one command. A cluster needs one command for each slot.
     """
 
     connection: Any
@@ -186,20 +186,23 @@ class _Connection(PubSub):
         super().__init__(node.connection_pool)
         self.node = node
         self.wanted: set[bytes] = set()
-        self.astray: set[bytes] = set()  # wanted, and not to be had here
+        self.astray: set[bytes] = set()  # wanted, but refused by this node
         self._opening = asyncio.Lock()
         self._pinged_at = 0.0
-        self._heard = True  # anything, since the last ping
+        self._heard = True  # whether anything was received since the last ping
 
     async def hear(self) -> dict[str, Any] | None:
-        """The next message, or None after a while. Raises ConnectionError when the server does not answer a ping."""
+        """Return the next message, or None after a while.
+
+        Raises ConnectionError if the server does not answer a ping.
+        """
         loop = asyncio.get_running_loop()
         silent_s = loop.time() - self._pinged_at
         if self._heard and silent_s >= PING_S:
             self._pinged_at, self._heard, silent_s = loop.time(), False, 0.0
             await self.execute_command("PING")
         message: dict[str, Any] | None = await self.get_message(timeout=PING_S)
-        # Read once more after the time was over: a process that was itself stopped finds the answer there.
+        # Checked after another read: a process that was itself stopped finds the answer there.
         if message is None and not self._heard and silent_s > MAX_SILENCE_S:
             assert self.connection
             self._heard = True  # of the next connection
@@ -209,7 +212,7 @@ class _Connection(PubSub):
         return message
 
     async def open(self) -> None:
-        """Connect, unless that was done."""
+        """Connect, unless it is connected."""
         if self.connection is None:
             async with self._opening:
                 if self.connection is None:
@@ -229,7 +232,7 @@ class _Connection(PubSub):
     async def leave(self, channel: bytes) -> None:
         self.wanted.discard(channel)
         if self.connection is not None:
-            # redis-py's error when the connection is closed meanwhile: there is nothing left to leave.
+            # redis-py's error if the connection is closed meanwhile. Nothing is left to unsubscribe from.
             with contextlib.suppress(AttributeError):
                 await self.execute_command("SUNSUBSCRIBE", channel)
 

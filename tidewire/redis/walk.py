@@ -15,7 +15,7 @@ from tidewire.model.values import ItemKey, sort_value, value_of
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import versioned
 
-VALUES_AT_A_TIME = 128
+VALUES_BATCH = 128
 """Partition-key values read at once: few enough that their items fit into memory if all have the maximum size."""
 PAGE_BYTES = 4 << 20
 
@@ -60,7 +60,7 @@ async def _values(backend: Backend, partition: int, table: str, after: bytes | N
     """Return the next partition-key values."""
     low = b"-" if after is None else b"(" + after
     values = backend.keys.values(partition, table)
-    found: Any = await backend.commands.zrangebylex(values, low, b"+", 0, VALUES_AT_A_TIME)
+    found: Any = await backend.commands.zrangebylex(values, low, b"+", 0, VALUES_BATCH)
     return list(found)
 
 

@@ -1,8 +1,8 @@
-"""One connection for all short commands of a process: what one turn of the event loop asks goes out in one write.
+"""One connection for all short commands of a process. Commands of one turn of the event loop leave in one write.
 
-redis-py takes a connection out of a pool for each command, waits for its answer there, and does most of that in Python:
-of a write's way through the store that was the largest part. Here nobody waits for a connection. Answers come in the
-order of the commands, and whoever asked gets them. Address, TLS, login and protocol remain redis-py's.
+redis-py takes a connection from a pool for each command, and waits there for its answer. That was the largest part of a
+write's way through the store. Here no caller waits for a connection. The server answers in the order of the commands,
+which tells whose answer it is. redis-py still handles address, TLS, login and protocol.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, Ti
 LOST = Counter("tidewire_redis_connections_lost_total", "Connections to Redis that ended, or were given up.")
 
 MAX_TRIES = 6
-"""Attempts of one call, within about two seconds. Every command that goes this way may be done twice."""
+"""Maximum attempts of one call, within about two seconds. Every command on a wire may be done twice."""
 MAX_SILENCE_S = 10
-"""Longest time that a server may leave a command unanswered before its connection is given up."""
+"""Maximum seconds for which a server may leave a command unanswered before its connection is dropped."""
 MAX_OPENING_S = 3.0
-"""Longest time for a connection to be made, from its first packet to the end of its login."""
+"""Maximum seconds to make a connection, from its first packet to the end of its login."""
 AT_ONCE_BYTES = 1024
-"""A larger call does not wait for the other calls of this turn of the event loop: the server has something to do."""
+"""Size from which a call is sent at once, in bytes, instead of with the others of the turn: the server can begin."""
 _NOTHING = object()
 
 
 class Wire:
-    """One connection to a server. Commands go out in the order in which they were asked for.
+    """One connection to a server. Commands leave in the order of the calls.
 
-    It connects when it is first needed, and again after a loss. Raises redis-py's errors.
+    It connects at the first call, and again after a loss. Raises redis-py's errors.
     """
 
     def __init__(self, connection: Callable[[], AbstractConnection]) -> None:
@@ -47,13 +47,13 @@ class Wire:
         self._others: weakref.WeakSet[Wire] = weakref.WeakSet()
 
     async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """The answers of all commands. Raises the first error when all are done."""
+        """Return the answers of all commands. Raises the first error when all are done."""
         return without_errors(await self.answers(commands))
 
     async def answers(self, commands: Iterable[tuple[Any, ...]], key: bytes | None = None) -> list[Any]:
-        """The answers of all commands, the server's errors among them. Retries while the server is away.
+        """Return the answers of all commands, with the server's errors among them. Retries while the server is away.
 
-        `key` matters in a cluster alone: see `ClusterWire.answers`.
+        `key` matters only in `ClusterWire.answers`.
         """
         packed = [hiredis.pack_command(command) for command in commands]
         for number in range(MAX_TRIES):
@@ -66,15 +66,15 @@ class Wire:
         raise AssertionError("the last try ends it")
 
     async def once(self, packed: list[bytes]) -> list[Any]:
-        """The answers of packed commands, errors among them. Raises ConnectionError when they may not have arrived."""
+        """Return the answers of packed commands, with errors among them. Raises ConnectionError if they may be lost."""
         line = self._line if self._line and not self._line.lost else await self._connect()
         answers = await line.ask(packed)
         for answer in answers:
             if isinstance(answer, ReadOnlyError | MasterDownError):
-                # No longer the master: the next connection goes to the one that is.
+                # The server is no longer the master. The next connection goes to the new one.
                 line.lose(ConnectionError(f"the server says: {answer}"))
                 raise ConnectionError(str(answer))
-            if isinstance(answer, ConnectionError):  # it is loading its data
+            if isinstance(answer, ConnectionError):  # the server is loading its data
                 raise answer
         return answers
 
@@ -85,18 +85,18 @@ class Wire:
         return (await self.calls((("FUNCTION", "LOAD", *(("REPLACE",) if replace else ()), code),)))[0]
 
     def another(self) -> Wire:
-        """One to the same server, whose commands do not wait for those that go this way."""
+        """Return another wire to the same server, whose commands do not wait for those of this one."""
         made = Wire(self._connection)
         self._others.add(made)
         return made
 
     def lose(self, why: str, unless_at: tuple[str, int] | None = None) -> None:
-        """Break this connection and the others to the same server; their calls are repeated on new ones.
+        """Break this connection and those of other wires to the server. Their calls are repeated on new connections.
 
-        A connection to the address `unless_at` is kept.
+        A connection to the address `unless_at` stays.
         """
         if self._opening and unless_at is None:
-            self._opening.cancel()  # a server that hangs accepts a connection, and never answers the login
+            self._opening.cancel()  # a server that hangs accepts a connection, but never answers the login
         if self._line and (unless_at is None or self._line.address != unless_at):
             self._line.lose(ConnectionError(why))
         for other in self._others:
@@ -106,7 +106,7 @@ class Wire:
         self.lose("the connection was closed")
 
     async def _connect(self) -> _Line:
-        """A new connection, which all that wait for one share."""
+        """Return a new connection. All callers that wait for one share it."""
         if self._opening is None:
             self._opening = asyncio.create_task(_Line.open(self._connection()), name="wire_opening")
             self._opening.add_done_callback(self._opened)
@@ -125,7 +125,7 @@ class Wire:
 
 
 def without_errors(answers: list[Any]) -> list[Any]:
-    """The answers, or the first error among them, raised."""
+    """Return the answers, or raise the first error among them."""
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
@@ -133,7 +133,7 @@ def without_errors(answers: list[Any]) -> list[Any]:
 
 
 async def pause(number: int) -> None:
-    """Wait before the next try, twice as long each time and at most a second, with jitter."""
+    """Wait before the next attempt: twice as long each time, at most a second, with jitter."""
     await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.05 * 2**number))
 
 
@@ -154,7 +154,7 @@ class _Line(asyncio.Protocol):
     def __init__(self, writer: asyncio.StreamWriter, address: tuple[str, int]) -> None:
         self.lost = False
         self.address = address
-        self._writer = writer  # closes its transport when it is forgotten
+        self._writer = writer  # its finalizer would close the transport
         self._transport = writer.transport
         self._loop = asyncio.get_running_loop()
         self._parser: Any = hiredis.Reader(replyError=BaseParser.parse_error, notEnoughData=_NOTHING)
@@ -166,7 +166,7 @@ class _Line(asyncio.Protocol):
 
     @classmethod
     async def open(cls, connection: AbstractConnection) -> _Line:
-        raw: Any = connection  # nothing public hands an open connection over
+        raw: Any = connection  # redis-py has no public way to take over an open connection
         try:
             async with asyncio.timeout(MAX_OPENING_S):
                 await raw.connect()
@@ -216,9 +216,9 @@ class _Line(asyncio.Protocol):
         self.lose(ConnectionError(f"the connection was lost: {exc}" if exc else "the server closed the connection"))
 
     def _look(self) -> None:
-        """Give up a server that leaves one command unanswered. Runs every second.
+        """Drop the connection if one command stays unanswered. Runs every second.
 
-        Looks are counted, not time: a process that was itself stopped finds the answers at its next turn.
+        Calls are counted, not time: a process that was itself stopped finds the answers in its next turn.
         """
         oldest = self._waiting[0] if self._waiting else None
         self._silent_s = self._silent_s + 1 if oldest is not None and oldest is self._oldest else 0
@@ -229,7 +229,7 @@ class _Line(asyncio.Protocol):
             self._timer = self._loop.call_later(1, self._look)
 
     def lose(self, error: Exception) -> None:
-        """Whoever waits is told; nothing else goes this way."""
+        """Fail all waiting calls. Nothing more is sent."""
         if self.lost:
             return
         self.lost = True
