@@ -14,6 +14,7 @@ from tidewire.model.records import unpack
 from tidewire.process.registry import all_services
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import NO_EVICTION
+from tidewire.redis.keys import PartitionField
 
 STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
 
@@ -78,7 +79,7 @@ async def _redis(backend: Backend) -> list[dict[str, Any]]:
     keys, found = backend.keys, []
     for partition in range(keys.partitions):
         name = keys.partition(partition)
-        went_back, feeds = await backend.commands.hmget(name, "generation", "feeds")
+        went_back, feeds = await backend.commands.hmget(name, PartitionField.GENERATION, PartitionField.FEEDS)
         node = await backend.address_of(name)
         times = {"went_back": int(went_back or 0), "feeds_begun": int(feeds or 0)}
         found.append({"partition": partition, "node": node} | times)

@@ -289,7 +289,9 @@ class IndexerTenure:
 
     async def _falls(self) -> tuple[int, ...]:
         self._look_at = time.monotonic() + LOOK_S
-        found = await self._backend.calls(("HGET", home.partition, "alone") for home in self.destinations())
+        found = await self._backend.calls(
+            ("HGET", home.partition, PartitionField.ALONE) for home in self.destinations()
+        )
         return tuple(int(alone or 0) for alone in found)
 
     async def _step(self, changes: Sequence[tuple[Id, Change | None]]) -> Links:

@@ -4,7 +4,8 @@
 -- Rules for every function:
 --   * All keys are declared in KEYS, and are of one partition.
 --   * It begins by naming its arguments. Records that follow in a stride are counted by a constant NAME_FIELDS, which
---     functions.py has too; a test compares them. A list that does not fill its records is refused.
+--     functions.py has too; a test compares them. A list that does not fill its records is refused. Only the commands of
+--     `operate` are not checked: one function in Python packs them, and a commit is on the way of every write.
 --   * It refuses before its first write. A write stays done when a later command fails.
 --   * A repeated call does no harm: the client library repeats a call whose answer was lost.
 --   * It compares numbers, never strings with '<': Lua compares strings by the server's locale (strcoll).
@@ -25,6 +26,13 @@ local function text(n) return string.format('%.0f', n) end
 
 local FENCED = 'FENCED another worker owns this partition'
 local INCOMPLETE = 'ERR the arguments end within a record: caller and library differ'
+
+-- Whether the records from args[at] on are all there. The last field of each says how many parts follow it, and a part is
+-- `stride` arguments.
+local function complete(args, at, fields, stride)
+  while at <= #args do at = at + fields + stride * tonumber(args[at + fields - 1] or 0) end
+  return at == #args + 1
+end
 
 -- Reset all feeds of a partition: those whose epoch is not above the field `feeds`. The field `newest` is the highest epoch
 -- that was given out, perhaps by a server whose clock was ahead, so the new epochs are above it.

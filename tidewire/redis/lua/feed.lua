@@ -125,9 +125,7 @@ local UNIT_FIELDS, APPEND_FIELDS = 5, 5
 register('link_append', function(keys, args)
   local source, epoch, max_entries, max_bytes = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
   local first_unit = 5
-  local at = first_unit
-  while at <= #args do at = at + UNIT_FIELDS + APPEND_FIELDS * tonumber(args[at + UNIT_FIELDS - 1] or 0) end
-  if at ~= #args + 1 then return redis.error_reply(INCOMPLETE) end
+  if not complete(args, first_unit, UNIT_FIELDS, APPEND_FIELDS) then return redis.error_reply(INCOMPLETE) end
   generation(keys)
   local call, sha1hex, sub = redis.call, redis.sha1hex, string.sub
   local partition, links, feeds = keys[1], keys[3], keys[FEEDS]
@@ -160,7 +158,7 @@ register('link_append', function(keys, args)
     appended = appended + 1
   end
 
-  at = first_unit
+  local at = first_unit
   while at <= #args do
     local new, ms, seq, upto, count = unpack(args, at, at + UNIT_FIELDS - 1)
     local effect = {tonumber(new), tonumber(ms), tonumber(seq), tonumber(upto)}

@@ -41,6 +41,7 @@ end
 -- destination took more than the source had after a loss, its feeds hold changes that no longer exist, and are reset.
 local STAMP_FIELDS, LOSS_FIELDS = 3, 3
 register('link_stamp', function(keys, args)
+  if not complete(args, 1, STAMP_FIELDS, 1) then return redis.error_reply(INCOMPLETE) end
   generation(keys)
   local partition, links = keys[1], keys[3]
   local answers, at = {}, 1
@@ -93,12 +94,14 @@ end, 'allow-oom')
 -- An effect that was taken before is skipped, so a repeated call does nothing.
 local EFFECT_FIELDS = 5
 register('link_apply', function(keys, args)
+  local first_effect = 3
+  if not complete(args, first_effect, EFFECT_FIELDS, 1) then return redis.error_reply(INCOMPLETE) end
   generation(keys)
   local links = keys[3]
   local source, epoch = args[1], tonumber(args[2])
   local known, taken = link_state(links, source)
   if epoch < known then return redis.error_reply(FENCED) end
-  local at = 3
+  local at = first_effect
   while at <= #args do
     local new, ms, seq, number, count = unpack(args, at, at + EFFECT_FIELDS - 1)
     local effect = {tonumber(new), tonumber(ms), tonumber(seq), tonumber(number)}
