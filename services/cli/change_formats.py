@@ -1,4 +1,4 @@
-"""A change as a line that people and programs read: ours, or the one that DynamoDB Streams has. Pure."""
+"""Format a change as a line: Tidewire's own, or the record of DynamoDB Streams. Pure."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MAX_NUMBER, MIN_NUMBER = Decimal("9.9999999999999999999999999999999999999E+125")
 
 
 class Unrepresentable(ValueError):
-    """A value that the format cannot express."""
+    """The format cannot express a value."""
 
 
 def parse_position(text: str, partitions: int) -> Position:
-    """Raises ConfigurationError for what is no position of such a stage."""
+    """Raises ConfigurationError if the text is not a position of such a stage."""
     if not re.fullmatch(r"\d{1,5}-\d{1,19}-\d{1,19}-\d{1,19}", text):
         raise ConfigurationError(
             f"--from {text!r} is not a position: <partition>-<generation>-<ms>-<seq>, as changes and replies have it"
@@ -39,7 +39,7 @@ def parse_position(text: str, partitions: int) -> Position:
 
 
 def as_json(position: Position, change: Change, view: str) -> dict[str, Any]:
-    """All that a change has, with the images that the table's stream view shows."""
+    """The whole change, with the images that the table's stream view shows."""
     record: dict[str, Any] = {
         "position": str(position),
         "event": change.event,
@@ -63,7 +63,7 @@ def as_json(position: Position, change: Change, view: str) -> dict[str, Any]:
 
 
 def as_dynamodb(position: Position, change: Change, view: str, stage: str) -> dict[str, Any]:
-    """The record that DynamoDB Streams gives to a function."""
+    """The record, as DynamoDB Streams passes it to a function."""
     images: dict[str, Item] = {"Keys": change.key}
     if view in NEW and change.new is not None:
         images["NewImage"] = change.new
@@ -90,7 +90,7 @@ def as_dynamodb(position: Position, change: Change, view: str, stage: str) -> di
 
 
 def sequence_number(position: Position) -> str:
-    """40 digits, as many as DynamoDB has at most, whose order within a partition is that of the positions.
+    """Forty digits, the most that DynamoDB has. Within a partition they sort as the positions do.
 
     Generations are times in ms too. The store counts the seq of a millisecond from 0.
     """
@@ -98,7 +98,7 @@ def sequence_number(position: Position) -> str:
 
 
 def typed_item(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item with the letter of each value's type. Raises `Unrepresentable`, naming the attribute."""
+    """An item with a type letter for each value. Raises `Unrepresentable`, which names the attribute."""
     typed_values = {}
     for name, value in item.items():
         try:
@@ -109,7 +109,7 @@ def typed_item(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed(value: Any) -> dict[str, Any]:
-    """A value of JSON with its type's letter."""
+    """A JSON value with its type letter."""
     if value is None:
         return {"NULL": True}
     if isinstance(value, bool):
@@ -138,7 +138,7 @@ def number_text(value: int | float) -> str:
 
 
 def size_of_item(item: Mapping[str, Any]) -> int:
-    """As DynamoDB counts: the names and the values."""
+    """The size in bytes as DynamoDB counts it: names and values."""
     return sum(len(name.encode()) + size_of(value) for name, value in item.items())
 
 

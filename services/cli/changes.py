@@ -1,4 +1,4 @@
-"""`tidewire changes`: the change records of a table, as they were written and as they come."""
+"""`tidewire changes`: print the change records of a table, old and new."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tidewire.tasks import end
 from . import change_formats, output, reach
 
 PAGE = 100
-"""Entries that are fetched at once from one partition: each may have two images of the largest size."""
+"""Entries fetched at once from one partition. Each may hold two images of the largest size."""
 RETRY_S = 0.5
 LARGEST = 2**64 - 1
 
@@ -27,7 +27,7 @@ Id = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """A change and where it stands. The lesser of two was written first; no two have the same id and partition."""
+    """A change and its place. The lesser of two was written first. No two have the same id and partition."""
 
     id: Id
     partition: int
@@ -36,13 +36,13 @@ class Found(NamedTuple):
 
 
 class Show(Protocol):
-    """Where changes go. `at_once`: nothing may be kept back, the next ones may be long in coming."""
+    """Where changes go. `at_once` means: flush now, because the next changes may come much later."""
 
     def __call__(self, all_found: Iterable[Found], /, *, at_once: bool) -> None: ...
 
 
 class ServerReplaced(Exception):
-    """`up` has restarted, and its server is at another address. Reading continues there after `read`."""
+    """`up` has restarted, and its server has another address. Reading continues there after `read`."""
 
     def __init__(self, read: dict[int, Id]) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class ServerReplaced(Exception):
 def starts(partitions: int, after: Sequence[Position]) -> dict[int, Id]:
     """Return the stream id after which each partition begins.
 
-    A partition that is named by a position begins after it. The others begin at the time of the earliest position;
-    without any position, all begin at their oldest change.
+    A partition that a position names begins after it. The others begin at the time of the earliest position. Without
+    a position, all begin at their oldest change.
 
     Raises:
         ConfigurationError: two positions are of the same partition.
@@ -72,7 +72,7 @@ def starts(partitions: int, after: Sequence[Position]) -> dict[int, Id]:
 
 
 class Printer:
-    """`tidewire changes`: prints the records of one table, and finds the server again when `up` restarts."""
+    """Print the records of one table, and find the server again after `up` restarts."""
 
     def __init__(self, table: str, after: list[str], format_: str, *, follow: bool, as_json: bool) -> None:
         self._table = table
@@ -81,7 +81,7 @@ class Printer:
         self._follow = follow
         self._as_json = as_json
         self._begin: dict[int, Id] | None = None
-        self._address: str | None = None  # of the server of `up`; None with --redis
+        self._address: str | None = None  # where the server of `up` is now; None with --redis
 
     def run(self, redis: str | None, data: Path, stage: str | None) -> None:
         """Print until the newest change, or until Ctrl-C. Raises ConfigurationError."""
@@ -128,10 +128,10 @@ class Printer:
 async def print_changes(
     backend: Backend, table: str, begin: Mapping[int, Id], show: Show, *, follow: bool, replaced: Callable[[], bool]
 ) -> None:
-    """Show a table's changes after `begin`, those of all partitions by time. With `follow`, continue until cancelled.
+    """Show a table's changes after `begin`, from all partitions, by time. With `follow`, continue until cancelled.
 
     Raises:
-        ServerReplaced: Redis does not answer, and `replaced` says that the server is at another address now.
+        ServerReplaced: Redis does not answer, and `replaced` found the server at another address.
     """
     readers = [_Reader(backend, table, partition, id_) for partition, id_ in begin.items()]
     async for found in _by_time([reader.past() for reader in readers]):
@@ -163,7 +163,7 @@ class _Reader:
         self.last = after
 
     async def past(self) -> AsyncIterator[Found]:
-        """What was written until now."""
+        """The changes written until now."""
         newest: Any = await self._backend.commands.xrevrange(self._stream, count=1)
         if not newest:
             return
@@ -177,7 +177,7 @@ class _Reader:
             more = len(entries) == PAGE
 
     async def coming(self) -> list[Found]:
-        """What is written after that, waiting up to a second."""
+        """The changes written after those. Waits up to a second for one."""
         read = await self._backend.read({self._stream: f"{self.last[0]}-{self.last[1]}"}, PAGE)
         return await self._found([entry for _, entries in read for entry in entries])
 
@@ -194,7 +194,7 @@ class _Reader:
 
 
 async def _by_time(partitions: list[AsyncIterator[Found]]) -> AsyncIterator[Found]:
-    """One after another, the oldest first; each partition's in its own order."""
+    """Merge the changes of all partitions, the oldest first. Each partition keeps its own order."""
     heads: list[tuple[Found, AsyncIterator[Found]]] = []
     for partition, first in zip(
         partitions, await asyncio.gather(*(anext(partition, None) for partition in partitions)), strict=True
@@ -222,7 +222,7 @@ async def _follow(readers: list[_Reader], show: Show, replaced: Callable[[], boo
 
 
 async def _read_on(reader: _Reader, show: Show, replaced: Callable[[], bool]) -> None:
-    """Show new changes of one partition. While Redis does not answer, retry, and look whether it has moved."""
+    """Show new changes of one partition. While Redis does not answer, retry and check whether it has moved."""
     answers = True
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The commands that read and write a stage's data through Redis: changes, export and import."""
+"""The commands that reach a stage's data through Redis: `changes`, `export` and `import`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changes(
     stage: Stage = None,
     as_json: Json = False,
 ) -> None:
-    """Print a table's change records, the oldest first, one JSON object a line."""
+    """Print a table's change records, the oldest first, one JSON object per line."""
     from .change_formats import FORMATS
     from .changes import Printer
 
@@ -75,7 +75,7 @@ def import_(
     stage: Stage = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
 ) -> None:
-    """Write the items of JSON lines that have a table and an item, as `export` has them. Needs a running store."""
+    """Write the items of JSON lines, each with a table and an item, as `export` prints them. Needs a running store."""
     import logging
 
     import structlog
@@ -85,7 +85,7 @@ def import_(
 
     if skip < 0:
         raise typer.BadParameter("0 or more", param_hint="--skip")
-    # The bus logs what it could not send; here it is sent again, or the end says what was wrong.
+    # The bus logs a failed send. This command sends again, or ends with an error, so the log would only confuse.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
     async def work(backend: Backend) -> None:

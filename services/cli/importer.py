@@ -1,4 +1,4 @@
-"""`tidewire import`: items from JSON lines, through the stores, so that each is checked and has its change record."""
+"""`tidewire import`: write items from JSON lines through the stores, which check each and record its change."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from .reach import declarations
 USER = "tidewire:import"
 BLOCK_BYTES = 1 << 18
 MAX_WAITING_BYTES = 4 << 20
-"""Of lines that are read and not yet done: no more are read meanwhile."""
+"""Bytes of lines that are read and not yet done. Beyond this, reading waits."""
 MAX_OUTSTANDING = 64
-"""Commands on their way, each for another partition."""
+"""Commands under way, each for a different partition."""
 PATIENCE_S = 60.0
-"""An import ends when for so long no store has done anything for it."""
+"""An import ends when no store has answered it for this long."""
 TELL_EVERY_S = 10.0
 
 
 async def import_(backend: Backend, file: Path | None, skip: int, *, as_json: bool = False) -> None:
-    """Write the items of a file's lines. Raises ConfigurationError where it must end before the file does."""
+    """Write the items of a file's lines. Raises ConfigurationError if it must end before the file does."""
     declared = await declarations(backend)
     tables = {name: table_of(name, found) for name, found in declared.items() if name != CONNECTIONS}
     if not tables:
@@ -70,7 +70,7 @@ def _how_to_go_on(lines: int) -> str:
 
 
 class _Import:
-    """Reads lines, and sends them: to each partition a parcel at a time, to many partitions at once."""
+    """Reads lines and sends them in parcels: one at a time to each partition, to many partitions at once."""
 
     def __init__(self, backend: Backend, ledger: Ledger) -> None:
         self._backend = backend
@@ -91,7 +91,7 @@ class _Import:
         self._clock_ms = 0.0  # the server's time, less the monotonic one
 
     async def run(self, descriptor: int, *, show_progress: bool = True) -> None:
-        """Until all lines before the first faulty one are done."""
+        """Run until all lines before the first faulty one are done."""
         self._clock_ms = await self._backend.now_ms() - 1000 * time.monotonic()
         helpers = [asyncio.create_task(self._bus.send()), asyncio.create_task(self._bus.receive())]
         with progress.shown("import", _size_of(descriptor), wanted=show_progress) as advance:
@@ -102,7 +102,7 @@ class _Import:
                 await asyncio.gather(*work)
             finally:
                 await end([*work, *helpers])
-                with contextlib.suppress(RedisError):  # it has a time to live
+                with contextlib.suppress(RedisError):  # the stream has a time to live
                     await self._backend.commands.delete(self._backend.keys.replies(self._id))
 
     async def _read(self, descriptor: int) -> None:
@@ -125,7 +125,7 @@ class _Import:
             sender.set()
 
     async def _send(self, number: int) -> None:
-        """What is for every so manieth partition, until all is."""
+        """Send the parcels of every n-th partition until all are done."""
         wanted = self._senders[number]
         while True:
             wanted.clear()
@@ -142,7 +142,7 @@ class _Import:
                 await wanted.wait()
 
     async def _deliver(self, partition: int, parcel: list[Row]) -> None:
-        """Once: what was not done is still in the ledger, and comes again."""
+        """Send once. Rows that were not done stay in the ledger and are sent again."""
         try:
             await self._ask(partition, parcel)
         except (Overloaded, Timeout) as error:
@@ -160,7 +160,7 @@ class _Import:
 
     def _ask(self, partition: int, parcel: list[Row]) -> asyncio.Future[object]:
         items = [(row.table, row.item) for row in parcel]
-        # After it the store does not do it any more: when it has run out, it is safe to send it again.
+        # After this time the store refuses the command, so it is safe to send it again.
         deadline = int(self._clock_ms + 1000 * (time.monotonic() + self._settings.request_timeout_s))
 
         def record(number: int) -> Command:
@@ -170,7 +170,10 @@ class _Import:
         return self._bus.request(self._backend.keys.commands(partition), record)
 
     async def _pause(self, error: RequestError) -> None:
-        """Before the same is sent again. Raises redis-py's error or ConfigurationError where that is of no use."""
+        """Wait before the same parcel is sent again.
+
+        Raises redis-py's error or ConfigurationError if that cannot help.
+        """
         await self._backend.commands.ping()
         if time.monotonic() - self._answered_at > PATIENCE_S:
             raise ConfigurationError(
@@ -179,7 +182,7 @@ class _Import:
         await asyncio.sleep(0.2)
 
     async def _tell(self, advance: progress.Advance) -> None:
-        """How far it is: to a person by a bar, to a log by a line now and then."""
+        """Report progress: as a bar for a person, as a line from time to time for a log."""
         told_at, told = time.monotonic(), self._ledger.done
         while True:
             await asyncio.sleep(0.1)
@@ -193,7 +196,7 @@ class _Import:
 
 
 async def lines(descriptor: int) -> AsyncGenerator[list[bytes], None]:
-    """All lines of a file or pipe, without their ends, as many at a time as there are."""
+    """Yield the lines of a file or pipe without their ends, in batches of what is there."""
     begun = b""
     while block := await _block(descriptor):
         *whole, begun = (begun + block).split(b"\n")
@@ -205,9 +208,9 @@ async def lines(descriptor: int) -> AsyncGenerator[list[bytes], None]:
 
 
 async def _block(descriptor: int) -> bytes:
-    """What comes next, b"" at the end. Raises ConfigurationError where it cannot be read.
+    """Return the next bytes, or b"" at the end. Raises ConfigurationError if they cannot be read.
 
-    In a thread that nobody waits for at the end: a terminal or a pipe may never say anything again.
+    The read runs in a daemon thread, because a terminal or a pipe may never send anything again.
     """
     loop = asyncio.get_running_loop()
     block: asyncio.Future[bytes | OSError] = loop.create_future()
@@ -222,7 +225,7 @@ async def _block(descriptor: int) -> bytes:
             found = os.read(descriptor, BLOCK_BYTES)
         except OSError as error:
             found = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
             loop.call_soon_threadsafe(settle, found)
 
     threading.Thread(target=read, name="import", daemon=True).start()
@@ -234,7 +237,7 @@ async def _block(descriptor: int) -> bytes:
 
 @contextlib.contextmanager
 def _opened(file: Path | None) -> Iterator[int]:
-    """The descriptor to read. Raises ConfigurationError."""
+    """Return the descriptor to read. Raises ConfigurationError."""
     if file is None:
         if sys.stdin is not None and sys.stdin.isatty():
             typer.echo("reading JSON lines from the terminal: end them with Ctrl-D", err=True)
@@ -251,7 +254,7 @@ def _opened(file: Path | None) -> Iterator[int]:
 
 
 def _size_of(descriptor: int) -> int | None:
-    """In bytes; None of what has no size."""
+    """The size in bytes. None if the input has no size."""
     with contextlib.suppress(OSError):
         found = os.fstat(descriptor)
         if stat.S_ISREG(found.st_mode):
@@ -261,7 +264,7 @@ def _size_of(descriptor: int) -> int | None:
 
 @contextlib.contextmanager
 def _ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that it can say how far it is."""
+    """Let SIGTERM end the block as Ctrl-C does, so that the command can report how far it is."""
     loop, task, asked = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task
 

@@ -1,7 +1,7 @@
-"""What of an import is read, what is on its way, and up to which line all is done. Pure.
+"""The state of an import: the rows read, the rows under way, and the line up to which all are done. Pure.
 
-Rows go to the partitions' stores in parcels, one at a time to each partition: so the later of two lines about one item
-wins, also when a parcel must be sent again.
+Rows go to the stores in parcels, one at a time to each partition. So the later of two lines about one item wins, even
+if a parcel is sent again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LARGEST_LINE = 64 << 20
 
 
 class Line(msgspec.Struct):
-    """What a line must have. What else there is, as in the lines of an export, is passed over."""
+    """The fields that a line must have. Others, such as those an export adds, are ignored."""
 
     table: str
     item: dict[str, Any]
 
 
 class Row(NamedTuple):
-    line: int  # of the file, from 1 on
+    line: int  # line number in the file, from 1
     table: str
     item: Item
     size_bytes: int
@@ -44,11 +44,11 @@ class Fault(NamedTuple):
 
 
 class Ledger:
-    """The lines of one file, after the first `skip` of them."""
+    """The lines of one file, without the first `skip`."""
 
     def __init__(self, tables: Mapping[str, Table], keys: Keys, skip: int = 0) -> None:
         self.read = 0
-        self.items = 0  # that are done
+        self.items = 0  # lines that are done
         self.read_bytes = 0
         self.waiting_bytes = 0
         self.fault: Fault | None = None
@@ -60,7 +60,7 @@ class Ledger:
 
     @property
     def done(self) -> int:
-        """So many lines are surely done, the first ones of the file."""
+        """How many lines at the start of the file are certainly done."""
         first = min((rows[0].line for rows in self._rows.values() if rows), default=self.read + 1)
         return (min(first, self.fault.line) if self.fault else first) - 1
 
@@ -69,11 +69,14 @@ class Ledger:
         return self.read_bytes - self.waiting_bytes
 
     def take(self, raw: bytes) -> int | None:
-        """The next line; the partition that has a row more. None for one that is skipped, blank or faulty."""
+        """Take the next line, and return the partition that gained a row.
+
+        None if the line is skipped, blank or faulty.
+        """
         self.read += 1
         self.read_bytes += len(raw) + 1
         if self.read == 1:
-            raw = raw.removeprefix(codecs.BOM_UTF8)  # editors and spreadsheets on Windows write it
+            raw = raw.removeprefix(codecs.BOM_UTF8)  # editors and spreadsheets on Windows write a byte-order mark
         if self.read <= self._skip or not raw.strip():
             return None
         if len(raw) > LARGEST_LINE:
@@ -103,7 +106,7 @@ class Ledger:
         return self._keys.partition_of(table.key_of(line.item).partition)
 
     def parcel(self, partition: int) -> list[Row]:
-        """The next rows for a partition: the same ones until they are told done, or one of them refused."""
+        """Return the next rows for a partition. They stay the same until they are marked done, or one is refused."""
         rows, size = list[Row](), 0
         for row in self._rows.get(partition, ()):
             size += row.size_bytes
@@ -119,7 +122,7 @@ class Ledger:
         self.items += len(parcel)
 
     def refuse(self, line: int, what: str) -> None:
-        """The import ends before that line, unless it ends before an earlier one: what goes before is still sent."""
+        """End the import before this line, unless it ends before an earlier one. The lines before it are still sent."""
         if self.fault and self.fault.line <= line:
             return
         self.fault = Fault(line, what)

@@ -1,4 +1,7 @@
-"""The `tidewire` command. Data goes to standard output, all else to standard error; 0 done, 1 failed, 2 wrong usage."""
+"""The `tidewire` command.
+
+Data goes to standard output, the rest to standard error. Exit codes: 0, 1 failed, 2 usage.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # who read our output has gone: nothing is left to say
+        sys.stderr.close()  # the reader of our output has gone
         sys.exit(1)
     except Exception as error:
         if os.environ.get("TIDEWIRE_LOG_LEVEL") == "debug":
@@ -274,7 +277,7 @@ def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_js
 def keys_revoke(
     id_: Annotated[str, typer.Argument(metavar="ID")], redis: Redis = None, data: Data = DATA, stage: Stage = None
 ) -> None:
-    """Refuse a key from now on, and close its connections."""
+    """Revoke a key, and close its connections."""
     from tidewire.redis import keyring
 
     async def revoke(backend: Any) -> bool:
@@ -373,7 +376,7 @@ def listen(
     ),
     as_json: Json = False,
 ) -> None:
-    """Print every frame of the user's feed, one JSON a line. Reconnects and resumes by itself."""
+    """Print every frame of the user's feed, one JSON object per line. Reconnects and resumes by itself."""
     import asyncio
 
     from tidewire.client import Client

@@ -11,7 +11,7 @@ from tidewire.errors import ConfigurationError
 
 
 def write(file: BinaryIO, data: bytes, name: str, advice: str = "", *, at_once: bool = True) -> None:
-    """All of it; `at_once` it is there, should this process be killed.
+    """Write all of the text. With `at_once` it is there even if this process is killed.
 
     Raises ConfigurationError naming the file, or BrokenPipeError.
     """
@@ -26,7 +26,7 @@ def write(file: BinaryIO, data: bytes, name: str, advice: str = "", *, at_once: 
 
 
 def show(value: Any, *, as_json: bool, indent: int | None = 2, at_once: bool = True) -> None:
-    """Print a JSON value: coloured and indented on a terminal; else, or with `as_json`, as one compact line."""
+    """Print a JSON value, coloured and indented on a terminal. Elsewhere, or with `as_json`, print one compact line."""
     if as_json or not sys.stdout.isatty():
         write(sys.stdout.buffer, msgspec.json.encode(value) + b"\n", "standard output", at_once=at_once)
         return
@@ -36,5 +36,5 @@ def show(value: Any, *, as_json: bool, indent: int | None = 2, at_once: bool = T
 
 
 def flush() -> None:
-    """Hand over everything printed so far."""
+    """Flush everything printed so far."""
     write(sys.stdout.buffer, b"", "standard output")

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for a person at a terminal and nobody else."""
+"""A progress bar on standard error, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 Advance = Callable[[float, int], None]
-"""Told how much of the total is done, and how many items that is."""
+"""Takes how much of the total is done, and how many items that is."""
 
 
 @contextlib.contextmanager
 def shown(what: str, total: float | None, *, wanted: bool = True) -> Iterator[Advance]:
-    """A bar while the block runs, if that is wanted and standard error is a terminal."""
+    """Show a bar while the block runs, if `wanted` and standard error is a terminal."""
     begun = time.monotonic()
     columns = (
         TextColumn("{task.description}"),

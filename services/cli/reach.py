@@ -1,4 +1,4 @@
-"""How the commands that talk to Redis find it, and what the stage there says of its tables."""
+"""How commands find Redis, and what a stage says about its tables."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def with_redis(
     *,
     may_be_new: bool = False,
 ) -> T:
-    """Do something with the stage on the server named, or on that of the running `up`.
+    """Run something on the stage of the named server, or of the running `up`.
 
-    Raises ConfigurationError when there is none, unless it may be new, or when the server does not answer any more.
+    Raises ConfigurationError if there is no such stage and it may not be new, or if the server stops answering.
     """
     from redis.exceptions import ConnectionError, TimeoutError
 
@@ -65,12 +65,12 @@ def address_of_up(data: Path) -> str | None:
 
 
 def has_moved(data: Path, address: str | None) -> bool:
-    """Whether `up` runs again on that data, with its server at another address than before."""
+    """Whether `up` has restarted on that data, with its server at another address."""
     return address is not None and address_of_up(data) not in (None, address)
 
 
 async def declarations(backend: Backend) -> dict[str, Declaration]:
-    """The tables by name, sorted, as the stores have declared them."""
+    """Return the tables that the stores have declared, by name, sorted."""
     from tidewire.model.records import Declaration, text, unpack
 
     found = await backend.commands.hgetall(backend.keys.tables())
@@ -78,7 +78,7 @@ async def declarations(backend: Backend) -> dict[str, Declaration]:
 
 
 def declaration_of(table: str, found: Mapping[str, Declaration], stage: str) -> Declaration:
-    """Raises ConfigurationError for a table that no store has declared."""
+    """Return the table. Raises ConfigurationError if no store has declared it."""
     if table not in found:
         known = f"it has {', '.join(found)}" if found else "no store has ever run there"
         raise ConfigurationError(f"there is no table {table!r} in stage {stage!r}: {known}")

@@ -26,7 +26,7 @@ from .options import ADMIN_SOCKET
 
 
 def import_app(reference: str) -> App:
-    """The application, with the working directory importable."""
+    """Load the application, with the working directory importable."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -42,7 +42,7 @@ def run(kind: str, reference: str, **flags: Any) -> None:
 
 
 def start(main: Any) -> None:
-    """asyncio.run, on uvloop where there is one."""
+    """Call `asyncio.run`, on uvloop if it is installed."""
     try:
         import uvloop
     except ImportError:
@@ -88,7 +88,7 @@ async def claim_ports(backend: Backend, settings: Settings) -> None:
         ConfigurationError: another program listens on one of the ports.
     """
     ports = {"ws": settings.ws_port, "http": settings.http_port}
-    deadline = time.monotonic() + 3  # a gateway started at the same time may listen before it is registered
+    deadline = time.monotonic() + 3  # a gateway that starts at the same time may listen before it is registered
     while True:
         taken = {what: port for what, port in ports.items() if port and lifecycle.port_is_taken(settings.host, port)}
         if not taken:

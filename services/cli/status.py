@@ -1,4 +1,4 @@
-"""`tidewire status`: what lives, who owns what, and how far behind it is."""
+"""`tidewire status`: the live services, what each owns, and how far behind it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
 
 
 async def owners(backend: Backend, group: str) -> dict[int, str | None]:
-    """Of each partition, the owner whose lease runs; None where there is none."""
+    """Return each partition's owner while its lease runs, or None."""
     keys = backend.keys
     now = await backend.now_ms()
     async with backend.commands.pipeline(transaction=False) as pipeline:
@@ -34,7 +34,7 @@ async def owners(backend: Backend, group: str) -> dict[int, str | None]:
 
 
 async def collect(backend: Backend) -> dict[str, Any]:
-    """All of it, as `--json` prints it."""
+    """Return the whole status, as `--json` prints it."""
     keys = backend.keys
     services = [
         {"id": service.id, "alive": service.alive, "silent_ms": max(service.silent_ms, 0), **service.info}
@@ -75,7 +75,7 @@ async def _warnings(backend: Backend) -> list[str]:
 
 
 async def _redis(backend: Backend) -> list[dict[str, Any]]:
-    """Of each partition: its node, and when that last restarted or failed over, and all feeds began anew (ms, or 0)."""
+    """Return for each partition its node, and when it last fell back and when its feeds last began anew (ms, or 0)."""
     keys, found = backend.keys, []
     for partition in range(keys.partitions):
         name = keys.partition(partition)
@@ -87,7 +87,7 @@ async def _redis(backend: Backend) -> list[dict[str, Any]]:
 
 
 async def _indexes(backend: Backend) -> list[dict[str, Any]]:
-    """Each index, and how much of its table's partition-key values it has been filled from."""
+    """Return each index, and how many of its table's partition-key values have filled it."""
     keys, found = backend.keys, dict[tuple[str, str, str], list[float]]()
     for partition in range(keys.partitions):
         for field, raw in (await backend.commands.hgetall(keys.indexes(partition))).items():
@@ -110,7 +110,7 @@ async def _share(backend: Backend, values: bytes, place: Any) -> float:
 
 
 async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int] | None:
-    """(entries not yet read, entries read and not acknowledged); None where there is no such group."""
+    """Return (entries not read, entries read and not acknowledged). None if the group does not exist."""
     try:
         found = await backend.commands.xinfo_groups(stream)
     except ResponseError:
@@ -126,7 +126,7 @@ def _time(ms: int) -> str:
 
 
 def show(status: dict[str, Any]) -> None:
-    """For people."""
+    """Print the status for people."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
         f"stage [bold]{status['stage']}[/], {status['partitions']} partitions, connections: {status['connections']}"

@@ -1,4 +1,4 @@
-"""`tidewire up`: the server, the services, each a process of its own, restarted when it dies."""
+"""`tidewire up`: run the server and the services, each as a process that is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHAT = "tidewire.examples.chat.app:app"
 DEMO_USERS = ("alice", "bob")
 READY_S = 60.0
 GENTLE_S = 4.0
-"""What a child has for its drain before it is killed, unless --drain-seconds is less."""
+"""Seconds that a child has for its drain before it is killed, unless --drain-seconds is less."""
 
 
 MAX_FAILED_STARTS = 3
@@ -67,7 +67,7 @@ class Child:
         self.name = name
         self.process: asyncio.subprocess.Process | None = None
         self.failures = 0
-        """How often it has ended soon after its start, one time after the other."""
+        """How often in a row it has ended soon after its start."""
         self._command = command
         self._environment = environment
         self._stopping = stopping
@@ -89,7 +89,7 @@ class Child:
         return self.process
 
     async def keep(self, again: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Restart it whenever it ends, ever later while it ends at once."""
+        """Restart it whenever it ends, with a growing pause while it ends at once."""
         pause_s = 0.1
         while True:
             assert self.process
@@ -100,7 +100,7 @@ class Child:
             if time.monotonic() - begun > 2:
                 pause_s, self.failures = 0.1, 0
             self.failures += 1
-            if code == MISCONFIGURED:  # it has said why: starting it again would end the same way
+            if code == MISCONFIGURED:  # it has printed why, and a restart would end the same way
                 raise Misconfigured
             log.warning("process_died", name=self.name, pid=self.process.pid, code=code)
             await asyncio.sleep(pause_s)
@@ -132,7 +132,7 @@ def up(reference: str, data: Path, counts: dict[str, int], **flags: Any) -> None
     for kind, count in counts.items():
         if not 1 <= count <= 64:
             raise ConfigurationError(f"--{kind}s {count}: between 1 and 64")
-    import_app(reference)  # what is wrong with it is said once, before anything runs
+    import_app(reference)  # report what is wrong with it once, before anything runs
     for what, port in (("ws", settings.ws_port), ("http", settings.http_port)):
         if lifecycle.port_is_taken(settings.host, port):
             raise ConfigurationError(
@@ -142,7 +142,7 @@ def up(reference: str, data: Path, counts: dict[str, int], **flags: Any) -> None
     with locked(data), contextlib.suppress(Misconfigured):
         start(_Up(reference, data, counts, settings, flags.get("redis")).run())
         return
-    sys.exit(1)  # the service has said why
+    sys.exit(1)  # the service has printed why
 
 
 class _Up:
@@ -189,7 +189,7 @@ class _Up:
             self.server = Child("server", self.embedded.command(), environment, self.stopping)
             await self.embedded.wait_until_ready(await self.server.start())
             self.tasks.append(asyncio.create_task(self.server.keep()))
-        # Said once here, rather than by each service.
+        # Reported once here, rather than by each service.
         async with await connect(self.redis, Keys(self.settings.stage, self.settings.partitions)):
             pass
         environment |= {
@@ -203,7 +203,7 @@ class _Up:
             "TIDEWIRE_DURABILITY": self.settings.durability,
             "TIDEWIRE_DRAIN_SECONDS": str(self.settings.drain_seconds),
             "TIDEWIRE_LOG_FORMAT": self.settings.log_format,
-            # Ready is said by `up`; of the services only what is unusual is of interest beside it.
+            # `up` reports that all is ready. Beside it, only unusual events of the services are of interest.
             "TIDEWIRE_LOG_LEVEL": os.environ.get("TIDEWIRE_LOG_LEVEL", "warning"),
             SUPERVISED: "1",
         }
@@ -233,7 +233,7 @@ class _Up:
             return bound
 
     async def _stop(self) -> None:
-        """Gateways first: their connections are written through the store. The server last."""
+        """Stop the gateways first, because their connections are removed through the store. Stop the server last."""
         gentle_s = min(GENTLE_S, self.settings.drain_seconds)
         gateways = [child for child in self.services if child.name.startswith("gateway")]
         others = [child for child in self.services if child not in gateways]
@@ -292,14 +292,14 @@ class _Up:
 
 
 def _shown(host: str) -> str:
-    """An address that one can connect to."""
+    """Return an address that clients can connect to."""
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
 async def demo_keys(backend: Backend, data: Path) -> dict[str, str]:
-    """The sample keys, as they were made before where the server still knows them."""
+    """Return the sample keys. Those that the server still knows are kept."""
     path = data / "demo-keys.json"
     try:
         kept: dict[str, str] = json.loads(path.read_text())
@@ -315,10 +315,10 @@ async def demo_keys(backend: Backend, data: Path) -> dict[str, str]:
 
 
 def first_room(http: str, keys: dict[str, str]) -> bool:
-    """A room with both sample users, for the chat example."""
+    """Write a room with both sample users, for the chat example."""
     for user, role in zip(DEMO_USERS, ("owner", "member"), strict=True):
         item = {"room": "lobby", "user": user, "role": role, "title": "Lobby"}
-        # Only if it is not there: who left, or renamed the room, meant it.
+        # Only if the room is missing: a user who left it, or renamed it, meant to.
         body = json.dumps({"table": "members", "item": item, "if": {"absent": True}}).encode()
         headers = {"auth_key": keys[DEMO_USERS[0]], "Content-Type": "application/json"}
         try:

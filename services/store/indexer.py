@@ -1,11 +1,11 @@
-"""Indexes: each change of a table carried to where its index entries lie, by a consumer group of the store's own.
+"""Indexes: a consumer group of the store carries each change of a table to the partitions of its index entries.
 
-An entry lies in the partition of its index key, and goes there over a link, so that repeated or late work does no harm.
-An index that is new is filled from the items of each partition, one that is declared no more is emptied in the same
-way: an item is either there, and found, or was removed by a change, which passes by.
+An entry lives in the partition of its index key, and goes there over a link, so repeated or late work does no harm.
+A new index is filled from the items of each partition, and an index that is no longer declared is emptied in the same
+way. No item is missed: either the walk finds it, or a change has removed it, and the indexer follows the changes.
 
-Where changes were trimmed unread, or a server fell back and lost what it had taken, indexes are mended: entries that no
-item has are removed, then all is filled again. Queries are answered meanwhile.
+If changes were trimmed unread, or a server fell back and lost index entries, indexes are repaired: entries without an
+item are removed, then the index is filled again. Queries are answered meanwhile.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ log = structlog.get_logger(__name__)
 
 GROUP = "indexer"
 FILL_BATCH = 200
-"""Items that are carried into an index, or out of it, between two batches of changes."""
+"""Items carried into an index, or out of it, between two batches of changes."""
 NAMES_BATCH, ENTRIES_BATCH = 4, 32
-"""Values of an index, and entries of each, that are looked at between two batches: records may be large."""
+"""Values of an index, and entries of each, checked between two batches. Records may be large."""
 SCAN_S = 0.05
-"""So long nothing else is done, while keys are looked through."""
+"""How long a search through keys may keep the indexer from changes."""
 LOOK_S = 10.0
 
 LAG = Gauge("tidewire_index_lag", "Seconds that the indexes are behind their tables.", ["partition"])
 
 
 class Index(NamedTuple):
-    """An index as it lies in Redis: its name is of no account."""
+    """An index as it is stored in Redis, which does not have its name."""
 
     table: str
     attributes: tuple[str, str]
@@ -55,14 +55,14 @@ class Index(NamedTuple):
 
 
 class Filling(NamedTuple):
-    """How far an index is filled, or emptied, from this partition's items."""
+    """How far this partition's items have filled or emptied an index."""
 
     add: bool
     place: WalkPosition | None  # the last item that was carried; None at the start
     done: bool = False
-    sound: bool = True  # False: before it is filled, entries go that no item has
+    sound: bool = True  # False: entries without an item must be removed before it is filled
     only_in: tuple[int, ...] = ()
-    """The partitions whose entries are repaired; none: all. An index that is declared anew lies in all."""
+    """The partitions whose entries are repaired. Empty means all."""
 
     @classmethod
     def of(cls, stored: Sequence[Any]) -> Filling:
@@ -74,7 +74,7 @@ class Filling(NamedTuple):
         return pack(self if self.only_in else self[:4])
 
     def anew(self, lost_in: Iterable[int]) -> Filling:
-        """To be repaired in these partitions, or in all when there are none; and wherever a repair is under way."""
+        """Begin a repair in these partitions, or in all if there are none, and go on wherever a repair is under way."""
         partitions = tuple(sorted(lost_in))
         if not self.done:
             partitions = tuple(sorted({*partitions, *self.only_in})) if partitions and self.only_in else ()
@@ -85,11 +85,11 @@ class Filling(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """What this partition's indexes have come to."""
+    """The state of this partition's indexes."""
 
     last: Id  # id of the last change that was followed
     alone: tuple[int, ...]
-    """Of each destination, when it last fell back alone: it may lack what it had taken, or this partition may."""
+    """When each destination last fell back alone. Either it or this partition may then lack entries."""
 
 
 def declared(app: App) -> set[Index]:
@@ -97,7 +97,7 @@ def declared(app: App) -> set[Index]:
 
 
 def wanted(app: App, found: Mapping[Index, Filling]) -> dict[Index, Filling]:
-    """The indexes to work on: those that the application declares, and those that it does not, to be emptied."""
+    """The indexes to work on: those that the application declares, and those that must be emptied."""
     here = declared(app)
     result = dict(found)
     for index in here | found.keys():
@@ -108,7 +108,7 @@ def wanted(app: App, found: Mapping[Index, Filling]) -> dict[Index, Filling]:
 
 
 async def is_needed(app: App, backend: Backend) -> bool:
-    """Whether there are indexes to be kept, or some that are to be emptied."""
+    """Whether there are indexes to keep or to empty."""
     if declared(app):
         return True
     partitions = range(backend.keys.partitions)
@@ -116,14 +116,14 @@ async def is_needed(app: App, backend: Backend) -> bool:
 
 
 class Entry(NamedTuple):
-    """What an index has of one item, and where."""
+    """The entry of one item in an index, and its place."""
 
     partition: int
     operations: tuple[RedisCommand, ...]
 
 
 def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> Entry | None:
-    """None for an item that is not in the index."""
+    """Return the entry of an item, or None if the item is not in the index."""
     where = _where(keys, index, key, record.item)
     if where is None:
         return None
@@ -150,7 +150,7 @@ def _where(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> tuple[i
 
 
 def follow(app: App, keys: Keys, indexes: Mapping[Index, Filling], position: Position, change: Change) -> Links:
-    """What one change does to the indexes of its table: the old image's entry goes, the new one's comes."""
+    """The effects of one change on its table's indexes: remove the old image's entry, add the new one's."""
     links: Links = {}
     key_values = list(change.key.values())
     key = ItemKey(change.table, key_values[0], key_values[1] if len(key_values) > 1 else None)
@@ -173,7 +173,7 @@ Links = dict[int, list[Effect]]
 
 
 class IndexerTenure:
-    """The indexer's work on one partition of the tables while it owns it."""
+    """The indexer's work on one partition of the tables, while the store owns it."""
 
     def __init__(
         self, app: App, backend: Backend, partition: int, owned: Owned, versions: Versions | None = None
@@ -188,8 +188,8 @@ class IndexerTenure:
         self._next: dict[Index, Filling] = {}
         self._followed: Followed | None = None  # None in a partition that no indexer has followed yet
         self._next_followed: Followed | None = None
-        self._look_at = 0.0  # monotonic: when to look again what the destinations have come to
-        self._from: Id | None = None  # id of the last change there was when this tenure began
+        self._look_at = 0.0  # monotonic: when to read the destinations' generations again
+        self._from: Id | None = None  # id of the newest change when this tenure began
         self._strays: AsyncIterator[list[Entry]] | None = None
         self._steps = 0
         self._oldest: int | None = None  # time of the oldest change of the batch
@@ -203,7 +203,7 @@ class IndexerTenure:
             self._from = batch.last
         changes = [(id_, _change(fields)) for id_, fields in batch.entries]
         if self._versions:
-            # Not to be emptied, nor passed, while a live store declares them.
+            # Neither emptied nor skipped while a live store declares them.
             tables = {index.table for index in self._indexes} | {change.table for _, change in changes if change}
             unknown = frozenset(tables - self._app.tables.keys() - {""})
             await self._versions.leave_to_others(GROUP, self._partition, unknown)
@@ -233,7 +233,7 @@ class IndexerTenure:
             LAG.labels(self._partition).set(max(time.time() - self._oldest / 1000, 0))
 
     def _operations(self) -> list[RedisCommand]:
-        """What is kept of how far it has come."""
+        """Return the stored form of the progress."""
         assert self._indexes is not None
         stored = self._keys.indexes(self._partition)
         changed = {index: filling for index, filling in self._next.items() if self._indexes.get(index) != filling}
@@ -250,7 +250,7 @@ class IndexerTenure:
         return operations
 
     async def _stored(self) -> dict[Index, Filling]:
-        """The indexes as this partition knows them."""
+        """Return the indexes that this partition knows."""
         found: dict[Index, Filling] = {}
         for field, raw in (await self._backend.commands.hgetall(self._keys.indexes(self._partition))).items():
             table, partition, sort = unpack(field)
@@ -267,7 +267,8 @@ class IndexerTenure:
     # ── mending ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _repair_if_needed(self, newest: Id, changes: Sequence[tuple[Id, Change | None]]) -> None:
-        """Begin every index anew when changes were lost on the way here, or what they did was lost over there."""
+        """Begin every index anew if changes were lost before they got here, or their effects were lost at a
+        destination."""
         last = changes[-1][0] if changes else newest
         if self._followed is None:
             self._next_followed = Followed(last, await self._falls())
@@ -280,7 +281,7 @@ class IndexerTenure:
         fell = [partition for partition, at in enumerate(alone) if at != self._followed.alone[partition]]
         if whole and not fell:
             return
-        # What other destinations have taken is still there, unless this partition itself went back or missed changes.
+        # Other destinations still have their entries, unless this partition itself fell back or missed changes.
         lost_in = fell if whole and self._partition not in fell else []
         reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
         log.warning("indexes_repaired", partition=self._partition, reason=reason, destinations=lost_in or "all")
@@ -292,31 +293,34 @@ class IndexerTenure:
         found = await self._backend.calls(
             ("HGET", home.partition, PartitionField.ALONE) for home in self.destinations()
         )
-        return tuple(int(alone or 0) for alone in found)
+        return tuple(int(generation or 0) for generation in found)
 
     async def _step(self, changes: Sequence[tuple[Id, Change | None]]) -> Links:
-        """One step for the first index that is not as it should be: it counts as more of the last change's effects."""
+        """Do one step for the first index that is not complete.
+
+        Its effects are numbered after the last change's own.
+        """
         links: Links = {}
         index = next((index for index, filling in sorted(self._next.items()) if not filling.done), None)
         generation = self._owned.fence.generation
         if index is None or self._followed is None or self._from is None:
             return links
         if self._followed.last < self._from:
-            return links  # a predecessor may have sent what comes after this: it would be taken for old
+            return links  # an earlier owner may have sent later effects, and this one would count as old
         if any(change and change.generation != generation for _, change in changes):
-            return links  # what is of an earlier generation goes first: behind this it would come too late
+            return links  # effects of an earlier generation go first, because after this one they would count as old
         position = Position(self._partition, generation, *self._followed.last)
         entries = await (self._carry(index) if self._next[index].sound else self._weed(index))
         for entry in entries:
-            # Greater than any number before, also under an earlier owner: epochs are times in ms, and no owner makes a
-            # thousand of these in one.
+            # Greater than any number before, also of an earlier owner: epochs are times in ms, and no owner does a
+            # thousand steps in one.
             self._steps += 1
             number = self._owned.fence.epoch * 1000 + self._steps
             links.setdefault(entry.partition, []).append(Effect(position, number, entry.operations))
         return links
 
     async def _carry(self, index: Index) -> list[Entry]:
-        """The next items into the index, or out of it."""
+        """Carry the next items into the index, or out of it."""
         filling = self._next[index]
         found = await walk(self._backend, self._partition, index.table, filling.place, FILL_BATCH)
         if len(found) == FILL_BATCH:
@@ -335,7 +339,7 @@ class IndexerTenure:
         return [entry for entry in entries if entry and filling.concerns(entry.partition)]
 
     async def _weed(self, index: Index) -> list[Entry]:
-        """The next entries that no item has."""
+        """Remove the next entries without an item."""
         if index.table in self._app.tables:
             self._strays = self._strays or self._entries_without_item(index)
             async for entries in self._strays:
@@ -345,9 +349,9 @@ class IndexerTenure:
         return []
 
     async def _entries_without_item(self, index: Index) -> AsyncIterator[list[Entry]]:
-        """Entries of this partition's items, wherever they lie, that those items do not have.
+        """Find entries of this partition's items, in any partition, that those items no longer have.
 
-        Some at a time, and none when it takes long to find some: changes go on meanwhile.
+        It returns some at a time, and none if they take long to find, so that changes go on.
         """
         keys, names, filling = self._keys, list[bytes](), self._next[index]
         scanning = aiter(self._backend.commands.scan_iter(keys.index_pattern(*index), count=1000))
@@ -364,7 +368,7 @@ class IndexerTenure:
                 except StopAsyncIteration:
                     break
                 if not (keys.is_index(names[-1], *index) and filling.concerns(keys.partition_at(names[-1]))):
-                    names.pop()  # the pattern says less: what users write may be in a key
+                    names.pop()  # the pattern is not exact, because a key may hold text that users write
                 if len(names) == NAMES_BATCH:
                     async for strays in self._strays_of(index, names):
                         yield strays
@@ -376,7 +380,7 @@ class IndexerTenure:
                 name.cancel()
 
     async def _strays_of(self, index: Index, names: Iterable[bytes]) -> AsyncIterator[list[Entry]]:
-        """An item is read after its entry: if it comes to have the entry later, a change will say so, after this."""
+        """Read the item after its entry. If it gains the entry later, a later change adds it again."""
         table, keys = self._app[index.table], self._keys
         places = dict.fromkeys(names, 0)
         while places:
@@ -404,5 +408,5 @@ class IndexerTenure:
 
 
 def _change(fields: dict[bytes, bytes]) -> Change | None:
-    """None for one that was trimmed unread: the store has counted it."""
+    """None for a change that was trimmed unread, which the store has counted."""
     return Change(*unpack(fields[b"r"])) if b"r" in fields else None

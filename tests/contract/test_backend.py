@@ -76,7 +76,7 @@ def channels(backend: Backend) -> list[bytes]:
     return [backend.keys.user_feed(f"user{number}") for number in range(40)]
 
 
-async def test_channels_are_heard_in_order_until_they_are_left(listener: Listener) -> None:
+async def test_messages_of_a_channel_arrive_in_order_until_it_is_left(listener: Listener) -> None:
     wanted = channels(listener.backend)
     left, *kept = wanted
     for channel in wanted:
@@ -111,7 +111,7 @@ async def test_after_a_lost_connection_each_channel_is_confirmed_again(listener:
 
 
 @pytest.mark.parametrize("backend", ["cluster"], indirect=True)
-async def test_a_channel_whose_slot_moves_is_confirmed_and_heard_at_its_new_node(listener: Listener) -> None:
+async def test_a_channel_follows_its_slot_to_another_node(listener: Listener) -> None:
     cluster = cast(RedisCluster, listener.backend.commands)
     channel = b"moving:{%s}" % listener.backend.keys.stage.encode()
     slot = cluster.keyslot(channel)

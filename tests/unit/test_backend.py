@@ -66,7 +66,7 @@ def test_an_address_of_sentinels_names_a_service_and_perhaps_two_logins(url: str
         ("redis://a:port", "redis://a:port"),
     ],
 )
-def test_what_is_no_address_is_refused_with_what_to_write(url: str, said: str) -> None:
+def test_a_wrong_address_is_refused_with_an_example(url: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match="--redis") as refusal:
         backend_at(url, Keys("dev", 8))
     assert said in str(refusal.value)

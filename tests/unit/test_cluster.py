@@ -59,7 +59,7 @@ async def test_a_slot_that_moved_is_followed_and_remembered(nodes: Any) -> None:
     assert len(wires[A].got) == 1
 
 
-async def test_a_slot_that_is_moving_is_asked_for_where_the_key_is(nodes: Any) -> None:
+async def test_a_migrating_slot_is_asked_for_at_the_node_that_has_the_key(nodes: Any) -> None:
     wire, wires, _ = nodes(a=[b"1", AskError(f"{SLOT} b:2")], b=[b"OK", b"2"])
     assert await wire.calls([GET, ("GET", b"{k}2")]) == [b"1", b"2"]
     assert wires[B].got[0] == cluster.ASKING
@@ -70,20 +70,20 @@ async def test_a_slot_that_is_moving_is_asked_for_where_the_key_is(nodes: Any) -
 @pytest.mark.parametrize(
     "error", [TryAgainError("later"), ClusterDownError("down"), ConnectionError("gone")], ids=["try", "down", "gone"]
 )
-async def test_what_a_node_cannot_do_now_is_tried_again_and_doubted(nodes: Any, error: Exception) -> None:
+async def test_a_node_that_cannot_answer_now_is_tried_again_and_doubted(nodes: Any, error: Exception) -> None:
     wire, _, doubts = nodes(a=[error, error, b"1"])
     assert await wire.calls([GET]) == [b"1"]
     assert len(doubts) == 2
 
 
-async def test_what_never_succeeds_is_raised(nodes: Any) -> None:
+async def test_an_error_that_lasts_is_raised(nodes: Any) -> None:
     wire, wires, _ = nodes(a=[ClusterDownError("down")] * 100)
     with pytest.raises(ClusterDownError):
         await wire.calls([GET])
     assert len(wires[A].got) == cluster.MAX_TRIES
 
 
-async def test_an_error_of_a_command_is_its_answer_and_only_the_rest_is_repeated(nodes: Any) -> None:
+async def test_a_command_that_fails_is_not_repeated_with_the_others(nodes: Any) -> None:
     wrong = ResponseError("WRONGTYPE")
     wire, wires, _ = nodes(a=[wrong, TryAgainError("later"), b"2"])
     assert await wire.answers([GET, GET]) == [wrong, b"2"]
@@ -116,7 +116,7 @@ def test_a_master_without_slots_was_replaced_and_one_that_gave_some_away_was_not
         Slots().master_of(5)
 
 
-def test_a_node_without_a_name_is_where_it_was_asked() -> None:
+def test_a_node_without_a_name_has_the_address_that_was_asked() -> None:
     answer = [
         [0, 5, [b"", 1, b"id", {}], [b"r", 9, b"id", {}]],
         [6, 9, [b"host", 2, b"id"]],

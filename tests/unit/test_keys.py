@@ -38,7 +38,7 @@ def test_a_number_and_a_string_are_never_one_sort_key(number: float, text: str) 
 
 
 @given(st.integers(-LARGEST_KEY_NUMBER, LARGEST_KEY_NUMBER))
-def test_one_and_one_point_nought_are_one_key(number: int) -> None:
+def test_an_integer_and_its_float_are_one_key(number: int) -> None:
     assert KEYS.partition_of(number) == KEYS.partition_of(float(number))
     assert name_of(number) == name_of(float(number))
     assert sort_bytes(number) == sort_bytes(float(number))
@@ -56,12 +56,12 @@ def test_a_number_and_its_digits_as_a_string_are_two_keys(number: int) -> None:
 
 
 @given(TEXTS | NUMBERS, st.integers(1, 64))
-def test_a_partition_is_one_of_those_there_are(value: Scalar, partitions: int) -> None:
+def test_a_partition_number_is_below_their_count(value: Scalar, partitions: int) -> None:
     assert 0 <= Keys("dev", partitions).partition_of(value) < partitions
 
 
 @given(TEXTS, TEXTS)
-def test_what_belongs_to_a_partition_has_its_hash_tag(value: str, other: str) -> None:
+def test_every_key_of_a_partition_has_its_hash_tag(value: str, other: str) -> None:
     partition = KEYS.partition_of(value)
     made = [
         KEYS.items("t", value),
@@ -82,7 +82,7 @@ def test_what_belongs_to_a_partition_has_its_hash_tag(value: str, other: str) ->
     assert len(set(made)) == len(made)
 
 
-def test_the_hash_tag_is_the_first_braces_whatever_the_names_hold() -> None:
+def test_braces_in_names_do_not_change_the_hash_tag() -> None:
     key = KEYS.items("t", "}{x}")
     tag = re.search(rb"\{([^}]*)\}", key)
     assert tag

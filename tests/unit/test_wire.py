@@ -61,7 +61,7 @@ async def command(reader: asyncio.StreamReader) -> list[bytes]:
     return words
 
 
-def test_everyone_gets_his_own_answers(server: ValkeyServer) -> None:
+def test_each_caller_gets_its_own_answers(server: ValkeyServer) -> None:
     async def main() -> None:
         made = to(server.port)
 
@@ -79,7 +79,7 @@ def test_everyone_gets_his_own_answers(server: ValkeyServer) -> None:
     asyncio.run(main())
 
 
-def test_an_error_is_raised_when_all_is_done_and_the_next_goes_on(server: ValkeyServer) -> None:
+def test_an_error_is_raised_after_all_commands_and_the_next_call_works(server: ValkeyServer) -> None:
     async def main() -> None:
         made = to(server.port)
         with pytest.raises(ResponseError, match="WRONGTYPE"):
@@ -90,7 +90,7 @@ def test_an_error_is_raised_when_all_is_done_and_the_next_goes_on(server: Valkey
     asyncio.run(main())
 
 
-def test_one_who_no_longer_waits_takes_nobody_elses_answer(server: ValkeyServer) -> None:
+def test_a_cancelled_caller_takes_no_other_callers_answer(server: ValkeyServer) -> None:
     async def main() -> None:
         made = to(server.port)
         await made.calls([("SET", "a", "1"), ("SET", "b", "2")])
@@ -104,7 +104,7 @@ def test_one_who_no_longer_waits_takes_nobody_elses_answer(server: ValkeyServer)
     asyncio.run(main())
 
 
-def test_what_was_not_answered_is_sent_again_on_a_new_connection() -> None:
+def test_unanswered_commands_are_sent_again_on_a_new_connection() -> None:
     seen: list[list[bytes]] = []
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -122,7 +122,7 @@ def test_what_was_not_answered_is_sent_again_on_a_new_connection() -> None:
     assert seen == [[b"SET", b"a", b"1"]] * 2
 
 
-def test_a_server_that_is_loading_is_asked_again() -> None:
+def test_a_loading_server_is_asked_again() -> None:
     answers = iter([b"-LOADING the data set is being read\r\n", b"$1\r\n1\r\n"])
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -137,8 +137,8 @@ def test_a_server_that_is_loading_is_asked_again() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("answer", [b"", b"this is no RESP\r\n"], ids=["silent", "another protocol"])
-def test_a_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+@pytest.mark.parametrize("answer", [b"", b"this is not RESP\r\n"], ids=["silent", "another protocol"])
+def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
     monkeypatch.setattr(wire, "MAX_SILENCE_S", 1)
     monkeypatch.setattr(wire, "MAX_TRIES", 2)
     connections = 0
@@ -152,14 +152,14 @@ def test_a_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPat
 
     async def main() -> None:
         async with served(handler) as made:
-            with pytest.raises((ConnectionError, TimeoutError), match=r"has not answered for 1 s|no RESP"):
+            with pytest.raises((ConnectionError, TimeoutError), match=r"has not answered for 1 s|not RESP"):
                 await made.calls([("GET", "a")])
 
     asyncio.run(main())
     assert connections == 2
 
 
-def test_nobody_there_is_said_after_the_last_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_is_reported_after_the_last_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_TRIES", 2)
 
     async def main() -> None:
@@ -173,7 +173,7 @@ def test_nobody_there_is_said_after_the_last_try(monkeypatch: pytest.MonkeyPatch
     asyncio.run(main())
 
 
-def test_one_that_is_being_made_to_a_server_that_hangs_is_given_up_with_the_others() -> None:
+def test_a_connection_being_opened_to_a_hung_server_is_given_up_with_the_others() -> None:
     servers: list[Any] = []
 
     async def main() -> None:

@@ -78,7 +78,7 @@ class ClusterBackend(MasterWatch):
                 async with asyncio.timeout(MAX_LOOK_S):
                     answer = without_errors(await self._lookouts[asked].once([CLUSTER_SLOTS]))[0]
             except (RedisError, OSError):
-                self._lookouts[asked].lose("it does not say which node has which slot")
+                self._lookouts[asked].lose("the node does not say which node has which slot")
                 continue
             self._order.remove(asked)
             self._order.insert(0, asked)

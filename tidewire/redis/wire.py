@@ -115,7 +115,7 @@ class Wire:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
             if opening.cancelled():
-                raise ConnectionError("the connection was given up while it was being made") from None
+                raise ConnectionError("the connection was abandoned while it was being opened") from None
             raise
 
     def _opened(self, opening: asyncio.Task[_Line]) -> None:
@@ -210,7 +210,7 @@ class _Line(asyncio.Protocol):
                     if not asked.answered.done():
                         asked.answered.set_result(asked.answers)
         except hiredis.ProtocolError as error:
-            self.lose(ConnectionError(f"what the server says is no RESP: {error}"))
+            self.lose(ConnectionError(f"the server's answer is not RESP: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lose(ConnectionError(f"the connection was lost: {exc}" if exc else "the server closed the connection"))
