@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,20 +18,21 @@ LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
 """Whether what takes minutes is done in full (`make test-long`), or in a short form."""
 
 
-_given: set[int] = set()
-
-
 WORKERS = 16
 """Processes that run tests at the same time, at most."""
 
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+_own = range(10_000 + _worker, 16_384, WORKERS)
+_ports = itertools.cycle(random.sample(_own, len(_own)))
+
 
 def free_port() -> int:
-    """A free port that no process of this test run is given twice: one that is about to be used may still look free."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
-    while (port := embedded.free_port()) in _given or port % WORKERS != worker:
-        pass
-    _given.add(port)
-    return port
+    """Return a free port that nothing else in this test run takes before it is used.
+
+    Each process of the run has ports of its own. Those that `tidewire up` chooses, and the second ports of cluster
+    nodes (10,000 above the first), lie elsewhere.
+    """
+    return next(port for port in _ports if embedded.is_free(port))
 
 
 async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:

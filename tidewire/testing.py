@@ -93,7 +93,7 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
             # A shared backend is closed once, after its last user.
             return shared if backend else await stack.enter_async_context(FakeBackend(server, keys))
 
-        ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
+        ws, http = (stack.enter_context(listen("127.0.0.1", 0, what)) for what in ("ws", "http"))
         for wiring in WIRING.values():
             service = Service(wiring.kind, await another(), chosen)
             built = wiring.build(service, app)

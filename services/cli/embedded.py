@@ -57,13 +57,20 @@ def free_port() -> int:
     While its server is down, a client that connects to a port of that range may be given the same port. It then
     connects to itself, and the server cannot come back.
     """
-    while True:
-        port = random.randint(16_384, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
+    while not is_free(port := random.randint(26_500, 32_000)):
+        pass
+    return port
+
+
+def is_free(port: int) -> bool:
+    """Whether a program on this machine can listen on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def quoted(path: Path) -> str:
