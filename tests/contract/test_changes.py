@@ -149,7 +149,7 @@ async def test_a_garbage_cursor_is_reset_as_unknown(stage: Stage, cursor: str) -
         await goes_on_after_reset(alice, "cursor_unknown")
 
 
-async def test_who_did_not_hear_of_a_reset_is_told_again(stage: Stage) -> None:
+async def test_a_client_that_missed_a_reset_gets_it_again(stage: Stage) -> None:
     key = await stage.key("alice")
     topics = '{"scores": "1.2.abc"}'
     async with wire(stage, key, cursor="1.2.abc", topics=topics) as alice:

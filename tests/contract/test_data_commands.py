@@ -65,7 +65,7 @@ async def changes(backend: Backend, table: str, after: Position | None = None) -
     return found
 
 
-async def test_what_is_exported_and_imported_elsewhere_is_the_same(open_stage: Open, tmp_path: Path) -> None:
+async def test_an_export_imported_elsewhere_gives_the_same_items(open_stage: Open, tmp_path: Path) -> None:
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     async with open_stage() as stage:
         await import_(stage.backend, write(tmp_path / "in.jsonl", ITEMS), 0)
@@ -142,7 +142,9 @@ async def test_an_import_that_is_stopped_goes_on_where_it_says(
     assert len(await changes(stage.backend, "lines")) == len(lines), "each was written once"
 
 
-async def test_what_finds_no_room_is_sent_again(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_that_find_no_room_are_sent_again(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     enqueue, refused = stage.backend.functions.enqueue, list[bytes]()
 
     async def crowded(stream: bytes, call: Call, bounds: StreamBounds, records: list[bytes]) -> int:

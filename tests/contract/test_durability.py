@@ -53,7 +53,7 @@ async def test_fsync_without_an_append_only_file_is_refused_at_start(server: str
             raise AssertionError("it must not start")
 
 
-async def test_what_no_replica_has_confirmed_is_a_timeout_until_one_has(stack: AsyncExitStack) -> None:
+async def test_a_write_times_out_until_a_replica_confirms_it(stack: AsyncExitStack) -> None:
     with ValkeyServer(free_port(), config={"repl-diskless-sync-delay": "0"}) as master:
         settings = {"durability": "replicated", "durable_timeout_s": 0.3}
         async with stage_on(f"redis://127.0.0.1:{master.port}", **settings) as stage, AsyncExitStack() as inner:

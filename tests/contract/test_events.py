@@ -126,7 +126,7 @@ async def test_a_cursor_that_is_unknown_is_a_reset(stage: Stage) -> None:
         ({"Last-Event-ID": "7"}, {"auth_key": "KEY"}, 400, "bad_request"),
     ],
 )
-async def test_what_is_refused_has_a_status_and_says_why(
+async def test_a_refusal_has_a_status_and_a_reason(
     stage: Stage, headers: dict[str, str], query: dict[str, str], status: int, code: str
 ) -> None:
     key = await stage.key("alice")

@@ -71,7 +71,7 @@ async def test_sign_in_works_at_maxmemory(full: topologies.Server) -> None:
             pass  # a service that starts again finds what it needs
 
 
-async def test_a_server_that_cannot_save_is_told_of_at_once(full: topologies.Server, tmp_path: Path) -> None:
+async def test_a_server_that_cannot_save_is_reported_at_once(full: topologies.Server, tmp_path: Path) -> None:
     async with stage_on(full, auth_cache_s=0) as stage, AsyncExitStack() as stack:
         key = await stage.key("alice")
         alice = await as_user(stage, stack, "bob")
@@ -137,7 +137,7 @@ async def test_a_stream_of_commands_is_bounded_in_bytes(full: topologies.Server)
         assert int(await backend.commands.memory_usage(answers, samples=0) or 0) < 6 << 20
 
 
-async def test_large_answers_that_nobody_reads_leave_the_others_alone(full: topologies.Server) -> None:
+async def test_large_unread_answers_do_not_disturb_other_users(full: topologies.Server) -> None:
     """Case L3: four sockets of one user, each with 64 pipelined queries of 1 MiB, never read."""
     async with stage_on(full) as stage, AsyncExitStack() as stack:
         bob = await as_user(stage, stack, "bob")

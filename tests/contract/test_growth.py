@@ -62,7 +62,7 @@ def _indexed(table: str) -> tuple[str, str]:
 
 
 @pytest.mark.real
-async def test_what_is_left_after_many_writes_and_deletes(server: str) -> None:
+async def test_many_writes_and_deletes_leave_nothing_behind(server: str) -> None:
     backend = await connect(server, KEYS)
     settings = {"changes_retention_s": 1.0, "request_window_s": 1.0, "request_timeout_s": 3.0}
     async with testing.run(

@@ -252,7 +252,7 @@ PLANTED = "x}:index:books.owner.n:y"
 
 @pytest.mark.real
 @pytest.mark.parametrize("where", ["key", "value", "request"])
-async def test_what_users_write_into_keys_is_no_index(server: str, where: str) -> None:
+async def test_text_in_keys_is_not_taken_for_an_index(server: str, where: str) -> None:
     keys, app = Keys(f"planted-{where}", 1), shop(by_owner=BY_OWNER)
     book = {"id": "b", "owner": PLANTED if where == "value" else "ann", "n": 1}
     request: Any = {"request": PLANTED} if where == "request" else {}

@@ -52,7 +52,7 @@ async def test_a_view_is_what_is_there_and_then_what_becomes_of_it(stage: Stage)
     await views.aclose()
 
 
-async def test_who_leaves_sees_nothing_and_who_comes_back_all(stage: Stage) -> None:
+async def test_a_member_who_leaves_sees_nothing_and_one_who_returns_sees_all(stage: Stage) -> None:
     alice, bob = await room(stage, "alice", "bob")
     for n in range(3):
         await say(alice, n)
@@ -65,7 +65,7 @@ async def test_who_leaves_sees_nothing_and_who_comes_back_all(stage: Stage) -> N
     await until(views, lambda view: list(view) == [0, 1, 2, 3])
 
 
-async def test_who_is_no_member_yet_has_an_empty_view_that_fills(stage: Stage) -> None:
+async def test_a_view_fills_when_its_user_becomes_a_member(stage: Stage) -> None:
     (alice,) = await room(stage, "alice")
     bob = await stage.client("bob")
     for n in range(150):  # more than a membership carries: the rest is queried
@@ -164,7 +164,7 @@ async def test_several_views_and_events_of_one_client_go_side_by_side(stage: Sta
     assert event["key"] == {"room": "r", "id": 1}
 
 
-async def test_what_cannot_be_viewed_is_said(stage: Stage) -> None:
+async def test_a_view_of_a_wrong_table_is_refused(stage: Stage) -> None:
     alice = await stage.client("alice")
     with pytest.raises(ConfigurationError, match="needs one attribute"):
         await anext(alice.live("messages"))

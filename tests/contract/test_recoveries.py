@@ -38,7 +38,9 @@ async def test_a_request_that_redis_failed_in_ends_its_connection(
         assert (await again.next(type="change", topic="cell:1"))["key"] == {"id": "t"}
 
 
-async def test_who_shares_no_room_any_more_follows_the_other_no_longer(open_stage: Open, stack: AsyncExitStack) -> None:
+async def test_a_user_who_leaves_the_last_common_room_stops_following_the_other(
+    open_stage: Open, stack: AsyncExitStack
+) -> None:
     app = App("peers")
     rooms = app.membership("members", group="room", member="user", writers=everyone)
     faces = app.topic("face:{user}", followers=rooms.peers("user"))
@@ -102,7 +104,7 @@ async def test_a_server_that_has_lost_the_functions_or_its_listeners_goes_on(
         await stack.aclose()
 
 
-async def test_what_a_service_key_was_shown_is_not_for_a_client_that_repeats_its_request(
+async def test_a_client_that_repeats_a_service_keys_request_gets_no_result_of_it(
     stage: Stage, stack: AsyncExitStack
 ) -> None:
     admin = await as_user(stage, stack, "alice", role="service")

@@ -49,7 +49,7 @@ async def test_whoami_says_user_connection_and_claims(stage: Stage, alice: Wire)
 GARBAGE = ["", "hello", "[]", "null", '{"action":', '{"id":1}', '{"a":1e999}', '{"action":"put","id":1.5}']
 
 
-async def test_what_is_no_request_is_an_error_and_the_connection_lives(alice: Wire) -> None:
+async def test_a_malformed_request_is_an_error_and_the_connection_lives(alice: Wire) -> None:
     for text in GARBAGE:
         await alice.ws.send(text)
         error = await alice.next(type="error")
@@ -89,7 +89,7 @@ async def test_each_fault_has_its_code_and_the_connection_lives(alice: Wire) -> 
         assert await alice.do("ping") == {}
 
 
-async def test_a_frame_of_two_megabytes_closes_with_1009_and_disturbs_nobody(
+async def test_a_frame_of_two_megabytes_closes_only_its_own_connection_with_1009(
     stage: Stage, alice: Wire, stack: AsyncExitStack
 ) -> None:
     bob = await as_user(stage, stack, "bob")
@@ -198,7 +198,9 @@ async def test_an_expired_key_is_401_at_once(stage: Stage) -> None:
 # ── slow readers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_who_does_not_read_stops_nobody_and_is_bounded(open_stage: Open, stack: AsyncExitStack) -> None:
+async def test_a_client_that_does_not_read_is_bounded_and_stops_no_other(
+    open_stage: Open, stack: AsyncExitStack
+) -> None:
     async with open_stage(limit_queued_bytes=100_000) as stage, AsyncExitStack() as inner:
         key = await stage.key("slow")
         url = urlsplit(stage.url)

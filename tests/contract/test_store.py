@@ -211,7 +211,7 @@ async def test_items_that_were_written_while_no_expiry_was_declared_expire_once_
     await declaring(server, keys, "until", are_removed)
 
 
-async def test_what_replaces_an_expired_item_removes_it_first(stage: Stage, stack: AsyncExitStack) -> None:
+async def test_a_write_over_an_expired_item_removes_it_first(stage: Stage, stack: AsyncExitStack) -> None:
     alice = await as_user(stage, stack, "alice")
     await alice.do("put", table="orders", item={"id": "o", "owner": "alice", "until": time.time() - 1})
     result = await alice.do("put", table="orders", item={"id": "o", "owner": "alice"}, if_={"absent": True})

@@ -27,7 +27,7 @@ async def silent(reader: Wire, **like: Any) -> bool:
     return not any(all(frame.get(name) == value for name, value in like.items()) for frame in reader.frames)
 
 
-async def test_who_follows_a_topic_gets_its_changes_and_nobody_else(stage: Stage, stack: AsyncExitStack) -> None:
+async def test_only_followers_of_a_topic_get_its_changes(stage: Stage, stack: AsyncExitStack) -> None:
     alice, bob, carol = [await as_user(stage, stack, name) for name in ("alice", "bob", "carol")]
     answer = await alice.do("follow", topic="cell:1")
     assert answer["topic"] == "cell:1"
@@ -78,7 +78,7 @@ async def test_one_that_is_followed_already_stays_as_it_is(stage: Stage, stack: 
     assert await silent(alice, table="tiles")
 
 
-async def test_who_unfollows_hears_no_more_and_may_come_back_to_it(stage: Stage, stack: AsyncExitStack) -> None:
+async def test_a_user_may_unfollow_a_topic_and_follow_it_again(stage: Stage, stack: AsyncExitStack) -> None:
     alice, bob, writer = [await as_user(stage, stack, name) for name in ("alice", "bob", "carol")]
     for reader in (alice, bob):
         await reader.do("follow", topic="cell:1")
@@ -127,7 +127,7 @@ async def test_a_topic_named_at_connect_that_may_not_be_followed_is_refused_and_
     assert await alice.do("ping") == {}
 
 
-async def test_who_leaves_a_group_follows_its_topic_no_more(stage: Stage, stack: AsyncExitStack) -> None:
+async def test_a_user_who_leaves_a_group_stops_following_its_topic(stage: Stage, stack: AsyncExitStack) -> None:
     alice, bob = [await as_user(stage, stack, name) for name in ("alice", "bob")]
     for name in ("alice", "bob"):
         await alice.do("put", table="members", item={"room": "r", "user": name})

@@ -101,7 +101,7 @@ async def keys_heard(reader: Wire, table: str, last: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("membership", "table"), [("members", "secrets"), ("guests", "menus")])
-async def test_what_only_the_other_version_knows_is_left_to_it(
+async def test_an_index_that_only_another_version_knows_is_left_to_it(
     server: str, stack: AsyncExitStack, membership: str, table: str
 ) -> None:
     rolling, old, new = Rolling(server, f"left-{table}"), version(1), version(2)
@@ -133,7 +133,7 @@ async def test_what_only_the_other_version_knows_is_left_to_it(
 
 
 @pytest.mark.parametrize(("membership", "table"), [("members", "secrets"), ("guests", "menus")])
-async def test_what_nobody_alive_knew_is_repaired_by_who_knows_it(
+async def test_an_index_that_no_live_store_knew_is_repaired_by_one_that_does(
     server: str, stack: AsyncExitStack, membership: str, table: str
 ) -> None:
     """Only the store and the gateway are of version 2 when a membership ends; then the broadcaster is rolled too."""

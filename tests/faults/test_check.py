@@ -101,7 +101,7 @@ def violations(user: str, log: Log, *, may_fall_back: bool = False) -> list[str]
     return [one.kind for one in report.violations]
 
 
-def test_what_should_come_is_well() -> None:
+def test_expected_frames_pass_the_checker() -> None:
     assert violations("ann", ann()) == []
     assert violations("bob", bob()) == []
     assert violations("carol", []) == []
@@ -129,7 +129,7 @@ def without(*numbers: int) -> Callable[[Log], Log]:
         (lambda log: [*log[:4], reset(4), *log[4:]], "reset"),
     ],
 )
-def test_what_goes_wrong_has_a_name(spoil: Callable[[Log], Log], kind: str) -> None:
+def test_each_violation_has_a_name(spoil: Callable[[Log], Log], kind: str) -> None:
     assert kind in violations("ann", spoil(ann()))
 
 
@@ -145,11 +145,11 @@ def test_what_goes_wrong_has_a_name(spoil: Callable[[Log], Log], kind: str) -> N
         (lambda log: [*log[:2], log[2]._replace(new=digest(SEEN)), *log[3:]], "leak"),
     ],
 )
-def test_who_comes_and_goes_sees_the_room_meanwhile(spoil: Callable[[Log], Log], kind: str) -> None:
+def test_a_member_sees_the_room_only_between_joining_and_leaving(spoil: Callable[[Log], Log], kind: str) -> None:
     assert kind in violations("bob", spoil(bob()))
 
 
-def test_who_is_of_another_tenant_sees_no_post_of_the_room() -> None:
+def test_a_member_of_another_tenant_sees_no_post_of_the_room() -> None:
     members = [ROOM | {"user": user} for user in ("u00", "u01", "u02")]
     of_a, of_b = ({**ONE, "tenant": tenant} for tenant in ("a", "b"))
     all_of_it = history(
@@ -220,7 +220,7 @@ def test_messages_come_once_and_in_order() -> None:
 NOTE = {"id": "n", "room": "r"}
 
 
-def test_who_is_told_in_another_partition_was_a_member_about_then() -> None:
+def test_a_reader_in_another_partition_was_a_member_about_then() -> None:
     changes = [change("members", ANN, ANN), *(change("things", {"id": "t"}, {"id": "t", "owner": "x"}),) * 20]
     note = change("notes", {"id": "n"}, NOTE)
     gone = change("members", ANN, None, ANN)

@@ -129,7 +129,7 @@ def test_a_user_that_left_a_flat_hears_no_more_of_its_topic() -> None:
     assert kinds(1, 11) == ["leak"]
 
 
-def test_nobody_expects_what_the_crowd_should_hear() -> None:
+def test_no_reader_expects_the_frames_of_the_crowd() -> None:
     crowd = [{"hall": "hall", "user": f"c{one:05}"} for one in range(50)]
     ann, talk = {"hall": "hall", "user": "ann"}, {"hall": "hall", "id": "1"}
     expected = expect(history(*(change("crowd", one, one) for one in (*crowd, ann)), change("talks", talk, talk)))

@@ -240,9 +240,7 @@ async def test_slots_of_a_cluster_move_to_another_master(new_up: Any) -> None:
 
 @long
 @pytest.mark.parametrize("which", ["source", "destination"])
-async def test_what_one_master_of_three_has_lost_ends_in_a_reset_also_where_nothing_happens(
-    new_up: Any, which: str
-) -> None:
+async def test_a_loss_on_one_of_three_masters_resets_idle_feeds_too(new_up: Any, which: str) -> None:
     with topologies.replicated_cluster() as servers:
         up = new_up("--redis", servers.url)
         room = servers.master_of(slot_of("lobby"))

@@ -177,7 +177,7 @@ async def test_probes_and_metrics_answer_on_each_admin_port(new_up: Any) -> None
                 assert b"tidewire_index_lag{" in answer
 
 
-def test_what_cannot_start_says_why_in_one_sentence(new_up: Any, tmp_path: Path) -> None:
+def test_a_service_that_cannot_start_explains_it_in_one_sentence(new_up: Any, tmp_path: Path) -> None:
     up = new_up()
     apps = {
         "broken.py": "import nosuchmodule\n",

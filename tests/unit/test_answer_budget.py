@@ -82,7 +82,7 @@ async def test_an_answer_to_a_peer_that_is_gone_is_not_waited_for() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.integers(1, 120), st.booleans())))
-def test_what_is_held_is_within_the_bounds_and_all_of_it_is_given_back(
+def test_the_budget_stays_within_its_bounds_and_is_given_back(
     steps: list[tuple[str, str, int, bool]],
 ) -> None:
     async def main() -> None:

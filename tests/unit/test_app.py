@@ -143,7 +143,7 @@ class TestKeys:
         with pytest.raises(BadRequest, match=says):
             self.messages.parse_key(key)
 
-    def test_what_is_hidden_is_shown_to_service_keys_alone(self) -> None:
+    def test_hidden_attributes_are_shown_only_to_service_keys(self) -> None:
         table = App("test").table("notes", key="id", hidden=("secret",))
         item = {"id": "n1", "secret": "s"}
         assert table.visible(item, "client") == {"id": "n1"}
@@ -177,7 +177,9 @@ class TestLoading:
             ("from tidewire import App\napp = App('x')\napp.table('1', key='id')\n", "table name '1'"),
         ],
     )
-    def test_what_cannot_be_loaded_is_one_sentence(self, module: Callable[[str], None], source: str, says: str) -> None:
+    def test_an_application_that_cannot_be_loaded_is_explained_in_one_sentence(
+        self, module: Callable[[str], None], source: str, says: str
+    ) -> None:
         module(source)
         with pytest.raises(ConfigurationError, match=says):
             load_app("tw_shop:app")

@@ -96,7 +96,7 @@ KNOWN = st.dictionaries(st.sampled_from(GROUPS), MEMBERS).map(Known)
 
 
 @given(EXPRESSIONS, ITEMS, KNOWN, NAMES, CLAIMS)
-def test_who_is_admitted_is_who_is_sent_to(
+def test_the_users_admitted_are_the_users_sent_to(
     audience: Audience, item: Item, known: Known, who: str, claims: dict[str, object]
 ) -> None:
     admitted = audience.admits(item, Reader(who, claims), known)
@@ -111,21 +111,21 @@ def test_everyone_or_somebody_is_everyone_once(audience: Audience, item: Item, k
 
 
 @given(EXPRESSIONS, ITEMS, KNOWN)
-def test_narrowing_by_everyone_narrows_nothing_and_by_nobody_all(a: Audience, item: Item, known: Known) -> None:
+def test_narrowing_by_everyone_keeps_all_and_by_nobody_keeps_none(a: Audience, item: Item, known: Known) -> None:
     assert (a & everyone).recipients(item, known) == a.recipients(item, known)
     assert (a & nobody).recipients(item, known) == NO_RECIPIENTS
     assert (a | nobody).recipients(item, known) == a.recipients(item, known)
 
 
 @given(KNOWN, NAMES, st.sampled_from(GROUPS))
-def test_a_vacant_group_admits_anyone_and_names_nobody(known: Known, who: str, group: Scalar) -> None:
+def test_a_vacant_group_admits_anyone_and_has_no_members(known: Known, who: str, group: Scalar) -> None:
     vacant = rooms.vacant("room")
     assert vacant.admits({"room": group}, Reader(who, {}), known) == (not known.members("members", group))
     assert vacant.recipients({"room": group}, known) == NO_RECIPIENTS
 
 
 @pytest.mark.parametrize("group", [None, True, ["r1"], {"a": 1}])
-def test_what_names_no_group_is_nobodys(group: object) -> None:
+def test_an_item_that_names_no_group_has_no_audience(group: object) -> None:
     known = Known({})
     for audience in (rooms.of("room"), rooms.vacant("room")):
         assert not audience.admits({"room": group}, Reader("alice", {}), known)

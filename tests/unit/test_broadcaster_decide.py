@@ -196,7 +196,7 @@ class TestEvents:
             }
         ]
 
-    def test_who_enters_sees_the_new_alone_and_who_leaves_the_key_alone(self, world: World) -> None:
+    def test_an_entering_reader_gets_the_new_image_and_a_leaving_one_the_key(self, world: World) -> None:
         world.tell(world.change("mail", mail("alice", pin=1), mail("bob", pin=2), 5))
         (left,), (entered,) = world.heard("alice"), world.heard("bob")
         assert left.keys() == {"position", "event", "table", "key", "version", "at", "by"}
@@ -226,7 +226,7 @@ class TestEvents:
         assert world.heard("topic hiding")
         assert b"3cret" not in b"".join(append.body for append in appends_of(decision))
 
-    def test_a_change_of_a_table_that_is_gone_is_counted_and_told_to_nobody(self, world: World) -> None:
+    def test_a_change_of_an_undeclared_table_is_counted_and_has_no_readers(self, world: World) -> None:
         gone = world.change("mail", None, mail("alice"))._replace(table="gone")
         world.tell(gone, None, world.change("mail", None, mail("bob")))
         assert world.failed == 1
@@ -234,11 +234,11 @@ class TestEvents:
 
 
 class TestEveryone:
-    def test_a_table_of_everyone_is_told_to_its_topic_once(self, world: World) -> None:
+    def test_a_change_for_everyone_goes_to_its_topic_once(self, world: World) -> None:
         world.tell(world.change("news", None, mail("alice")))
         assert world.events() == {"topic news": ["INSERT"]}
 
-    def test_what_becomes_public_enters_the_topic_and_what_becomes_private_leaves_it(self, world: World) -> None:
+    def test_a_public_item_enters_the_topic_and_a_private_one_leaves_it(self, world: World) -> None:
         private, public = mail("alice", public=False), mail("alice", public=True)
         world.tell(world.change("mixed", private, public))
         assert [frame["event"] for frame in world.heard("topic mixed")] == ["ENTER"]
@@ -310,12 +310,12 @@ class TestMemberships:
 
 
 class TestMistakes:
-    def test_readers_that_raise_are_nobody_and_counted(self, world: World) -> None:
+    def test_readers_that_raise_are_counted_and_give_no_audience(self, world: World) -> None:
         world.tell(world.change("faulty", None, mail("alice", fault=1)), world.change("faulty", None, mail("bob")))
         assert world.failed == 1
         assert world.events() == {"bob": ["INSERT"]}
 
-    def test_who_could_see_the_item_before_its_readers_failed_sees_it_leave(self, world: World) -> None:
+    def test_earlier_readers_see_an_item_leave_when_its_readers_raise(self, world: World) -> None:
         world.tell(world.change("faulty", mail("alice"), mail("alice", fault=1)))
         assert world.events() == {"alice": ["LEAVE"]}
 
@@ -344,11 +344,11 @@ class TestTransactions:
         assert self.heard(world, "carol") == [("m2", "t1", True), ("m4", "t1", None)]
         assert self.heard(world, "dave") == []
 
-    def test_who_sees_one_of_them_has_no_more(self, world: World) -> None:
+    def test_a_reader_of_one_change_of_a_transaction_gets_no_other(self, world: World) -> None:
         world.tell(*self.transaction(world, *self.mails(world, ["bob"], ["alice"], ["bob"])))
         assert self.heard(world, "alice") == [("m1", "t1", None)]
 
-    def test_what_enters_leaves_or_goes_to_a_topic_counts_too(self, world: World) -> None:
+    def test_entering_leaving_and_topic_frames_count_too(self, world: World) -> None:
         mine, others = mail("alice", public=False), mail("bob", public=True)
         world.tell(
             *self.transaction(
@@ -369,7 +369,7 @@ class TestTransactions:
             "topic news": [("INSERT", None)],
         }
 
-    def test_who_joins_within_it_has_what_follows_his_joining(self, world: World) -> None:
+    def test_a_user_who_joins_in_a_transaction_gets_the_changes_after_it(self, world: World) -> None:
         members = [world.change("members", None, {"room": "r", "user": name}) for name in ("alice", "bob")]
         says = [world.change("messages", None, {"room": "r", "id": n}) for n in (1, 2)]
         world.tell(*self.transaction(world, members[0], says[0], members[1], says[1]))
@@ -391,7 +391,7 @@ class TestTransactions:
             (None, None),
         ]
 
-    def test_what_is_left_of_one_that_was_trimmed_is_still_told_and_ends(self, world: World) -> None:
+    def test_the_rest_of_a_trimmed_transaction_is_still_sent(self, world: World) -> None:
         first, second, third, other = self.mails(world, *[["alice"]] * 4)
         changes = self.transaction(world, first, second, third)
         world.tell(None, changes[1], None, other)
@@ -481,7 +481,7 @@ class TestBounds:
         steps = deciding(world.app, KEYS, {}, PARTITION, self.numbered(world, {"id": "m", "to": names}))
         assert len(list(steps)) >= 20, "at least one for a thousand feeds, in each of two passes"
 
-    def test_what_is_missing_for_a_later_change_does_not_cost_an_expensive_one_again(self) -> None:
+    def test_a_missing_fact_of_a_later_change_does_not_repeat_an_expensive_one(self) -> None:
         world, names = World(), [f"u{n}" for n in range(5000)]
         expensive = world.change("mail", None, {"id": "m", "to": names})
         other = world.change("messages", None, {"room": "r", "id": 1})
@@ -548,7 +548,7 @@ class TestClaims:
         assert [frame["event"] for frame in world.heard("alice", claims={"tenant": "t2"})][1:] == []
         assert [frame["event"] for frame in world.heard("alice")][1:] == []
 
-    def test_what_goes_to_another_tenant_leaves_some_connections_and_enters_others(self) -> None:
+    def test_an_item_that_moves_to_another_tenant_leaves_some_connections_and_enters_others(self) -> None:
         world = self.app()
         world.tell(world.change("notes", self.note("t1", "a"), self.note("t2", "b"), 2))
         (left,) = world.heard("alice", claims={"tenant": "t1"})[1:]
@@ -610,7 +610,7 @@ class TestSight:
         opens = [[table.name, records if table.name == "messages" else [], whole] for table in seen.compare]
         world.tell(change._replace(opens=opens or None))
 
-    def test_who_joins_enters_what_is_there(self) -> None:
+    def test_a_new_member_gets_the_items_that_are_there(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, {"room": "r", "id": 1})
         own, *entered = world.heard("alice")
@@ -621,13 +621,13 @@ class TestSight:
         assert {frame["position"] for frame in entered} == {own["position"]}
         assert world.heard("alice", "reset") == [{"reason": "too_many", "table": "elsewhere"}]
 
-    def test_what_is_too_much_is_to_be_queried(self) -> None:
+    def test_too_many_items_are_replaced_by_a_reset(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, whole=False)
         assert [frame["event"] for frame in world.heard("alice")] == ["INSERT", "ENTER"]
         assert {"reason": "too_many", "table": "messages", "key": {"room": "r"}} in world.heard("alice", "reset")
 
-    def test_who_leaves_is_told_so_of_the_group(self) -> None:
+    def test_a_member_who_leaves_is_told_for_the_whole_group(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"})
         self.join(world, {"room": "r", "user": "alice"}, None)
@@ -668,7 +668,7 @@ class TestSight:
         world.tell(world.change("connections", None, {"user": "alice", "connection": "c1"}))
         assert [frame["table"] for frame in world.heard("bob")][-1] == "connections"
 
-    def test_who_may_no_longer_follow_is_looked_at_again(self) -> None:
+    def test_a_changed_membership_is_checked_against_followed_topics(self) -> None:
         world = self.world()
         world.app.topic("room:{room}", followers=self.rooms.of("room"))
         self.join(world, None, {"room": "r", "user": "alice"})
@@ -721,7 +721,7 @@ PAIRS = st.tuples(st.sampled_from(["mail", "mixed", "news"]), IMAGES, IMAGES).fi
 
 @settings(deadline=None)
 @given(st.lists(PAIRS, max_size=10))
-def test_a_destination_is_told_in_order_and_nobody_hears_twice(
+def test_a_destination_gets_its_appends_in_order_and_once(
     pairs: list[tuple[str, Item | None, Item | None]],
 ) -> None:
     world = World()
@@ -746,7 +746,7 @@ def test_batches_make_no_difference(pairs: list[tuple[str, Item | None, Item | N
 
 @settings(deadline=None)
 @given(PAIRS)
-def test_nobody_gets_an_image_that_he_may_not_read(pair: tuple[str, Item | None, Item | None]) -> None:
+def test_no_reader_gets_an_image_that_is_not_for_him(pair: tuple[str, Item | None, Item | None]) -> None:
     table, old, new = pair
     world = World()
     world.tell(world.change(table, old, new))

@@ -31,7 +31,7 @@ def ask(bus: Bus) -> asyncio.Future[Any]:
     return bus.request(b"stream", lambda number: (number,))
 
 
-async def test_what_is_not_answered_times_out_in_the_order_of_asking() -> None:
+async def test_unanswered_requests_time_out_in_their_order() -> None:
     bus, order = unsent(0.02), list[str]()
 
     async def asked(name: str) -> None:
@@ -50,7 +50,7 @@ async def test_one_asked_after_all_have_timed_out_times_out_too() -> None:
             await asyncio.wait_for(ask(bus), 5)
 
 
-async def test_what_has_timed_out_makes_room_for_others() -> None:
+async def test_a_timed_out_request_makes_room_for_others() -> None:
     bus = unsent(0.01, max_waiting=1)
     first = ask(bus)
     with pytest.raises(Overloaded):
@@ -96,7 +96,7 @@ async def sending(backend: Any, timeout_s: float = 10) -> AsyncIterator[Bus]:
         ResponseError("NOREPLICAS Not enough good replicas to write."),
     ],
 )
-async def test_a_server_that_takes_no_writes_is_told_of_at_once_and_nothing_was_done(error: Exception) -> None:
+async def test_a_server_that_takes_no_writes_is_reported_at_once_and_nothing_is_done(error: Exception) -> None:
     async with sending(Refusing(error)) as bus:
         with pytest.raises(Overloaded, match=r"Redis takes no writes.*nothing was done"):
             await ask(bus)
@@ -129,7 +129,7 @@ class Moving(Refusing):
         await asyncio.sleep(3600)
 
 
-async def test_what_was_asked_before_a_master_was_replaced_is_not_waited_for_the_whole_time(
+async def test_a_request_from_before_a_failover_times_out_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "MOVED_S", 0.1)

@@ -116,7 +116,7 @@ def test_a_position_is_read_back() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1-2-3", "x", "1-0-0-0-0", "-1-0-0-0", "8-0-0-0"])
-def test_what_is_no_position_of_the_stage_is_refused(text: str) -> None:
+def test_a_position_of_another_stage_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--from"):
         parse_position(text, 8)
 

@@ -37,7 +37,7 @@ def test_any_text_is_a_key_or_none(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "tw", "tw__", "tw_a_", "tw__b", "tw_a_b_c", "xx_a_b", "tw_a_é", "tw_a_b "])
-def test_what_has_not_the_form_is_none(text: str) -> None:
+def test_a_malformed_value_is_none(text: str) -> None:
     assert ApiKey.parse(text) is None
 
 

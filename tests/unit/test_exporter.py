@@ -25,7 +25,7 @@ KEYS = Keys("dev", 8)
         (b"one\n" + b"x" * 3 * BLOCK_BYTES + b"\n" + b"y" * 2 * BLOCK_BYTES, 5 + 3 * BLOCK_BYTES, None),
     ],
 )
-def test_what_comes_after_the_last_line_end_is_no_line(text: bytes, end: int, last: bytes | None) -> None:
+def test_text_after_the_last_newline_is_not_a_line(text: bytes, end: int, last: bytes | None) -> None:
     found_end, found = last_whole_line(io.BytesIO(text))
     assert found_end == end
     assert found == (last or (text[4:end] if end else None))

@@ -97,7 +97,7 @@ def test_any_text_is_a_cursor_or_none(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "1.2", "1.2.", "1..a", ".1.a", "a.1.b", "1.-1.a", "1.²5.a", "1.1.a.b"])
-def test_what_is_no_cursor_is_none(text: str) -> None:
+def test_a_malformed_cursor_is_none(text: str) -> None:
     assert Cursor.parse(text) is None
 
 

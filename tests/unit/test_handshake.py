@@ -80,7 +80,7 @@ def test_origins_are_the_listed_ones_or_the_same_host_name(
             read("/?auth_key=k", headers, origins)
 
 
-def test_who_sends_no_origin_is_no_browser() -> None:
+def test_a_client_without_an_origin_is_not_a_browser() -> None:
     assert not asked("/").browser
 
 

@@ -189,7 +189,7 @@ def image(key: str, n: int) -> dict[str, Any]:
     return {"room": "r", "id": key, "n": n}
 
 
-def test_what_changed_without_an_image_is_to_be_read() -> None:
+def test_a_change_without_an_image_is_read_again() -> None:
     view = loaded()
     view.take(bare(1))
     assert (view.unread, view.is_whole) == ({"a": 1}, False)
@@ -197,7 +197,7 @@ def test_what_changed_without_an_image_is_to_be_read() -> None:
     assert (view.shown(), view.is_whole) == ({"a": image("a", 1)}, True)
 
 
-def test_what_is_newer_than_its_frame_is_left_for_its_own() -> None:
+def test_a_version_newer_than_the_frame_waits_for_its_own_frame() -> None:
     view = loaded()
     for frame in (bare(1, "a", transaction="T1", more=True), bare(1, "b", transaction="T1")):
         view.take(frame)

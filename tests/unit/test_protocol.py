@@ -155,7 +155,7 @@ def test_a_frame_that_is_no_json_object_is_refused_in_words(data: str | bytes, s
         1,
     ],
 )
-def test_what_json_does_not_have_is_refused_in_messagepack_too(value: Any) -> None:
+def test_values_that_json_lacks_are_refused_in_messagepack_too(value: Any) -> None:
     with pytest.raises(BadRequest):
         decode_frame(msgpack.packb(value), binary=True)
     with pytest.raises(BadRequest, match="binary frame"):

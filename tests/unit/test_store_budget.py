@@ -65,7 +65,7 @@ class TestRounds:
         assert [entry["item"]["id"] for entry in result["items"]] == [299]
         assert world.rounds == 4
 
-    def test_who_shares_a_group_is_asked_of_all_groups_at_once(self, world: World) -> None:
+    def test_peers_are_looked_up_in_all_groups_at_once(self, world: World) -> None:
         for n in range(100):
             world.do("job", "put", role="service", table="members", item={"room": f"r{n}", "user": "bob"})
         world.do("job", "put", role="service", table="members", item={"room": "r99", "user": "alice"})

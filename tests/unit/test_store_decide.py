@@ -233,7 +233,7 @@ class TestConditions:
 
 
 class TestWriters:
-    def test_nobody_writes_where_nothing_is_said(self, world: World) -> None:
+    def test_no_client_writes_a_table_without_a_write_rule(self, world: World) -> None:
         assert world.code("alice", "put", table="closed", item={"id": 1}) == "forbidden"
 
     def test_service_keys_read_and_write_everything(self, world: World) -> None:
@@ -243,13 +243,13 @@ class TestWriters:
         world.do("job", "delete", table="closed", key=1, role="service")
         world.do("job", "put", table="broken", item={"id": 1}, role="service")
 
-    def test_nobody_takes_anothers_item_by_writing_over_it(self, world: World) -> None:
+    def test_no_client_takes_an_item_by_writing_over_it(self, world: World) -> None:
         world.do("alice", "put", table="by_author", item={"id": 1, "author": "alice"})
         assert world.code("bob", "put", table="by_author", item={"id": 1, "author": "bob"}) == "forbidden"
         assert world.code("bob", "update", table="by_author", key=1, set={"author": "bob"}) == "forbidden"
         assert world.code("bob", "delete", table="by_author", key=1) == "forbidden"
 
-    def test_nobody_gives_an_item_to_another(self, world: World) -> None:
+    def test_no_client_gives_an_item_to_another_user(self, world: World) -> None:
         world.do("alice", "put", table="by_author", item={"id": 1, "author": "alice"})
         assert world.code("alice", "put", table="by_author", item={"id": 1, "author": "bob"}) == "forbidden"
         assert world.code("alice", "update", table="by_author", key=1, set={"author": "bob"}) == "forbidden"
@@ -266,7 +266,7 @@ class TestWriters:
         assert world.code("bob", "put", table="ruled", item={"id": 1, "owner": "bob"}) == "forbidden"
         world.do("bob", "put", table="ruled", item={"id": 1, "owner": "bob"}, claims={"admin": True})
 
-    def test_a_function_that_fails_lets_nobody_write(self, world: World) -> None:
+    def test_a_write_rule_that_raises_lets_no_client_write(self, world: World) -> None:
         error = world.refused("alice", "put", table="broken", item={"id": 1})
         assert error["code"] == "bad_request"
         assert "mistake of the application" not in str(error), "nothing of the inside is told"
@@ -284,7 +284,7 @@ class TestWriters:
         assert world.batches == 1
         assert [reply.error and reply.error["code"] for reply in replies] == [None, "forbidden"]
 
-    def test_who_was_just_invited_may_write_in_the_same_batch_and_who_was_removed_not(self, world: World) -> None:
+    def test_an_invited_user_may_write_in_the_same_batch_and_a_removed_one_may_not(self, world: World) -> None:
         invite: dict[str, Any] = {"table": "members", "item": {"room": "r", "user": "bob"}}
         message: dict[str, Any] = {"table": "messages", "item": {"room": "r", "id": 1, "author": "bob"}}
         replies = world.run(
@@ -323,7 +323,7 @@ class TestReaders:
         result = world.do("carol", "query", table="members", key="r", limit=1)
         assert "alice" not in str(result)
 
-    def test_what_one_may_write_and_not_read_cannot_be_probed_by_if(self, world: World) -> None:
+    def test_a_condition_cannot_probe_an_item_that_its_writer_may_not_read(self, world: World) -> None:
         world.do("alice", "put", table="letters", item={"id": 1, "to": "alice", "pin": 7})
         letter = {"id": 1, "to": "carol"}
         codes = []
@@ -488,7 +488,7 @@ class TestRequests:
             world.do(who, "put", table="notes", item={"id": who}, request="r1")
         assert len(world.changes) == 2
 
-    def test_what_timed_out_may_be_done_when_it_is_repeated(self, world: World) -> None:
+    def test_a_timed_out_request_may_be_done_when_it_is_repeated(self, world: World) -> None:
         put: dict[str, Any] = {"table": "notes", "item": {"id": "n"}, "request": "r1"}
         assert world.code("alice", "put", late=True, **put) == "timeout"
         assert world.do("alice", "put", **put)["version"] == 1
@@ -505,7 +505,7 @@ class TestRequests:
 
 
 @pytest.mark.parametrize("action", ["put", "get", "query"])
-def test_what_waited_too_long_is_not_done(world: World, action: str) -> None:
+def test_a_command_that_waited_too_long_is_not_done(world: World, action: str) -> None:
     fields: dict[str, Any] = {"item": {"id": "n"}} if action == "put" else {"key": "n"}
     assert world.code("alice", action, table="notes", late=True, **fields) == "timeout"
 
@@ -661,7 +661,7 @@ class TestLoad:
             ("connections", {"user": "bob", "connection": "c"}, "forbidden"),
         ],
     )
-    def test_with_one_that_is_wrong_nothing_is_written_and_its_place_is_told(
+    def test_one_wrong_operation_stops_the_transaction_and_is_named(
         self, world: World, table: str, item: Item, code: str
     ) -> None:
         items = [["notes", {"id": "n", "owner": "bob"}], [table, item]]
@@ -691,6 +691,6 @@ def test_the_changes_tell_the_whole_story(commands: list[tuple[str, str, dict[st
         items[name] = (change.version, change.new)
 
 
-def test_nobody_is_the_audience_of_what_says_nothing() -> None:
+def test_a_table_without_readers_has_no_audience() -> None:
     assert make_app()["closed"].readers is nobody
     assert ItemKey("t", 1, None).field == b""

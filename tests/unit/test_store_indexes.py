@@ -129,7 +129,7 @@ class TestFollowing:
         (entry,) = world.do("carol", "query", table="books", index="by_author", key="bob")["items"]
         assert entry == {"item": {**BOOKS[6], "pages": 7}, "version": 2, "at": NOW, "by": "alice"}
 
-    def test_what_has_expired_is_not_in_it_before_it_is_removed(self, world: World) -> None:
+    def test_an_expired_item_is_absent_before_it_is_removed(self, world: World) -> None:
         key = {"shelf": "a", "n": 5}
         world.do("alice", "update", table="books", key=key, set={"until": NOW / 1000 + 1})
         world.follow()

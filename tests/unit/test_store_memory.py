@@ -57,7 +57,7 @@ DELETE: dict[str, Any] = {"action": "delete", "table": "lines", "key": {"page": 
         {"action": "load", "items": [["lines", {"page": "p", "n": 7}]]},
     ],
 )
-def test_what_grows_is_overloaded_and_nothing_is_done(world: World, body: dict[str, Any]) -> None:
+def test_a_growing_write_is_overloaded_and_nothing_is_done(world: World, body: dict[str, Any]) -> None:
     before = len(world.changes)
     (reply,) = world.run(world.command("job", role="service", **body), full=FULL)
     assert reply.error == {"code": "overloaded", "message": FULL, "details": {}}
@@ -79,7 +79,7 @@ def test_reads_deletes_and_what_gateways_note_go_on(world: World, body: dict[str
     assert reply.error is None
 
 
-def test_what_was_refused_is_done_when_it_is_asked_again(world: World) -> None:
+def test_a_refused_request_is_done_when_it_is_repeated(world: World) -> None:
     (refused,) = world.run(world.command("alice", request="q", **PUT), full=FULL)
     assert refused.error
     assert world.do("alice", request="q", **PUT)["version"] == 1

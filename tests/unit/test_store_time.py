@@ -81,7 +81,7 @@ class TestExpiry:
         assert self.ns(world) == [2, 3]
 
     @pytest.mark.parametrize("together", [True, False])
-    def test_what_is_written_over_it_first_removes_it_in_the_same_commit(self, world: World, together: bool) -> None:
+    def test_a_write_over_an_expired_item_removes_it_in_the_same_commit(self, world: World, together: bool) -> None:
         world.now = int(SOON_S * 1000)
         world.changes.clear()
         before = world.batches
@@ -107,7 +107,7 @@ class TestExpiry:
         assert told(world)[-1][0] == "REMOVE"
 
     @pytest.mark.parametrize("until", ["2020-01-01", None, True, [1], {"at": 1}])
-    def test_what_is_no_number_is_no_time(self, world: World, until: Any) -> None:
+    def test_an_expiry_that_is_not_a_number_is_ignored(self, world: World, until: Any) -> None:
         world.do("alice", "put", table="notes", item={"id": 1, "until": until})
         world.now += 10**12
         world.chore(expire=True)
@@ -129,7 +129,7 @@ class TestExpiry:
         assert rounds == 1
         assert len(world.changes) == 3
 
-    def test_what_expires_no_more_is_forgotten_and_not_removed(self) -> None:
+    def test_an_item_whose_expiry_was_taken_away_stays(self) -> None:
         world = World(make_app())
         world.do("alice", "put", table="notes", item={"id": 1, "until": SOON_S})
         world.app = make_app(expires=None)
@@ -138,7 +138,7 @@ class TestExpiry:
         assert world.do("bob", "get", table="notes", key=1)["version"] == 1
         assert not world.scores[KEYS.expiries(0)]
 
-    def test_what_is_due_by_an_attribute_of_before_is_noted_by_that_of_now(self) -> None:
+    def test_an_item_due_by_a_former_attribute_is_noted_by_the_present_one(self) -> None:
         world = World(make_app())
         world.do("alice", "put", table="notes", item={"id": 1, "until": SOON_S, "ends": SOON_S + 100})
         world.app = make_app(expires="ends")
@@ -151,7 +151,7 @@ class TestExpiry:
 
     # Of the second, (now / 1000) * 1000 is more than now.
     @pytest.mark.parametrize("now", [NOW, 2_150_000_000_004])
-    def test_what_is_due_by_redis_is_due_to_us(self, now: int) -> None:
+    def test_an_item_is_removed_when_its_time_has_come(self, now: int) -> None:
         world = World(make_app())
         world.do("alice", "put", table="notes", item={"id": 1, "until": now / 1000})
         world.now = now
@@ -203,7 +203,7 @@ class TestVersions:
         assert not world.orders[KEYS.values(0, "connections")]
         assert self.remembered(world) == 2, "the others stay"
 
-    def test_what_a_reader_has_not_had_is_kept(self, world: World) -> None:
+    def test_changes_that_a_group_has_not_read_are_kept(self, world: World) -> None:
         world.stream = Stream(7, (NOW, 0), (NOW, 0), {"broadcaster": 7})
         assert self.purge(world).floor == 0
         assert self.remembered(world) == 2
@@ -302,7 +302,7 @@ class TestTrimming:
         else:
             raise AssertionError("the trims do not end")
 
-    def test_what_was_deleted_before_the_oldest_change_that_is_kept_is_forgotten(self, world: World) -> None:
+    def test_versions_of_items_deleted_before_the_oldest_change_are_forgotten(self, world: World) -> None:
         """Whichever bound has trimmed the changes before it."""
         world.do("alice", "put", table="notes", item={"id": "n"})
         world.do("alice", "delete", table="notes", key="n")
@@ -312,7 +312,7 @@ class TestTrimming:
         assert not world.hashes[KEYS.items("notes", "n")]
         assert world.do("alice", "put", table="notes", item={"id": "n"})["version"] == 3
 
-    async def test_what_is_lost_is_in_the_metrics_and_in_the_log(self) -> None:
+    async def test_lost_changes_are_counted_and_logged(self) -> None:
         backend: Any = None
         owned = Owned(b"lease", KEYS.home(0), b"stream", "store", Fence(1, 1))
         tenure = StoreTenure(make_app(), backend, Settings(), Answers(backend), 3, owned)
@@ -397,7 +397,7 @@ class TestSchemas:
         world.do("alice", "put", table="short", item={"id": "s", "text": "short"})
         assert world.do("alice", "get", table="short", key="s")["item"] == {"id": "s", "text": "short"}
 
-    def test_who_may_not_write_hears_nothing_of_the_schema(self, world: World) -> None:
+    def test_a_client_that_may_not_write_learns_nothing_of_the_schema(self, world: World) -> None:
         world.app.table("closed", key="id", schema=Order)
         assert world.code("alice", "put", table="closed", item={"id": 5}) == "forbidden"
 
@@ -425,7 +425,7 @@ class TestSchemasThatNormalize:
             (lambda item: item | {"id": "other"}, "the schema changed the key"),
         ],
     )
-    def test_what_a_schema_may_not_return_is_refused(self, schema: Any, problem: str) -> None:
+    def test_a_wrong_result_of_a_schema_is_refused(self, schema: Any, problem: str) -> None:
         app = App("test")
         app.table("orders", key="id", readers=everyone, writers=everyone, schema=schema, normalize=True)
         error = World(app).refused("alice", "put", table="orders", item={"id": "o"})

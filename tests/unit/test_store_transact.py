@@ -121,7 +121,7 @@ class TestAll:
         assert replies[1].result["item"]["x"] == 7
         assert world.batches == 3
 
-    def test_what_changes_nothing_makes_no_change_and_keeps_the_version(self, world: World) -> None:
+    def test_a_write_without_effect_makes_no_change_and_keeps_the_version(self, world: World) -> None:
         operations = [line(1, x=1), check("letters", "p", {"version": 1})]
         results = world.do("alice", "transact", operations=operations)["results"]
         assert [result["version"] for result in results] == [1, 1]
@@ -214,7 +214,7 @@ class TestNone:
         world.do("alice", "put", table="notes", item={"id": "p"})
         assert world.refused("alice", "transact", operations=operations, request="r1") == first
 
-    def test_what_waited_too_long_is_not_done(self, world: World) -> None:
+    def test_a_command_that_waited_too_long_is_not_done(self, world: World) -> None:
         assert world.code("alice", "transact", operations=[line(2)], late=True) == "timeout"
 
 

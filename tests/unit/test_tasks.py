@@ -53,7 +53,7 @@ def test_an_interrupt_ends_what_has_overlooked_it() -> None:
 
 
 @pytest.mark.usefixtures("interrupted_soon")
-def test_what_is_interrupted_may_say_how_it_ended() -> None:
+def test_an_interrupted_function_may_end_with_its_own_error() -> None:
     async def careful() -> str:
         try:
             await asyncio.sleep(60)

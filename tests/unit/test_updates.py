@@ -75,7 +75,7 @@ NAMES = st.text("abc.", min_size=1, max_size=3)
 
 
 @given(st.dictionaries(NAMES, st.integers(), max_size=4), st.lists(NAMES, min_size=1, max_size=3), st.integers())
-def test_what_is_set_by_a_list_is_there_and_can_be_removed(item: dict[str, Any], path: list[str], value: int) -> None:
+def test_a_value_set_at_a_path_can_be_read_and_removed(item: dict[str, Any], path: list[str], value: int) -> None:
     item = {name: inner for name, inner in item.items() if name != path[0]}
     after = updated(item, set=[[path, value]])
     inner: Any = after
@@ -113,7 +113,7 @@ def test_an_item_is_not_nested_deeper_than_a_frame_may_be(names: int, depth: int
             check_values(update)
 
 
-def test_what_an_update_does_not_touch_is_shared_and_not_copied() -> None:
+def test_an_update_shares_the_parts_that_it_does_not_touch() -> None:
     item: Item = {"large": {"rows": [1, 2]}, "small": {"n": 1, "inner": {"x": 1}}}
     new = apply_update(item, Update(table="t", key="k", add={"small.n": 1}))
     assert new == {"large": {"rows": [1, 2]}, "small": {"n": 2, "inner": {"x": 1}}}

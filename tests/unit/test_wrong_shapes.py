@@ -59,7 +59,7 @@ def test_a_wrong_shape_is_refused_with_what_and_where(wrong: Wrong) -> None:
 
 
 @pytest.mark.parametrize("text", NO_JSON)
-def test_what_is_no_json_is_refused_with_its_place(text: str) -> None:
+def test_invalid_json_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(BadRequest, match=r"JSON.*(byte \d+|truncated|at `\$.+`)"):
         decode_frame(text, binary=False)
 
