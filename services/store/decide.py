@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.errors import BadRequest, Internal, Overloaded, RequestError, Timeout
+from tidewire.errors import BadRequest, Conflict, Internal, Overloaded, RequestError, Timeout
 from tidewire.model.protocol import (
     Delete,
     Follow,
@@ -24,9 +24,10 @@ from tidewire.model.protocol import (
     Send,
     Transact,
     Update,
+    digest_of,
     parse_request,
 )
-from tidewire.model.records import Command, Reply, pack
+from tidewire.model.records import Command, FirstReply, Reply, pack
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import Keys
 
@@ -138,7 +139,7 @@ class _Batch:
         self.detached = detached
         self.clock = clock
         self.decision = Decision(floor=view.situation.floor)
-        self.answered: dict[RequestFact, Reply] = {}
+        self.answered: dict[RequestFact, FirstReply] = {}
         self.deadlines: dict[str, int] = {}
 
     def decide(self, commands: Sequence[Command | None]) -> Decision | Needs:
@@ -208,11 +209,11 @@ class _Batch:
 
     def answer(self, command: Command) -> None:
         repeat = _request(command, command.request) if command.request is not None else None
+        digest = digest_of(command.body) if repeat else b""
         if repeat:
             first = self.first_reply(repeat)
             if first is not None:
-                self.decision.writes.add((command.reply_to, command.number))
-                self.reply(command, first._replace(number=command.number))
+                self.repeat(command, first, same=first.digest == digest)
                 return
         try:
             if command.deadline < self.situation.now + self.situation.waited_ms:
@@ -238,12 +239,25 @@ class _Batch:
             self.decision.writes.add((command.reply_to, command.number))
         self.keep(effects, transaction=command.action == "transact")
         if repeat:
-            self.answered[repeat] = reply
+            first = self.answered[repeat] = FirstReply(reply.result, reply.error, digest)
             key = self.keys.request(self.situation.partition, repeat.user, repeat.request)
             self.decision.operations.append(
-                RedisCommand("SET", key, (pack(reply), "PX", max(command.request_ttl_ms, 1)))
+                RedisCommand("SET", key, (pack(first), "PX", max(command.request_ttl_ms, 1)))
             )
         self.reply(command, reply)
+
+    def repeat(self, command: Command, first: FirstReply, *, same: bool) -> None:
+        """Answer a command whose request id was used before, by the same request or by another one."""
+        if same:
+            self.decision.writes.add((command.reply_to, command.number))
+            self.reply(command, Reply(command.number, first.result, first.error))
+            return
+        error = Conflict(
+            "this request id was used for another request, and nothing was done: use a new id for each write",
+            request=command.request,
+        )
+        self.decision.errors.append(error.code)
+        self.reply(command, Reply(command.number, None, wire_error(error)))
 
     def last_of(self, gateway: str) -> int:
         for known in (self.decision.asked, self.situation.asked):
@@ -252,10 +266,10 @@ class _Batch:
         last: int = self.view.know(AskedFact(gateway))
         return last
 
-    def first_reply(self, repeat: RequestFact) -> Reply | None:
+    def first_reply(self, repeat: RequestFact) -> FirstReply | None:
         if repeat in self.answered:
             return self.answered[repeat]
-        reply: Reply | None = self.view.know(repeat)
+        reply: FirstReply | None = self.view.know(repeat)
         return reply
 
     def keep(self, effects: Effects, *, transaction: bool = False) -> None:

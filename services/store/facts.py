@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from tidewire.model.records import ItemRecord, Reply, stream_id, text, unpack
+from tidewire.model.records import FirstReply, ItemRecord, stream_id, text, unpack
 from tidewire.model.values import ItemKey, Scalar
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Arg
@@ -126,7 +126,7 @@ Fact = (
     | TombstonesFact
     | FieldsFact
 )
-Value = ItemRecord | int | str | Page | Reply | Stream | list[tuple[str, str]] | list[ItemKey] | None
+Value = ItemRecord | int | str | Page | FirstReply | Stream | list[tuple[str, str]] | list[ItemKey] | None
 
 
 MAX_FETCH = 512
@@ -210,7 +210,7 @@ def _value(fact: Fact, raw: Any) -> Value:
         return None
     if isinstance(fact, KindFact):
         return text(raw)
-    return Reply(*unpack(raw)) if isinstance(fact, RequestFact) else ItemRecord(*unpack(raw))
+    return FirstReply(*unpack(raw)) if isinstance(fact, RequestFact) else ItemRecord(*unpack(raw))
 
 
 async def _other(backend: Backend, partition: int, fact: Fact, sizes: Sizes) -> Value:

@@ -119,6 +119,8 @@ async def test_a_repeated_request_is_done_once(alice: Wire) -> None:
     await alice.do("put", table="scores", item={"id": "s"})
     results = [await alice.do("update", table="scores", key="s", add={"n": 1}, request="unique") for _ in range(3)]
     assert results[0] == results[1] == results[2]
+    error = await alice.refused("update", table="scores", key="s", add={"n": 2}, request="unique")
+    assert (error["code"], error["retry"], error["details"]) == ("conflict", False, {"request": "unique"})
     assert (await alice.do("get", table="scores", key="s"))["item"]["n"] == 1
 
 

@@ -477,6 +477,23 @@ class TestRequests:
         assert replies[0].number != replies[1].number
         assert len(world.changes) == 1
 
+    def test_a_request_id_of_another_write_is_a_conflict_and_nothing_is_done(self, world: World) -> None:
+        first = world.do("alice", "put", table="notes", item={"id": "n", "x": 1, "y": 2}, request="r1")
+        error = world.refused("alice", "put", table="notes", item={"id": "m"}, request="r1")
+        assert (error["code"], error["details"]) == ("conflict", {"request": "r1"})
+        assert world.code("alice", "delete", table="notes", key="n", request="r1") == "conflict"
+        assert len(world.changes) == 1
+        assert world.do("alice", "put", table="notes", item={"y": 2, "x": 1, "id": "n"}, request="r1") == first
+
+    def test_a_request_id_used_twice_in_one_batch_is_a_conflict(self, world: World) -> None:
+        puts = [world.command("alice", "put", table="notes", item={"id": n}, request="r1") for n in ("a", "b")]
+        done, refused = world.run(*puts)
+        assert world.batches == 1
+        assert done.result["version"] == 1
+        assert refused.error
+        assert refused.error["code"] == "conflict"
+        assert len(world.changes) == 1
+
     def test_an_error_is_a_first_result_too(self, world: World) -> None:
         update: dict[str, Any] = {"table": "notes", "key": "n", "set": {"x": 1}, "request": "r1"}
         assert world.code("alice", "update", **update) == "not_found"

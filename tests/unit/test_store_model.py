@@ -111,12 +111,13 @@ class Model:
         self.first: dict[tuple[str, int, str], tuple[dict[str, Any], Any]] = {}  # by user, partition and request
 
     def do(self, user: str, partition: int, body: dict[str, Any], request: str | None) -> tuple[dict[str, Any], Any]:
-        """(what was done, its outcome): with a request that was made before, that of the first."""
+        """(what was done, its outcome). A repeated request has the first outcome, another one of its name conflicts."""
         if request is None:
             return body, self.perform(body)
         if (user, partition, request) not in self.first:
             self.first[user, partition, request] = body, self.perform(body)
-        return self.first[user, partition, request]
+        first, outcome = self.first[user, partition, request]
+        return (first, outcome) if first == body else (body, "conflict")
 
     def perform(self, body: dict[str, Any]) -> Any:
         if body["action"] == "query":

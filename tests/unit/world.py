@@ -10,7 +10,7 @@ from typing import Any
 from tidewire.app import App
 from tidewire.errors import RequestError
 from tidewire.model.protocol import Get, Query, parse_request
-from tidewire.model.records import Change, Command, ItemRecord, Position, Reply, unpack
+from tidewire.model.records import Change, Command, FirstReply, ItemRecord, Position, Reply, unpack
 from tidewire.model.values import ItemKey
 from tidewire.redis.keys import Keys
 from tidewire.services.store.batches import DETACHABLE
@@ -169,7 +169,7 @@ class World:
             return len(self.orders[KEYS.order(fact.table, fact.partition)])
         if isinstance(fact, RequestFact):
             stored = self.strings.get(KEYS.request(0, fact.user, fact.request))
-            return Reply(*unpack(stored[0])) if stored else None
+            return FirstReply(*unpack(stored[0])) if stored else None
         if isinstance(fact, AskedFact):
             last: int = self.strings.get(KEYS.asked(0, fact.gateway), (0, 0))[0]
             return last

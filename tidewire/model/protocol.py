@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -258,6 +259,11 @@ def body_of(request: StoreRequest | Send) -> dict[str, Any]:
         if value is not default:
             body[key] = msgspec.to_builtins(value) if isinstance(value, Condition) else value
     return body
+
+
+def digest_of(body: dict[str, Any]) -> bytes:
+    """Return the digest of a command's body, whatever the order of its fields."""
+    return hashlib.blake2b(msgspec.json.encode(body, order="deterministic"), digest_size=16).digest()
 
 
 @functools.cache

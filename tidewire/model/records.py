@@ -63,6 +63,15 @@ class Reply(NamedTuple):
     error: dict[str, Any] | None
 
 
+class FirstReply(NamedTuple):
+    """The first reply to a request id, kept for repeats of the request."""
+
+    result: JSON
+    error: dict[str, Any] | None
+    digest: bytes
+    """Of the request's body, as `digest_of` makes it."""
+
+
 class DirectMessage(NamedTuple):
     """A frame for one connection, in the stream of the gateway that has it."""
 
