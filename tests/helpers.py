@@ -18,7 +18,7 @@ LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
 """Whether what takes minutes is done in full (`make test-long`), or in a short form."""
 
 
-WORKERS = 16
+WORKERS = 4
 """Processes that run tests at the same time, at most."""
 
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS

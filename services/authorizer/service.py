@@ -16,10 +16,10 @@ from tidewire.process.bus import Answers
 from tidewire.process.lifecycle import Service
 from tidewire.redis import keyring
 from tidewire.redis.backend import Backend, Entry
+from tidewire.redis.keys import ConsumerGroup
 
 log = structlog.get_logger(__name__)
 
-GROUP = "authorizer"
 ABANDONED_MS = 2000
 """Milliseconds after which another authorizer takes over a question that was not answered."""
 BATCH = 100
@@ -44,7 +44,7 @@ class Authorizer:
         """Answer questions until cancelled."""
         while True:
             try:
-                await self._backend.ensure_group(self._stream, GROUP)
+                await self._backend.ensure_group(self._stream, ConsumerGroup.AUTHORIZER)
                 await self._note_credentials()
                 while True:
                     await self._turn()
@@ -54,7 +54,7 @@ class Authorizer:
 
     async def _turn(self) -> None:
         entries = await self._abandoned()
-        entries += await self._backend.read_group(self._stream, GROUP, self._registry.id, BATCH)
+        entries += await self._backend.read_group(self._stream, ConsumerGroup.AUTHORIZER, self._registry.id, BATCH)
         if not entries:
             return
         replies: dict[str, list[Reply]] = {}
@@ -63,7 +63,7 @@ class Authorizer:
         # Answer before acknowledging: after a crash between the two, a gateway gets two answers, and takes the first.
         self._answers.send(replies)
         await self._answers.sent()
-        await self._backend.commands.xack(self._stream, GROUP, *(id_ for id_, _ in entries))
+        await self._backend.commands.xack(self._stream, ConsumerGroup.AUTHORIZER, *(id_ for id_, _ in entries))
         await self._trim(entries[-1][0])
 
     async def _note_credentials(self) -> None:
@@ -76,7 +76,7 @@ class Authorizer:
 
     async def _abandoned(self) -> list[Entry]:
         found: Any = await self._backend.commands.xautoclaim(
-            self._stream, GROUP, self._registry.id, ABANDONED_MS, "0-0", count=BATCH
+            self._stream, ConsumerGroup.AUTHORIZER, self._registry.id, ABANDONED_MS, "0-0", count=BATCH
         )
         return [(id_, fields) for id_, fields in found[1] if fields]
 
@@ -99,7 +99,7 @@ class Authorizer:
 
     async def _trim(self, last: bytes) -> None:
         """Remove questions that are answered."""
-        pending: Any = await self._backend.commands.xpending(self._stream, GROUP)
+        pending: Any = await self._backend.commands.xpending(self._stream, ConsumerGroup.AUTHORIZER)
         oldest = pending["min"]
         ms, seq = stream_id(oldest) if oldest else stream_id(last)
         await self._backend.commands.xtrim(self._stream, minid=f"{ms}-{seq}", approximate=False)
@@ -121,10 +121,10 @@ async def forget_consumer(backend: Backend, consumer: str) -> None:
     """Remove a consumer from the group, unless it has unanswered questions."""
     try:
         pending: Any = await backend.commands.xpending_range(
-            backend.keys.authorizations(), GROUP, "-", "+", 1, consumername=consumer
+            backend.keys.authorizations(), ConsumerGroup.AUTHORIZER, "-", "+", 1, consumername=consumer
         )
         if not pending:
-            await backend.commands.xgroup_delconsumer(backend.keys.authorizations(), GROUP, consumer)
+            await backend.commands.xgroup_delconsumer(backend.keys.authorizations(), ConsumerGroup.AUTHORIZER, consumer)
     except ResponseError as error:
         log.warning("consumer_not_removed", error=str(error))
 

@@ -20,7 +20,7 @@ from tidewire.process.partition.worker import Worker
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, FeedBounds, Owned, RedisCommand
-from tidewire.redis.keys import Home, PartitionField
+from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
 
 from .decide import Decision, Group, GroupsOf, deciding, whole
 from .groups import Groups
@@ -30,7 +30,6 @@ from .route import AppendUnits, Call, DestinationCache, StoreBodies
 
 log = structlog.get_logger(__name__)
 
-GROUP = "broadcaster"
 MAX_DECIDE_S = 0.1
 """Maximum seconds of deciding a batch, without the turns of other work.
 
@@ -177,7 +176,7 @@ class BroadcasterTenure:
         if memberships:
             # Read after the changes: a table that is declared later had no items when these were made.
             unknown |= await self._versions.dependents_of(memberships)
-        await self._versions.leave_to_others(GROUP, self._partition, unknown)
+        await self._versions.leave_to_others(ConsumerGroup.BROADCASTER, self._partition, unknown)
         return unknown
 
     # ── repairs ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,7 +278,7 @@ def build(service: Service, app: App) -> Worker:
 
     worker = service.work(
         Worker(
-            GROUP,
+            ConsumerGroup.BROADCASTER,
             backend,
             service.registry,
             service.settings,

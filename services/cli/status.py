@@ -14,9 +14,9 @@ from tidewire.model.records import unpack
 from tidewire.process.registry import all_services
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import NO_EVICTION
-from tidewire.redis.keys import PartitionField
+from tidewire.redis.keys import ConsumerGroup, PartitionField
 
-STREAMS = {"store": "commands", "indexer": "changes", "broadcaster": "changes"}
+STREAMS = {ConsumerGroup.STORE: "commands", ConsumerGroup.INDEXER: "changes", ConsumerGroup.BROADCASTER: "changes"}
 
 
 async def owners(backend: Backend, group: str) -> dict[int, str | None]:
@@ -40,11 +40,11 @@ async def collect(backend: Backend) -> dict[str, Any]:
         {"id": service.id, "alive": service.alive, "silent_ms": max(service.silent_ms, 0), **service.info}
         for service in (await all_services(backend)).values()
     ]
-    groups = {}
+    groups: dict[str, Any] = {}
     for group, stream in STREAMS.items():
         streams = [getattr(keys, stream)(partition) for partition in range(keys.partitions)]
         found = [await _lag(backend, key, group) for key in streams]
-        if group == "indexer" and not any(found):
+        if group == ConsumerGroup.INDEXER and not any(found):
             continue  # no table has an index
         numbers, holders = [one or (0, 0) for one in found], await owners(backend, group)
         groups[group] = {
@@ -55,8 +55,8 @@ async def collect(backend: Backend) -> dict[str, Any]:
                 for partition, (lag, pending) in enumerate(numbers)
             ],
         }
-    lag, pending = await _lag(backend, keys.authorizations(), "authorizer") or (0, 0)
-    groups["authorizer"] = {"lag": lag, "pending": pending, "partitions": []}
+    lag, pending = await _lag(backend, keys.authorizations(), ConsumerGroup.AUTHORIZER) or (0, 0)
+    groups[ConsumerGroup.AUTHORIZER] = {"lag": lag, "pending": pending, "partitions": []}
     return {
         "stage": keys.stage,
         "partitions": keys.partitions,

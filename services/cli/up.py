@@ -28,7 +28,7 @@ from tidewire.process.settings import Settings, load
 from tidewire.redis import keyring
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
-from tidewire.redis.keys import Keys
+from tidewire.redis.keys import ConsumerGroup, Keys
 
 from ..wiring import WIRING
 from .embedded import Embedded, announce, end_with_parent, locked, write_private
@@ -278,7 +278,7 @@ class _Up:
         )
         if not all(answers):
             return False
-        for kind in ("store", "broadcaster"):
+        for kind in (ConsumerGroup.STORE, ConsumerGroup.BROADCASTER):
             if self.counts[kind] and not all((await owners(backend, kind)).values()):
                 return False
         return True

@@ -13,7 +13,7 @@ from tidewire.model.records import FirstReply, ItemRecord, stream_id, text, unpa
 from tidewire.model.values import ItemKey, Scalar
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Arg
-from tidewire.redis.keys import Keys
+from tidewire.redis.keys import ConsumerGroup, Keys
 
 PAGE_BYTES = 1 << 20
 """Size at which a page of a query ends, with a `next`."""
@@ -257,9 +257,9 @@ async def _stream(backend: Backend, partition: int) -> Stream:
     last = stream_id(info["last-generated-id"])
     unread = {group["name"].decode(): int(group.get("lag") or 0) + int(group["pending"]) for group in groups}
     read = [await _read_by(backend, stream, group, last) for group in groups]
-    if "broadcaster" not in unread:
+    if ConsumerGroup.BROADCASTER not in unread:
         read.append((0, 0))  # the group has not begun
-    counted = "broadcaster" in unread and all(group.get("lag") is not None for group in groups)
+    counted = ConsumerGroup.BROADCASTER in unread and all(group.get("lag") is not None for group in groups)
     size_bytes = await _memory_of(backend, stream)
     return Stream(int(info["length"]), first, min(read), unread, size_bytes, counted)
 

@@ -26,12 +26,11 @@ from tidewire.process.partition.loop import Outcome
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, Effect, Owned, RedisCommand
-from tidewire.redis.keys import Home, Keys, PartitionField
+from tidewire.redis.keys import ConsumerGroup, Home, Keys, PartitionField
 from tidewire.redis.walk import WalkPosition, walk
 
 log = structlog.get_logger(__name__)
 
-GROUP = "indexer"
 FILL_BATCH = 200
 """Items carried into an index, or out of it, between two batches of changes."""
 NAMES_BATCH, ENTRIES_BATCH = 4, 32
@@ -206,7 +205,7 @@ class IndexerTenure:
             # Neither emptied nor skipped while a live store declares them.
             tables = {index.table for index in self._indexes} | {change.table for _, change in changes if change}
             unknown = frozenset(tables - self._app.tables.keys() - {""})
-            await self._versions.leave_to_others(GROUP, self._partition, unknown)
+            await self._versions.leave_to_others(ConsumerGroup.INDEXER, self._partition, unknown)
         self._next = wanted(self._app, self._indexes)
         await self._repair_if_needed(batch.last, changes)
         links = await self._step(changes)

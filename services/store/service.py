@@ -22,13 +22,12 @@ from tidewire.process.settings import Settings
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, Owned, RedisCommand, Wait
-from tidewire.redis.keys import Home, PartitionField
+from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
 
 from .batches import Deciding
 from .budget import Limits
 from .decide import Decision
 from .expiries import Expiries
-from .indexer import GROUP as INDEXER
 from .indexer import IndexerTenure, is_needed
 from .memory import Memory
 from .reads import Read, Reads
@@ -36,7 +35,6 @@ from .view import Situation
 
 log = structlog.get_logger(__name__)
 
-GROUP = "store"
 GATEWAYS_KEPT = 1000
 """Maximum gateways whose last command number a partition's owner caches. At this number the cache is dropped."""
 EXPIRE_EVERY_S = 1.0
@@ -126,7 +124,7 @@ class StoreTenure:
         commands = [command for _, command in self._decoder.entries(batch)]
         if self._versions:
             unknown = unknown_names(self._app, self._versions, commands)
-            await self._versions.leave_to_others(GROUP, self._partition, unknown)
+            await self._versions.leave_to_others(ConsumerGroup.STORE, self._partition, unknown)
         deciding = Deciding(self._app, self._backend, self._memory, commands, situation, self._limits)
         self._situation, self._begun_s = situation, time.monotonic()
         self._decision = decided = await deciding.decision()
@@ -250,18 +248,18 @@ def build(service: Service, app: App) -> Worker:
         for partition in range(backend.keys.partitions):
             # From now on, no change is trimmed that one of these groups has not read.
             changes = backend.keys.changes(partition)
-            await backend.ensure_group(changes, "broadcaster")
+            await backend.ensure_group(changes, ConsumerGroup.BROADCASTER)
             if indexed:
-                await backend.ensure_group(changes, INDEXER)
+                await backend.ensure_group(changes, ConsumerGroup.INDEXER)
             else:
-                await backend.commands.xgroup_destroy(changes, INDEXER)
+                await backend.commands.xgroup_destroy(changes, ConsumerGroup.INDEXER)
         if indexed:
             service.run(indexing.run)
             service.at_drain(indexing.drain)
 
     service.at_start(start)
     indexing = Worker(
-        INDEXER,
+        ConsumerGroup.INDEXER,
         backend,
         service.registry,
         settings,
@@ -272,7 +270,7 @@ def build(service: Service, app: App) -> Worker:
     )
     return service.work(
         Worker(
-            GROUP,
+            ConsumerGroup.STORE,
             backend,
             service.registry,
             settings,

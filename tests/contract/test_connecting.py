@@ -99,7 +99,7 @@ async def test_a_revoked_key_closes_its_connections_and_is_refused(stage: Stage,
 async def test_an_expired_key_closes_its_connection(stage: Stage) -> None:
     key = await keyring.create(stage.backend, "alice", ttl_s=0.5)
     async with wire(stage, str(key)) as alice:
-        assert (await alice.next(type="expiring"))["in_ms"] <= 500
+        assert 0 <= (await alice.next(type="expiring"))["in_ms"] <= 1500, "by the gateway's estimate of the time"
         assert await alice.closed() == 4401
 
 

@@ -15,8 +15,7 @@ from tidewire.model.values import ItemKey
 from tidewire.process.partition.loop import PartitionLoop
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
-from tidewire.redis.keys import Keys
-from tidewire.services.store.indexer import GROUP as INDEXER
+from tidewire.redis.keys import ConsumerGroup, Keys
 from tidewire.services.store.indexer import IndexerTenure
 
 from .conftest import eventually
@@ -71,7 +70,7 @@ async def hold(backend: Backend, leases: list[bytes]) -> None:
     while True:
         for lease in leases:
             home = backend.keys.home_of(lease)
-            assert await backend.functions.lease_take(lease, home, home.changes, INDEXER, "me", 1000)
+            assert await backend.functions.lease_take(lease, home, home.changes, ConsumerGroup.INDEXER, "me", 1000)
         await asyncio.sleep(0.2)
 
 
@@ -94,7 +93,9 @@ async def test_an_index_is_mended_where_changes_were_trimmed_before_it_had_read_
         await eventually(followed)
         await client.__aexit__()
     backend = await connect(server, keys)
-    holding = asyncio.create_task(hold(backend, [keys.lease(partition, INDEXER) for partition in range(2)]))
+    holding = asyncio.create_task(
+        hold(backend, [keys.lease(partition, ConsumerGroup.INDEXER) for partition in range(2)])
+    )
     async with testing.run(make_shelf(), backend=backend, **settings) as stage:
         client = await stage.client("writer")
         for n in range(0, 8, 2):
@@ -173,12 +174,12 @@ class Quiet(Exception):
 async def indexed(backend: Backend, app: App, *, commits: bool = True) -> None:
     """One owner of partition 0, until there is nothing left to do; or until it is cancelled before its first commit."""
     keys, functions = backend.keys, backend.functions
-    home, lease = keys.home(0), keys.lease(0, INDEXER)
+    home, lease = keys.home(0), keys.lease(0, ConsumerGroup.INDEXER)
     owned = None
     while owned is None:
-        owned = await functions.lease_take(lease, home, home.changes, INDEXER, "me", 60_000)
+        owned = await functions.lease_take(lease, home, home.changes, ConsumerGroup.INDEXER, "me", 60_000)
         await asyncio.sleep(0.05)
-    await backend.ensure_group(home.changes, INDEXER)
+    await backend.ensure_group(home.changes, ConsumerGroup.INDEXER)
 
     async def idle(_: tuple[int, int]) -> None:
         raise Quiet
@@ -239,7 +240,7 @@ async def test_an_index_is_filled_behind_what_a_predecessor_may_have_sent(server
     books = [("books", {"id": f"b{n}", "owner": "ann", "color": "red", "n": n}) for n in range(300)]
     await written(server, keys, old, *books)
     async with await connect(server, keys) as backend:
-        holding = asyncio.create_task(hold(backend, [keys.lease(0, INDEXER)]))
+        holding = asyncio.create_task(hold(backend, [keys.lease(0, ConsumerGroup.INDEXER)]))
         await written(server, keys, old, ("books", books[0][1] | {"n": 1000}), followed=False)
         holding.cancel()
         await indexed(backend, old, commits=False)

@@ -163,7 +163,8 @@ BREAKS = {
     ),
     "changes of unknown tables are passed by processes that do not know them": Break(
         "services/broadcaster/service.py",
-        "        await self._versions.leave_to_others(GROUP, self._partition, unknown)\n        return unknown\n",
+        "        await self._versions.leave_to_others(ConsumerGroup.BROADCASTER, self._partition, unknown)\n"
+        "        return unknown\n",
         "        return frozenset()\n",
         [Fault(3.0, "roll_forward", None, 0, 0.0)],
         {"loss", "leak"},

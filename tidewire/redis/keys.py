@@ -33,6 +33,19 @@ class Home(NamedTuple):
     """Hash: the expiry of each body, and how many entries refer to it."""
 
 
+class ConsumerGroup(StrEnum):
+    """The consumer groups."""
+
+    STORE = "store"
+    """Reads the commands of each partition."""
+    INDEXER = "indexer"
+    """Reads the changes of each partition, in the stores, while a table has an index."""
+    BROADCASTER = "broadcaster"
+    """Reads the changes of each partition."""
+    AUTHORIZER = "authorizer"
+    """Reads the stage's authorizations."""
+
+
 class PartitionField(StrEnum):
     """The fields of a partition's hash (`Keys.partition`). The first group belongs to the Lua functions."""
 
