@@ -5,6 +5,7 @@ ARGS ?=
 MINUTES ?= 2
 TOPOLOGY ?= embedded
 SEED ?=
+PYTHONS ?= python3.11 python3.12 python3.13
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -16,7 +17,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test coverage test-long breaks faults check format docs wheel-check lock clean
+.PHONY: help install up test coverage test-long test-pythons breaks faults check format docs wheel-check lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,16 @@ coverage: $(INSTALLED) ## unit and contract tests, with the lines that none of t
 
 test-long: $(INSTALLED) $(BROWSER_MODULES) ## all tests in full: 100,000 writes, all of it on a cluster, more kills
 	@TIDEWIRE_TEST_LONG=1 $(BIN)/python -m pytest $(ARGS)
+
+test-pythons: ## the unit tests under each version of Python that is on this machine
+	@for python in $(PYTHONS); do \
+		$$python -c '' 2>/dev/null || { echo "$$python is not on this machine: skipped"; continue; }; \
+		venv=.venvs/$$(basename $$python); \
+		$$python -m venv $$venv && $$venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+			--requirement requirements-dev.txt && $$venv/bin/python -m pip install --quiet --disable-pip-version-check \
+			--no-deps --editable . && $$venv/bin/python --version && \
+			$$venv/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile $(or $(ARGS),tests/unit) || exit 1; \
+	done
 
 breaks: $(INSTALLED) ## take out one guard after another, and see that the checker of runs under faults notices
 	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k broken $(ARGS)
@@ -66,7 +77,7 @@ wheel-check: $(INSTALLED) ## build the wheel and use it as a stranger would, in 
 	@$(BIN)/python .ci/wheel-check
 
 clean: ## remove what these commands made, except the data of `make up` in .tidewire
-	rm -rf .venv tests/browser/node_modules build dist htmlcov site .coverage .coverage.*
+	rm -rf .venv .venvs tests/browser/node_modules build dist htmlcov site .coverage .coverage.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
