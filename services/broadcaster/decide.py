@@ -1,7 +1,7 @@
 """Decides a batch of changes: which feeds receive which entries. No I/O.
 
 The broadcaster keeps the members of each group up to date as membership changes pass. So a change goes to the users who
-were members when it was made. Facts that are missing (`Missing`) are fetched, and the batch is decided again.
+were members when it was made. Facts that are missing (`UnknownGroups`) are fetched, and the batch is decided again.
 
 A change to 10,000 members takes tens of milliseconds, so a decision is cut into steps: `deciding` is a generator that
 yields between them. It ends early, with fewer changes consumed, when the batch exceeds its bounds.
@@ -63,7 +63,7 @@ Known = Mapping[Group | GroupsOf, Any]
 """The members of groups, by user, as item; and the groups of users."""
 
 
-class Missing(Exception):
+class UnknownGroups(Exception):
     """Groups that must be known before a change can be decided."""
 
     def __init__(self, *needs: Group | GroupsOf) -> None:
@@ -71,7 +71,7 @@ class Missing(Exception):
 
 
 @dataclass
-class Decision:
+class Routing:
     """What a batch sends and commits."""
 
     consumed: int = 0
@@ -84,7 +84,7 @@ class Decision:
     """Changes whose audience could not be computed. Nobody receives them."""
 
 
-Steps = Generator[None, bool | None, Decision | set[Group | GroupsOf]]
+Steps = Generator[None, bool | None, Routing | set[Group | GroupsOf]]
 """Yields between steps. If it is sent true, it ends after the current change or transaction."""
 
 
@@ -105,7 +105,7 @@ def deciding(
             try:
                 for _ in batch.decide_change(Position(partition, change.generation, *id_), change):
                     time_is_up = (yield) or time_is_up
-            except Missing as need:
+            except UnknownGroups as need:
                 if batch.router.appends > MAX_REDONE_APPENDS and not batch.has_learned:
                     return batch.done()
                 batch.missing.update(need.needs)
@@ -123,14 +123,14 @@ def deciding(
 
 def decide(
     app: App, keys: Keys, known: Known, partition: int, changes: Sequence[tuple[Id, Change | None]]
-) -> Decision | set[Group | GroupsOf]:
+) -> Routing | set[Group | GroupsOf]:
     """Do all steps of `deciding` at once."""
     steps = deciding(app, keys, known, partition, changes)
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            result: Decision | set[Group | GroupsOf] = end.value
+            result: Routing | set[Group | GroupsOf] = end.value
             return result
 
 
@@ -187,7 +187,7 @@ class _Batch:
         self.keys = keys
         self.known = known
         self.feeds = feeds
-        self.decision = Decision()
+        self.decision = Routing()
         self.router = Router(keys)
         self.missing: set[Group | GroupsOf] = set()
         self.deliveries: list[_Delivery] = []
@@ -204,7 +204,7 @@ class _Batch:
     def is_full(self) -> bool:
         return self.router.appends >= MAX_BATCH_APPENDS or self.router.size_bytes >= MAX_BATCH_BYTES
 
-    def done(self) -> Decision:
+    def done(self) -> Routing:
         self.decision.links = self.router.links()
         return self.decision
 
@@ -245,7 +245,7 @@ class _Batch:
             return NO_RECIPIENTS
         try:
             return resolve(table.readers, image).recipients(image, known or self, only)
-        except Missing:
+        except UnknownGroups:
             raise
         except Exception as error:  # a fault of the application must not stop the partition
             log.warning("readers_failed", table=table.name, error=repr(error))
@@ -303,14 +303,14 @@ class _Batch:
         if name in self.decision.groups:
             return self.decision.groups[name]
         if name not in self.known:
-            raise Missing(name)
+            raise UnknownGroups(name)
         members: Members = self.known[name]
         return members
 
     def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[Members]:
         names = [Group(membership, group) for group in groups]
         if missing := [name for name in names if name not in self.known and name not in self.decision.groups]:
-            raise Missing(*missing)
+            raise UnknownGroups(*missing)
         return [self.members(membership, name.group) for name in names]
 
     def member(self, membership: str, group: Scalar, user: str) -> Item | None:
@@ -325,7 +325,7 @@ class _Batch:
     def groups(self, membership: str, user: str) -> Iterable[Scalar]:
         name = GroupsOf(membership, user)
         if name not in self.known:
-            raise Missing(name)
+            raise UnknownGroups(name)
         groups: Iterable[Scalar] = self.known[name]
         return groups
 

@@ -93,7 +93,7 @@ class AppendUnits(NamedTuple):
 Call = StoreBodies | AppendUnits
 
 
-class Calls:
+class DestinationCalls:
     """The calls to one partition, in their order."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Router:
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
-        self._calls: dict[int, Calls] = {}
+        self._calls: dict[int, DestinationCalls] = {}
         self.appends = 0
         self.size_bytes = 0
         """Bytes that the appends write, including bodies that are stored once."""
@@ -154,7 +154,7 @@ class Router:
             self.appends += sum(len(append.feeds) for append in shortened)
             self.size_bytes += sum(len(append.feeds) * len(append.body) for append in shortened)
             self.size_bytes += sum(map(len, bodies.values()))
-            calls = self._calls.setdefault(partition, Calls())
+            calls = self._calls.setdefault(partition, DestinationCalls())
             for unit in split(position, shortened):
                 calls.add(unit, bodies)
                 yield

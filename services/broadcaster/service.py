@@ -22,7 +22,7 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, FeedBounds, Owned, RedisCommand
 from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
 
-from .decide import Decision, Group, GroupsOf, deciding, whole
+from .decide import Group, GroupsOf, Routing, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
 from .repair import Repair, applied
@@ -72,7 +72,7 @@ class BroadcasterTenure:
         self._peers = peer_memberships(app)
         self._index_wait = IndexWait(backend, partition)
         self._decoder = Decoder(_change)
-        self._decision = Decision()
+        self._decision = Routing()
         self._written: list[int] = []
         self._passed: Id | None = None  # id of the last change that was passed on
         self._next_passed: Id = (0, 0)
@@ -91,7 +91,7 @@ class BroadcasterTenure:
         if self._passed is None:
             self._passed, self._unknown, self._repair_noted = await self._begin()
         self._next_passed, self._next_unknown, self._written = self._passed, self._unknown, []
-        self._decision = Decision()
+        self._decision = Routing()
         changes = self._decoder.entries(batch)
         if self._repair is None:
             self._repair = self._needed_repair(changes)
@@ -121,7 +121,7 @@ class BroadcasterTenure:
         self._next_unknown = self._unknown | unknown
         return Outcome(len(changes), [*decided.operations, *self._notes()], decided.links)
 
-    async def _decided(self, changes: Changes) -> Decision | set[Group | GroupsOf]:
+    async def _decided(self, changes: Changes) -> Routing | set[Group | GroupsOf]:
         """Decide in steps. Between two, other partitions of this process get their turn."""
         feeds = self._feeds.begin()
         steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, feeds)
@@ -131,7 +131,7 @@ class BroadcasterTenure:
             try:
                 steps.send(time_is_up)
             except StopIteration as end:
-                found: Decision | set[Group | GroupsOf] = end.value
+                found: Routing | set[Group | GroupsOf] = end.value
                 return found
             step_s = time.perf_counter() - resumed
             if step_s > STEP_S:  # a turn of the event loop costs more than most steps

@@ -33,7 +33,7 @@ BLOCK_BYTES = 1 << 16
 RESUME = ": the same command with --resume goes on"
 
 
-class Line(msgspec.Struct):
+class ExportedLine(msgspec.Struct):
     """The fields of a line. An import needs the first two."""
 
     table: str
@@ -146,7 +146,7 @@ async def _total(backend: Backend, tables: Mapping[str, Table]) -> int:
 def mark_of(line: bytes, tables: Mapping[str, Table], keys: Keys, file: str) -> Mark:
     """Return the place of a line's item. Raises ConfigurationError if no such export wrote the line."""
     try:
-        last = msgspec.json.decode(line, type=Line)
+        last = msgspec.json.decode(line, type=ExportedLine)
         if last.table not in tables:
             raise ConfigurationError(
                 f"--resume: the last line of {file} is of table {last.table!r}, which this export leaves out: "

@@ -36,7 +36,7 @@ from .budget import Room
 from .core import Core
 from .deadline import Deadline
 from .peers import Mark, Peer
-from .subscriptions import Opened, Subscriptions
+from .subscriptions import Openings, Subscriptions
 
 log = structlog.get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Connection:
                 task.cancel()
             await self.subscriptions.close()
 
-    async def _begin(self, cursor: str | None, topics: dict[str, str]) -> Opened:
+    async def _begin(self, cursor: str | None, topics: dict[str, str]) -> Openings:
         """Subscribe, read what was missed, and send the welcome."""
         opened = await self.subscriptions.open(cursor, topics)
         self.core.gatekeeper.check(self.principal)  # the credential may have been revoked meanwhile

@@ -104,7 +104,7 @@ class Resumption:
 
 
 @dataclass
-class Opened:
+class Openings:
     """All subscriptions that a connection begins with."""
 
     own: Resumption
@@ -128,7 +128,7 @@ class Subscriptions:
 
     # ── begin and end ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, cursor: str | None, topics: dict[str, str]) -> Opened:
+    async def open(self, cursor: str | None, topics: dict[str, str]) -> Openings:
         """Subscribe to the user's feed and to topics, and read what was missed since their cursors."""
         keys, principal = self._core.backend.keys, self.outlet.principal
         refused: list[RequestError] = []
@@ -143,9 +143,9 @@ class Subscriptions:
             except (BadRequest, NotFound, PermissionDenied) as error:
                 error.details = error.details | {"topic": topic}
                 refused.append(error)
-        return Opened(own, opened, refused)
+        return Openings(own, opened, refused)
 
-    async def start(self, opened: Opened) -> None:
+    async def start(self, opened: Openings) -> None:
         """After the welcome: send what was missed, then go live."""
         for refusal in opened.refused:
             await self.outlet.send(refusal.as_frame(None))

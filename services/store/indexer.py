@@ -263,7 +263,7 @@ class IndexerTenure:
         last, alone = unpack(raw)
         return Followed(id_of(last), tuple(alone))
 
-    # ── mending ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── repairs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _repair_if_needed(self, newest: Id, changes: Sequence[tuple[Id, Change | None]]) -> None:
         """Begin every index anew if changes were lost before they got here, or their effects were lost at a
@@ -277,11 +277,11 @@ class IndexerTenure:
         if time.monotonic() >= self._look_at:
             alone = await self._falls()
         self._next_followed = Followed(max(last, self._followed.last), alone)
-        fell = [partition for partition, at in enumerate(alone) if at != self._followed.alone[partition]]
-        if whole and not fell:
+        fallen = [partition for partition, at in enumerate(alone) if at != self._followed.alone[partition]]
+        if whole and not fallen:
             return
         # Other destinations still have their entries, unless this partition itself fell back or missed changes.
-        lost_in = fell if whole and self._partition not in fell else []
+        lost_in = fallen if whole and self._partition not in fallen else []
         reason = "an index's server has fallen back" if whole else "changes were trimmed unread"
         log.warning("indexes_repaired", partition=self._partition, reason=reason, destinations=lost_in or "all")
         self._strays = None

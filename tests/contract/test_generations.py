@@ -54,7 +54,7 @@ def change(partition: int, generation: int, seq: int, feed: bytes) -> Unit:
 async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence(backend: Backend) -> None:
     mine = await owned(backend)
     assert mine.fence.generation == 0
-    assert mine.fell == ()
+    assert mine.losses == ()
     stream = backend.keys.changes(0)
     await backend.commands.xadd(stream, {"r": "x"}, id="1000-7")
     await went_back(backend, 0)
@@ -63,13 +63,13 @@ async def test_a_server_that_is_another_one_has_a_new_generation_and_a_new_fence
     assert not await backend.commands.exists(stream + b"x")
     again = await owned(backend)
     assert again.fence.generation > 1_000_000_000_000
-    assert again.fell == (again.fence.generation, 1000, 7), "what was left of the changes is noted"
+    assert again.losses == (again.fence.generation, 1000, 7), "what was left of the changes is noted"
     await backend.functions.batch(again, 1, 1 << 20)
     await backend.commands.xadd(stream, {"r": "x"}, id="1000-9")
     await went_back(backend, 0)
     last = await owned(backend)
     assert last.fence.generation > again.fence.generation
-    assert last.fell == (*again.fell, last.fence.generation, 1000, 9)
+    assert last.losses == (*again.losses, last.fence.generation, 1000, 9)
 
 
 async def test_a_destination_that_took_more_than_its_source_has_begins_its_feeds_anew(backend: Backend) -> None:

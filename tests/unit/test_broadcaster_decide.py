@@ -20,9 +20,9 @@ from tidewire.redis.keys import Home, Keys
 from tidewire.services.broadcaster.decide import (
     MAX_BATCH_APPENDS,
     MAX_BATCH_BYTES,
-    Decision,
     Group,
     GroupsOf,
+    Routing,
     decide,
     deciding,
     whole,
@@ -78,7 +78,7 @@ def bodies_of(calls: Sequence[Call]) -> dict[bytes, bytes]:
     return dict(body for call in calls if isinstance(call, StoreBodies) for body in call.bodies)
 
 
-def appends_of(decision: Decision) -> list[Append]:
+def appends_of(decision: Routing) -> list[Append]:
     return [append for calls in decision.links.values() for unit in units_of(calls) for append in unit.appends]
 
 
@@ -101,7 +101,7 @@ class World:
         key = {name: image[name] for name in self.app[table].key}
         return Change(event, table, key, version, new, old, NOW, "alice", "c1", None, generation=GENERATION)
 
-    def tell(self, *changes: Change | None) -> Decision:
+    def tell(self, *changes: Change | None) -> Routing:
         numbered = []
         for change in changes:
             self._seq += 1
@@ -121,7 +121,7 @@ class World:
             self.tell(*changes[found.consumed :])
         return found
 
-    def apply(self, decision: Decision) -> None:
+    def apply(self, decision: Routing) -> None:
         self.failed += decision.failed
         self.groups |= decision.groups
         for to, calls in decision.links.items():
@@ -411,7 +411,7 @@ class TestTransactions:
         changes = [*plain, *self.transaction(world, *(world.change("mail", None, item) for item in items)), plain[0]]
         numbered = [((NOW, number), change) for number, change in enumerate(changes)]
         found = decide(world.app, KEYS, {}, PARTITION, numbered)
-        assert isinstance(found, Decision)
+        assert isinstance(found, Routing)
         assert len(found.links) == KEYS.partitions
         seqs = range(2, 2 + len(items))
         for calls in found.links.values():
@@ -436,7 +436,7 @@ class TestTransactions:
         world = World()
         changes = self.transaction(world, *self.mails(world, ["alice"], ["bob"], []))
         found = decide(world.app, KEYS, {}, PARTITION, [((NOW, n), change) for n, change in enumerate(changes)])
-        assert isinstance(found, Decision)
+        assert isinstance(found, Routing)
         assert {unit.position.seq for calls in found.links.values() for unit in units_of(calls)} == {2}
 
 
@@ -450,7 +450,7 @@ class TestBounds:
         world, names = World(), [f"u{n}" for n in range(5000)]
         changes = self.numbered(world, *({"id": f"m{n}", "to": names} for n in range(20)))
         found = decide(world.app, KEYS, {}, PARTITION, changes)
-        assert isinstance(found, Decision)
+        assert isinstance(found, Routing)
         assert found.consumed == MAX_BATCH_APPENDS // 5000
         assert sum(len(append.feeds) for append in appends_of(found)) == MAX_BATCH_APPENDS
 
@@ -458,7 +458,7 @@ class TestBounds:
         world = World()
         items = ({"id": f"m{n}", "to": USERS, "text": f"{n}" * 250_000} for n in range(100))
         found = decide(world.app, KEYS, {}, PARTITION, self.numbered(world, *items))
-        assert isinstance(found, Decision)
+        assert isinstance(found, Routing)
         assert 0 < found.consumed < 100
         sent = sum(len(body) for calls in found.links.values() for body in bodies_of(calls).values())
         assert MAX_BATCH_BYTES <= sent < MAX_BATCH_BYTES + (1 << 20) * KEYS.partitions
@@ -486,7 +486,7 @@ class TestBounds:
         expensive = world.change("mail", None, {"id": "m", "to": names})
         other = world.change("messages", None, {"room": "r", "id": 1})
         found = decide(world.app, KEYS, {}, PARTITION, [((NOW, 1), expensive), ((NOW, 2), other)])
-        assert isinstance(found, Decision)
+        assert isinstance(found, Routing)
         assert found.consumed == 1
         assert decide(world.app, KEYS, {}, PARTITION, [((NOW, 2), other)]) == {Group("members", "r")}
 
@@ -514,7 +514,7 @@ class TestBounds:
         for size, is_stored in ((500, False), (100_000, True)):
             item = {"id": "m", "to": names, "text": "x" * size}
             found = decide(world.app, KEYS, {}, PARTITION, self.numbered(world, item))
-            assert isinstance(found, Decision)
+            assert isinstance(found, Routing)
             for calls in found.links.values():
                 assert bool(bodies_of(calls)) == is_stored
                 for unit in units_of(calls):
@@ -689,7 +689,7 @@ def test_a_body_is_one_for_many_feeds_and_calls_are_bounded() -> None:
     item = {"id": "m", "to": names}
     change = Change("INSERT", "mail", {"id": "m"}, 1, item, None, NOW, "alice", None, None)
     found = decide(app, Keys("dev", 1), {}, 0, [((NOW, 0), change)])
-    assert isinstance(found, Decision)
+    assert isinstance(found, Routing)
     (calls,) = found.links.values()
     units = units_of(calls)
     assert all(sum(len(append.feeds) for append in unit.appends) <= MAX_CALL_APPENDS for unit in units)

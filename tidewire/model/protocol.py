@@ -61,7 +61,7 @@ class Condition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             raise ValueError('one of {"version":n}, {"absent":true}, {"present":true}, {"equals":{…}} is needed')
 
 
-class Write(Common, kw_only=True):
+class WriteRequest(Common, kw_only=True):
     """Fields of `put`, `update` and `delete`."""
 
     table: str
@@ -70,7 +70,7 @@ class Write(Common, kw_only=True):
     """The client's own id for the write. A repeat returns the first result."""
 
 
-class Put(Write, kw_only=True):
+class Put(WriteRequest, kw_only=True):
     """Write a whole item."""
 
     item: dict[str, Any]
@@ -82,7 +82,7 @@ Assignments = dict[str, Any] | list[tuple[Path, Any]]
 """Values by path: an object, or a list of pairs where names contain dots."""
 
 
-class Update(Write, kw_only=True):
+class Update(WriteRequest, kw_only=True):
     """Change parts of an item: first `set`, then `remove`, then `add`."""
 
     key: Any
@@ -91,7 +91,7 @@ class Update(Write, kw_only=True):
     add: Assignments = {}
 
 
-class Delete(Write, kw_only=True):
+class Delete(WriteRequest, kw_only=True):
     """Delete an item."""
 
     key: Any
@@ -245,7 +245,7 @@ def _is_name(text: str) -> bool:
 
 def write_id_of(request: Request) -> str | None:
     """The client's own id of a write, by which a repeat is recognized; None for a request that writes nothing."""
-    return request.request if isinstance(request, Write | Transact | Send) else None
+    return request.request if isinstance(request, WriteRequest | Transact | Send) else None
 
 
 def body_of(request: StoreRequest | Send) -> dict[str, Any]:

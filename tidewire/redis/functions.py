@@ -66,7 +66,7 @@ class Owned(NamedTuple):
     stream: bytes
     group: str
     fence: Fence
-    fell: tuple[int, ...] = ()
+    losses: tuple[int, ...] = ()
     """Where the changes ended at each loss of the server: the generation after it, ms, seq, and so on."""
 
     @property
@@ -182,7 +182,7 @@ class Stamp(NamedTuple):
 
     source: str
     epoch: int
-    fell: tuple[int, ...] = ()
+    losses: tuple[int, ...] = ()
     """As in `Owned`."""
 
 
@@ -256,10 +256,10 @@ class Functions:
     ) -> Owned | None:
         """Take a lease, with a new epoch. None while another worker holds it."""
         keys = (home.partition, home.changes, lease)
-        epoch, generation, _, _, fell = await self._call("lease_take", keys, owner, length_ms)
+        epoch, generation, _, _, losses = await self._call("lease_take", keys, owner, length_ms)
         if not int(epoch):
             return None
-        return Owned(lease, home, stream, group, Fence(int(epoch), int(generation)), tuple(map(int, fell.split())))
+        return Owned(lease, home, stream, group, Fence(int(epoch), int(generation)), tuple(map(int, losses.split())))
 
     async def lease_renew(self, owned: Owned, length_ms: int) -> None:
         """Renew a lease."""
@@ -338,7 +338,7 @@ class Functions:
         """Announce new owners of sources at a destination, before they read. False for each that is fenced."""
         args: list[Arg] = []
         for stamp in stamps:
-            args += (*_record("STAMP", stamp.source, stamp.epoch, len(stamp.fell)), *stamp.fell)
+            args += (*_record("STAMP", stamp.source, stamp.epoch, len(stamp.losses)), *stamp.losses)
         return [answer == b"OK" for answer in await self._call("link_stamp", to, *args)]
 
     async def body_put(self, to: Home, ttl_ms: int, bodies: Iterable[tuple[bytes, bytes]]) -> None:

@@ -53,7 +53,7 @@ class PartitionField(StrEnum):
     """Number of the partition's history. A new one begins when the server may have lost writes."""
     SERVER = "server"
     """Replication id of the server that the generation is of."""
-    FELL = "fell"
+    LOSSES = "fell"
     """Where the changes ended at each loss: "<generation after it> <ms> <seq> …", the newest last."""
     ALONE = "alone"
     """Generation of the last loss on a cluster, where one master can lose writes alone."""

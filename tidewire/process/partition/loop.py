@@ -177,7 +177,7 @@ class PartitionLoop:
         return following._replace(entries=held + following.entries)
 
     async def _announce(self, to: Home) -> None:
-        if not await self._stamp(to, Stamp(self._source, self._owned.fence.epoch, self._owned.fell)):
+        if not await self._stamp(to, Stamp(self._source, self._owned.fence.epoch, self._owned.losses)):
             raise Fenced(f"{self._source}: a later owner has stamped {to.partition.decode()}")
 
     async def _stamp_alone(self, to: Home, stamp: Stamp) -> bool:
