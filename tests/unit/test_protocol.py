@@ -1,6 +1,7 @@
 """Frames: what is garbage is a RequestError, what is sound comes through as it was."""
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import msgpack
@@ -254,24 +255,54 @@ def test_a_feeds_frame_is_json_with_its_cursor_and_topic(rest: dict[str, Any], t
 
 @pytest.mark.parametrize(
     "number",
-    ["0.12345678901234567891", "1e-400", "9007199254740993.0", "123456789012345678e2", "1e-99999999999999999999"],
+    [
+        "0.12345678901234567891",
+        "0.12345678901234567",  # 17 digits, but the nearest double is …66
+        "4503599627370496.3",  # beyond 2^52 a double has no fraction
+        "9007199254740993.0",
+        "123456789012345678e2",
+        "1e-400",
+        "3e-324",  # between the two smallest doubles
+        "1e-99999999999999999999",
+    ],
 )
 def test_a_number_that_a_double_would_round_is_refused_with_its_path(number: str) -> None:
-    with pytest.raises(BadRequest, match=r"would be rounded .* at \$\.item\.list\[1\]"):
+    with pytest.raises(BadRequest, match=r"would be rounded at \$\.item\.list\[1\] .*: send it with fewer digits"):
         decode_frame(f'{{"action":"put","item":{{"list":[1,{number}]}}}}', binary=False)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0.1", 0.1), ("0.10000000000000001", 0.1), ("1.000000000000000000000", 1.0), ("5e-324", 5e-324), ("1e23", 1e23)],
+    [
+        ("0.1", 0.1),
+        ("0.10000000000000001", 0.1),  # as %.17g of C writes it
+        ("0.12345678901234566", 0.12345678901234566),
+        ("1.000000000000000000000", 1.0),
+        ("1152921504606846976.0", 2.0**60),
+        ("5e-324", 5e-324),
+        ("1e23", 1e23),
+        ("-0.0", -0.0),
+    ],
 )
 def test_a_number_that_names_one_double_is_kept(text: str, value: float) -> None:
     assert decode_frame(f'{{"a":{text}}}', binary=False) == {"a": value}
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_every_double_is_kept_as_python_writes_it(value: float) -> None:
+def test_every_double_is_kept_as_python_and_c_write_it(value: float) -> None:
     assert decode_frame(f'{{"a":{value!r}}}', binary=False) == {"a": value}
+    assert decode_frame(f'{{"a":{value:.16e}}}', binary=False) == {"a": value}
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=None))
+def test_what_is_kept_comes_back_as_it_was_sent(number: Decimal) -> None:
+    """A number is refused, or the double that is kept is written as the same number with as many digits."""
+    text = f"{number:e}"
+    try:
+        kept = decode_frame(f'{{"a":{text}}}', binary=False)["a"]
+    except BadRequest:
+        return
+    assert number in (Decimal(f"{kept:.{len(number.as_tuple().digits)}g}"), Decimal(repr(kept)))
 
 
 def test_a_number_beyond_the_largest_double_is_refused_with_its_path() -> None:

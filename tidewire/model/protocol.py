@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from decimal import Context, Decimal
 from typing import Any, get_args
@@ -25,6 +24,8 @@ SUBPROTOCOL = "tidewire.msgpack"
 """The websocket subprotocol of clients that speak MessagePack (RFC 6455, section 1.9)."""
 MAX_DEPTH = 64
 """Maximum levels of nesting in a frame."""
+SURE_DIGITS = 15
+"""Significant digits of a decimal number that a double always keeps."""
 MAX_DIGITS = 17
 """Significant digits of a decimal number: as many as it takes to tell any two doubles apart."""
 MAX_OPERATIONS = 100
@@ -323,19 +324,22 @@ _MANY_DIGITS = Context(prec=2000)
 def float_of(text: str) -> float:
     """Return the value of a JSON number with a fraction or an exponent; an `Inexact` if a double would change it.
 
-    Up to 17 digits name one double, so they are no change. Of a number beyond 2^53, the integer part must be kept too.
+    A double keeps a number of up to 17 digits if, with as many digits, it is written as that number again. Up to 15
+    digits always come back (DBL_DIG of C). With more than 17, the number must be the double's exact value.
     """
     value = float(text)
-    if len(text) <= MAX_DIGITS and -(2**53) < value < 2**53 and "-" not in text[1:]:
-        return value  # the common case, without decimal arithmetic
+    if len(text) <= SURE_DIGITS + 1 and -(2**53) < value < 2**53 and "-" not in text[1:]:
+        return value  # the common cases, without decimal arithmetic
+    if repr(value) == text:
+        return value
     try:
         exact = Decimal(text)
     except ArithmeticError:  # its exponent has 19 digits
         return Inexact(value)
     digits = len(exact.normalize(_MANY_DIGITS).as_tuple().digits)
-    if digits <= MAX_DIGITS and (sys.float_info.min <= abs(value) < 2**53 or not exact):
-        return value
-    return value if exact in (Decimal(value), Decimal(repr(value))) else Inexact(value)
+    # Halfway between two texts, repr and %g may choose differently.
+    written = (f"{value:.{digits}g}", repr(value)) if digits <= MAX_DIGITS else (value,)
+    return value if exact in map(Decimal, written) else Inexact(value)
 
 
 _client_decoder = msgspec.json.Decoder(float_hook=float_of)
@@ -410,7 +414,10 @@ def _fault(value: Any, path: str, depth: int) -> str | None:  # noqa: C901, PLR0
     elif isinstance(value, int):
         return None if -(2**63) <= value < 2**64 else f"a number beyond 64 bits at {path[:200]}"
     elif isinstance(value, Inexact) and abs(value) < float("inf"):
-        return f"a number that would be rounded (more than {MAX_DIGITS} digits) at {path[:200]}: send it as a string"
+        return (
+            f"a number that would be rounded at {path[:200]} (a double keeps {SURE_DIGITS} digits): "
+            "send it with fewer digits, or as a string"
+        )
     elif isinstance(value, float):
         return None if abs(value) < float("inf") else f"a number that is not finite at {path[:200]}"
     elif isinstance(value, str):
