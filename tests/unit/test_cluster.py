@@ -11,7 +11,10 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, ConnectionError, MovedError, ResponseError, TryAgainError
 
 from tidewire.redis import cluster_wire as cluster
-from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, key_of, ranges_of
+from tidewire.redis.addresses import ClusterAddress
+from tidewire.redis.cluster import ClusterBackend
+from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, key_of, ranges_of
+from tidewire.redis.keys import Keys
 
 A, B = ("a", 1), ("b", 2)
 
@@ -53,10 +56,11 @@ GET = ("GET", b"k")
 
 
 async def test_a_slot_that_moved_is_followed_and_remembered(nodes: Any) -> None:
-    wire, wires, _ = nodes(a=[MovedError(f"{SLOT} b:2")], b=[b"1", b"2"])
+    wire, wires, doubts = nodes(a=[MovedError(f"{SLOT} b:2")], b=[b"1", b"2"])
     assert await wire.calls([GET]) == [b"1"]
     assert await wire.calls([GET]) == [b"2"]
     assert len(wires[A].got) == 1
+    assert doubts, "other slots may have moved too"
 
 
 async def test_a_migrating_slot_is_asked_for_at_the_node_that_has_the_key(nodes: Any) -> None:
@@ -142,3 +146,51 @@ def test_a_node_without_a_name_has_the_address_that_was_asked() -> None:
 )
 def test_the_key_of_a_command_is_found(command: tuple[Any, ...]) -> None:
     assert key_of(command) == b"k"
+
+
+class Node:
+    """A node that says who has all slots, and which epoch it knows of; silent without an epoch."""
+
+    def __init__(self, master: Address, epoch: int | None) -> None:
+        self.master = master
+        self.epoch = epoch
+
+    async def once(self, packed: list[bytes]) -> list[Any]:
+        if self.epoch is None:
+            raise ConnectionError("it hangs")
+        host, port = self.master
+        return [
+            [[0, 16383, [host.encode(), port, b"id"]]],
+            b"cluster_state:ok\r\ncluster_current_epoch:%d\r\n" % self.epoch,
+        ]
+
+    def lose(self, why: str) -> None:
+        """Nothing is open."""
+
+
+async def test_a_node_that_has_missed_a_failover_is_not_believed() -> None:
+    nodes = {A: Node(A, 5), B: Node(A, 5)}
+    backend = ClusterBackend(ClusterAddress([A, B], None, None), Keys("test", 8))
+    backend._lookouts = nodes  # type: ignore[assignment]
+    await backend._look()
+    assert backend._slots.master_of(0) == A
+    nodes[A].epoch, nodes[B].master, nodes[B].epoch = None, B, 6
+    await backend._look()
+    assert backend._slots.master_of(0) == B, "the other one tells of the failover"
+    nodes[A].epoch, nodes[B].epoch = 5, None
+    with pytest.raises(ConnectionError):
+        await backend._look()
+    assert backend._slots.master_of(0) == B, "one of two nodes is behind, and the other one silent"
+    nodes[B].epoch = 6
+    backend._order = [A, B]
+    await backend._look()
+    assert backend._slots.master_of(0) == B, "the old master answers again, and knows nothing of it"
+    nodes[A].epoch = nodes[B].epoch = 1
+    nodes[A].master = nodes[B].master = A
+    await backend._look()
+    assert backend._slots.master_of(0) == A, "all nodes agree on a lower epoch: it is another cluster"
+
+
+def test_the_epoch_of_a_node_is_found() -> None:
+    assert epoch_of(b"cluster_enabled:1\r\ncluster_current_epoch:12\r\ncluster_my_epoch:3\r\n") == 12
+    assert epoch_of(b"cluster_enabled:1\r\n") == 0

@@ -22,14 +22,14 @@ from redis.exceptions import (
 
 from tidewire.redis.addresses import ClusterAddress
 from tidewire.redis.backend import COMMANDS, LISTENING
-from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, ranges_of
+from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, ranges_of
 from tidewire.redis.keys import Keys
 from tidewire.redis.masters import MAX_LOOK_S, REPLACED, MasterWatch, break_connections
 from tidewire.redis.wire import Wire, without_errors
 
 log = structlog.get_logger(__name__)
 
-CLUSTER_SLOTS = hiredis.pack_command(("CLUSTER", "SLOTS"))  # type: ignore[arg-type]
+TOPOLOGY = [hiredis.pack_command(("CLUSTER", what)) for what in ("SLOTS", "INFO")]  # type: ignore[arg-type]
 
 
 class ClusterBackend(MasterWatch):
@@ -41,6 +41,7 @@ class ClusterBackend(MasterWatch):
         self._nodes: dict[Address, Redis] = {}
         self._lookouts: dict[Address, Wire] = {}
         self._order = list(address.nodes)  # the nodes to ask for the topology, the last one that answered first
+        self._epoch = 0  # of the freshest topology so far
         self._slots = Slots()
         self._fanned = ClusterWire(self._slots, self._wire_to, self.doubt)
         # The cluster client has the same commands. Only its type is another one.
@@ -70,21 +71,36 @@ class ClusterBackend(MasterWatch):
         return Wire(self._node(address).connection_pool.make_connection)
 
     async def _look(self) -> None:
-        """Ask one node after another until one answers."""
+        """Ask one node after another for the topology, until one answers that is not behind.
+
+        A master that hung and was replaced answers with the topology of before, until the others have reached it. Its
+        epoch shows it: each failover raises the epoch of all who took part in it. Answers of a lower epoch than was
+        seen before count only when most nodes give one: then the cluster was made anew.
+        """
+        behind: list[tuple[int, Address, Any]] = []
         for asked in list(self._order):
             if asked not in self._lookouts:
                 self._lookouts[asked] = self._wire_to(asked)
             try:
                 async with asyncio.timeout(MAX_LOOK_S):
-                    answer = without_errors(await self._lookouts[asked].once([CLUSTER_SLOTS]))[0]
+                    slots, info = without_errors(await self._lookouts[asked].once(TOPOLOGY))
             except (RedisError, OSError):
                 self._lookouts[asked].lose("the node does not say which node has which slot")
                 continue
-            self._order.remove(asked)
-            self._order.insert(0, asked)
-            await self._learn(list(ranges_of(answer, asked)))
+            if (epoch := epoch_of(info)) < self._epoch:
+                behind.append((epoch, asked, slots))
+                continue
+            await self._believe(epoch, asked, slots)
             return
-        raise ConnectionError("no node of the cluster says which node has which slot")
+        if 2 * len(behind) <= len(self._order):
+            raise ConnectionError("no node of the cluster says which node has which slot")
+        await self._believe(*max(behind, key=lambda answer: answer[0]))
+
+    async def _believe(self, epoch: int, asked: Address, slots: Any) -> None:
+        self._epoch = epoch
+        self._order.remove(asked)
+        self._order.insert(0, asked)
+        await self._learn(list(ranges_of(slots, asked)))
 
     async def _learn(self, ranges: list[tuple[int, int, Address]]) -> None:
         before = self._slots.masters()

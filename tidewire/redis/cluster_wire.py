@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,12 @@ def ranges_of(answer: Sequence[Any], asked: Address) -> Iterator[tuple[int, int,
     for low, high, (host, port, *_), *_ in answer:
         name = (host or b"").decode()
         yield int(low), int(high), (name if name and name != "?" else asked[0], int(port))
+
+
+def epoch_of(info: bytes) -> int:
+    """Return the epoch of a CLUSTER INFO answer: how many changes of masters the node has seen. 0 if it says none."""
+    found = re.search(rb"^cluster_current_epoch:(\d+)", info, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def key_of(command: Sequence[Any]) -> Any:
@@ -167,9 +174,9 @@ class ClusterWire:
                 todo = list(range(len(packed))) if together else todo
                 if isinstance(error, MovedError):
                     self._slots.moved(slot, (error.host, int(error.port)))
-                    if number == 1:
-                        continue  # the right node is known now
-                self._doubt()
+                self._doubt()  # other slots may have moved with this one
+                if isinstance(error, MovedError) and number == 1:
+                    continue  # the right node is known now
             await pause(number)
         raise AssertionError("the last try ends it")
 
