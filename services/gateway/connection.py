@@ -33,10 +33,11 @@ from tidewire.model.records import Principal
 from tidewire.tasks import end
 
 from .budget import Room
-from .core import Core
+from .core import Admission, Core
 from .deadline import Deadline
 from .peers import Mark, Peer
 from .subscriptions import Openings, Subscriptions
+from .work import Work
 
 log = structlog.get_logger(__name__)
 
@@ -179,29 +180,31 @@ class Connection:
             await asyncio.sleep(0.02)  # a peer that does not read is not read from
         await self._unanswered.acquire()
         frame: dict[str, Any] = {}
-        room: Room | None = None
+        admission: Admission | None = None
         try:
             frame = decode_frame(message, binary=self.binary)
             request = parse_request(frame)
-            room = await self.core.room(self.id, self.principal, request, lambda: not self.peer.is_open())
+            admission = await self.core.admit(
+                self.id, self.principal, request, len(message), lambda: not self.peer.is_open()
+            )
             if isinstance(request, Get | Query) and not self.peer.is_open():
                 raise ConnectionClosed(None, None)  # nobody would read the answer. A write is still done
-            result = self._begin_request(request)
+            result = self._begin_request(request, admission.work)
         except (RequestError, ConnectionClosed) as error:
             self._unanswered.release()
-            if room:
-                room.close()
+            if admission:
+                admission.undone()
             if isinstance(error, RequestError):
                 id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
                 await self.send(error.as_frame(id_))
             return
-        task = self.spawn(self._answer(request.id, result, room))
+        task = self.spawn(self._answer(request.id, result, admission.room))
         if task:
-            task.add_done_callback(lambda _: room.close())
+            task.add_done_callback(lambda _: admission.close())
         else:
-            room.close()
+            admission.close()
 
-    def _begin_request(self, request: Request) -> Awaitable[Any]:
+    def _begin_request(self, request: Request, work: Work) -> Awaitable[Any]:
         """Start on a request, and return its result to await.
 
         It is started in the order of arrival. From the store's stream on, the order is that of the stream.
@@ -213,7 +216,7 @@ class Connection:
                 return self.subscriptions.follow(request)
             case Unfollow():
                 return self.subscriptions.unfollow(request.topic)
-        return self.core.begin(self.principal, self.id, request)
+        return self.core.begin(self.principal, self.id, request, work)
 
     async def _answer(self, id_: RequestId, result: Awaitable[Any], room: Room) -> None:
         """Send the reply or the error of a request. `follow` returns None: it has replied itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidewire.app import CONNECTIONS, App
 from tidewire.errors import PermissionDenied, TooLarge, UnsupportedAction
@@ -39,9 +39,29 @@ from .direct import DirectMessages
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
 from .topics import Topics
+from .work import FREE, MAX_HTTP_WAIT_S, Work, WorkBudget
 
+REPLAYED_BYTES_PER_MS = 50_000
+"""Bytes of a feed that cost about a millisecond to read and to send to one connection."""
 OWN_USER = "tidewire:gateway"
 """The user of commands that the gateway gives itself."""
+
+
+class Admission(NamedTuple):
+    """What a request holds of its user's budgets, from its beginning until its answer has left."""
+
+    room: Room
+    work: Work
+
+    def undone(self) -> None:
+        """Give all back: the request was not begun."""
+        self.work.undone()
+        self.room.close()
+
+    def close(self) -> None:
+        """Give back what is held. May be called again."""
+        self.work.close()
+        self.room.close()
 
 
 class Core:
@@ -65,6 +85,7 @@ class Core:
         self.topics = Topics(app, self._ask_store_to_follow)
         self.direct = DirectMessages(self.backend, self.bus, self.registry)
         self.answers = AnswerBudget(self.settings.limit_answer_bytes)
+        self.work = WorkBudget(self.settings.limit_work_ms_per_s)
 
     @property
     def id(self) -> str:
@@ -75,21 +96,41 @@ class Core:
         """The server's time, in ms since 1970."""
         return self.registry.now_ms()
 
-    async def room(
+    async def admit(
         self,
         connection: str | None,
         principal: Principal,
         request: Request,
+        request_bytes: int,
         gone: Callable[[], bool] = lambda: False,
-    ) -> Room:
-        """Reserve room for the request's answer. Raises Overloaded if there is none for a while."""
+    ) -> Admission:
+        """Wait until the user's budgets let a request begin. Service keys have no budgets of their own.
+
+        Raises:
+            Overloaded: too many bytes of answers were in flight for a while. Nothing was done.
+            RateLimited: the user's requests cost too much, and this one came over HTTP. Nothing was done.
+        """
         user = principal.user if principal.role != "service" else None
-        return await self.answers.room(connection, user, max_bytes(request, self.settings.limit_item_bytes), gone)
+        answer_bytes = max_bytes(request, self.settings.limit_item_bytes)
+        max_wait_s = MAX_HTTP_WAIT_S if connection is None else None
+        work = await self.work.admit(user, request.action, request_bytes, answer_bytes, gone, max_wait_s)
+        try:
+            return Admission(await self.answers.room(connection, user, answer_bytes, gone), work)
+        except BaseException:
+            work.undone()
+            raise
+
+    def charge(self, principal: Principal, replayed_bytes: int) -> None:
+        """Charge a user for entries of a feed that are sent once more, or late."""
+        if principal.role != "service":
+            self.work.charge(principal.user, replayed_bytes / REPLAYED_BYTES_PER_MS)
 
     # ── requests of clients ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, principal: Principal, connection: str | None, request: Request) -> Awaitable[Any]:
-        """Start on a request, over a websocket or HTTP, and return its result to await.
+    def begin(
+        self, principal: Principal, connection: str | None, request: Request, work: Work = FREE
+    ) -> Awaitable[Any]:
+        """Start on a request, over a websocket or HTTP, and return its result to await. `work` learns what it costs.
 
         A websocket handles requests about itself (`Auth`, `Follow`, `Unfollow`) before it comes here.
 
@@ -106,7 +147,7 @@ class Core:
                 return _ready({})
             case Auth() | Follow() | Unfollow():
                 raise UnsupportedAction(f"{request.action} is for websockets")
-        return self._store(principal, connection, request)
+        return self._store(principal, connection, request, work)
 
     async def _send(self, principal: Principal, connection: str | None, request: Send) -> Any:
         """Send a message: to a user through store and feed, or to one connection, whichever gateway has it."""
@@ -118,7 +159,9 @@ class Core:
         await self.direct.send(request.connection, message)
         return {"delivered": True, "connections": 1}
 
-    def _store(self, principal: Principal, connection: str | None, request: StoreRequest | Send) -> asyncio.Future[Any]:
+    def _store(
+        self, principal: Principal, connection: str | None, request: StoreRequest | Send, work: Work = FREE
+    ) -> asyncio.Future[Any]:
         """Pass a request to the store of its partition. Raises BadRequest for what is already wrong here."""
         partition = self.backend.keys.partition_of(self._partition_key(request))
         return self._command(
@@ -129,6 +172,7 @@ class Core:
             connection=connection,
             request=write_id_of(request),
             trace=request.traceparent,
+            work=work,
         )
 
     def _partition_key(self, request: StoreRequest | Operation | Send) -> Scalar:
@@ -178,6 +222,7 @@ class Core:
         connection: str | None = None,
         request: str | None = None,
         trace: str | None = None,
+        work: Work = FREE,
     ) -> asyncio.Future[Any]:
         """Add a command to a partition's stream, and return its result to await."""
         deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
@@ -199,7 +244,7 @@ class Core:
                 trace=trace,
             )
 
-        return self.bus.request(self.backend.keys.commands(partition), record)
+        return self.bus.request(self.backend.keys.commands(partition), record, work.cost)
 
 
 async def _ready(result: Any) -> Any:

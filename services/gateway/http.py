@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -29,9 +30,8 @@ from tidewire.model.protocol import decode_frame, is_traceparent, parse_request
 from tidewire.tasks import end
 
 from . import handshake
-from .budget import Room
 from .connection import Connection
-from .core import Core
+from .core import Admission, Core
 from .deadline import Deadline
 from .peers import EventStream, read_event_id
 
@@ -150,15 +150,15 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
 
 
 class _Answer(Response):
-    """An answer that takes up room until it has been handed to the socket, or cannot be."""
+    """An answer that holds its user's budgets until it has been handed to the socket, or cannot be."""
 
-    def __init__(self, value: Any, room: Room) -> None:
+    def __init__(self, value: Any, admission: Admission) -> None:
         super().__init__(msgspec.json.encode(value), media_type="application/json")
-        self._room = room
-        room.resize(len(self.body))
+        self._admission = admission
+        admission.room.resize(len(self.body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._room:
+        with contextlib.closing(self._admission):
             await super().__call__(scope, receive, send)
 
 
@@ -167,23 +167,23 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     if key is None:
         raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
     principal = await core.gatekeeper.authorize(key)
-    frame = await _body(request, core.settings.limit_frame_bytes)
+    frame, size_bytes = await _body(request, core.settings.limit_frame_bytes)
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
     trace = request.headers.get("traceparent")
     if trace is not None and is_traceparent(trace):  # else it is as if there were none: Trace Context, section 3.2
         frame.setdefault("traceparent", trace)
     parsed = parse_request(frame)
-    room = await core.room(None, principal, parsed)
+    admission = await core.admit(None, principal, parsed, size_bytes)
     try:
-        return _Answer(await core.begin(principal, None, parsed), room)
+        return _Answer(await core.begin(principal, None, parsed, admission.work), admission)
     except BaseException:
-        room.close()
+        admission.close()
         raise
 
 
-async def _body(request: Request, limit: int) -> dict[str, Any]:
-    """The JSON object of the body. Raises TooLarge before it has read more than the limit."""
+async def _body(request: Request, limit: int) -> tuple[dict[str, Any], int]:
+    """The JSON object of the body, and its bytes. Raises TooLarge before it has read more than the limit."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
@@ -193,7 +193,7 @@ async def _body(request: Request, limit: int) -> dict[str, Any]:
         text = bytes(data or b"{}").decode()
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
-    return decode_frame(text, binary=False)
+    return decode_frame(text, binary=False), len(data)
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

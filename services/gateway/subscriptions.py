@@ -212,6 +212,7 @@ class Subscriptions:
         subscription.live = True
 
     async def _replay(self, subscription: Subscription, frames: list[FeedFrame]) -> None:
+        self._core.charge(self.outlet.principal, sum(len(frame.json) for frame in frames))
         for frame in frames:
             if self.accepts(frame):
                 await self.outlet.send_encoded(frame.encoded(binary=self.outlet.binary), frame.mark)

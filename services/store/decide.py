@@ -233,7 +233,7 @@ class _Batch:
             self.view.begin()
             reply = Reply(command.number, None, wire_error(Internal("something went wrong on the server")))
             repeat = None
-        effects = self.view.accept()
+        effects, size_before = self.view.accept(), self.decision.size_bytes
         if effects.changes or (reply.result is not None and command.action in WRITE_ACTIONS):
             # Also a write that changes nothing: the item that it reports may not be confirmed as durable yet.
             self.decision.writes.add((command.reply_to, command.number))
@@ -244,7 +244,7 @@ class _Batch:
             self.decision.operations.append(
                 RedisCommand("SET", key, (pack(first), "PX", max(command.request_ttl_ms, 1)))
             )
-        self.reply(command, reply)
+        self.reply(command, reply, self.decision.size_bytes - size_before)
 
     def repeat(self, command: Command, first: FirstReply, *, same: bool) -> None:
         """Answer a command whose request id was used before, by the same request or by another one."""
@@ -284,8 +284,9 @@ class _Batch:
         decision.operations += effects.operations
         decision.changes += len(effects.changes)
 
-    def reply(self, command: Command, reply: Reply) -> None:
+    def reply(self, command: Command, reply: Reply, written_bytes: int = 0) -> None:
         self.done_with(command)
+        reply = reply._replace(cost_ms=self.view.account.cost_ms(written_bytes))
         self.decision.replies.setdefault(command.reply_to, []).append(reply)
 
     def done_with(self, command: Command) -> None:

@@ -138,31 +138,32 @@ class Reads:
             self._start()
 
     async def _do(self, read: Read) -> None:
+        account = Account(self._limits)
         try:
             if read.left_s <= 0:
                 raise Timeout("the request waited longer than its time, and was not done")
             async with asyncio.timeout(read.left_s):
-                result = await self._result(read)
+                result = await self._result(read, account)
+            reply = Reply(read.command.number, result, None)
         except RequestError as error:
-            self._answer(read, error)
+            reply = _refusal(read, error)
         except TimeoutError:
-            self._answer(read, Timeout("the request took longer than its time: narrow it"))
+            reply = _refusal(read, Timeout("the request took longer than its time: narrow it"))
         except Fenced:
-            self._answer(read, Overloaded("the partition went to another server while it was read: try again"))
+            reply = _refusal(read, Overloaded("the partition went to another server while it was read: try again"))
         except (RedisError, OSError) as error:
             log.warning("read_failed", error=str(error))
-            self._answer(read, Overloaded("Redis did not answer while the partition was read: try again"))
+            reply = _refusal(read, Overloaded("Redis did not answer while the partition was read: try again"))
         except Exception:  # the edge of one read: the others must be answered
             log.exception("read_failed", action=read.command.action, table=read.command.body.get("table"))
-            self._answer(read, Internal("something went wrong on the server"))
-        else:
-            self._answers.send({read.command.reply_to: [Reply(read.command.number, result, None)]})
+            reply = _refusal(read, Internal("something went wrong on the server"))
+        self._answers.send({read.command.reply_to: [reply._replace(cost_ms=account.cost_ms())]})
 
     def _answer(self, read: Read, error: RequestError) -> None:
-        self._answers.send({read.command.reply_to: [Reply(read.command.number, None, wire_error(error))]})
+        self._answers.send({read.command.reply_to: [_refusal(read, error)]})
 
-    async def _result(self, read: Read) -> dict[str, Any]:
-        account, facts = Account(self._limits), dict[Fact, Value]()
+    async def _result(self, read: Read, account: Account) -> dict[str, Any]:
+        facts = dict[Fact, Value]()
         request = parse_request(read.command.body)
         assert isinstance(request, Get | Query)
         view = read.view(self._app, self._backend, facts, account)
@@ -203,6 +204,10 @@ class Reads:
             finally:
                 account.pause()
                 await asyncio.sleep(REST_SLICES * (time.monotonic() - begun_s))
+
+
+def _refusal(read: Read, error: RequestError) -> Reply:
+    return Reply(read.command.number, None, wire_error(error))
 
 
 BUSY = Overloaded("too many expensive reads wait for their turn: try again shortly, or narrow them")

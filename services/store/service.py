@@ -191,7 +191,7 @@ def unconfirmed(decision: Decision) -> dict[str, list[Reply]]:
     for name, replies in told.items():
         for at, reply in enumerate(replies):
             if (name, reply.number) in decision.writes and reply.error is None:
-                replies[at] = Reply(reply.number, None, error)
+                replies[at] = reply._replace(result=None, error=error)
                 UNCONFIRMED.inc()
     return told
 

@@ -61,6 +61,8 @@ class Reply(NamedTuple):
     number: int
     result: JSON
     error: dict[str, Any] | None
+    cost_ms: float = 0.0
+    """Work that the command made for the machines, in ms of one core, about."""
 
 
 class FirstReply(NamedTuple):

@@ -103,14 +103,21 @@ class Bus:
         self._calls = itertools.count(1)
         self._numbers = itertools.count(1)
         # by request number: deadline and result; the oldest first
-        self._waiting: dict[int, tuple[float, asyncio.Future[JSON]]] = {}
+        self._waiting: dict[int, tuple[float, asyncio.Future[JSON], Callable[[float], None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._outgoing: dict[bytes, list[tuple[bytes, int]]] = {}
         self._passing: set[bytes] = set()
         self._ready = asyncio.Event()
 
-    def request(self, stream: bytes, record: Callable[[int], tuple[object, ...]]) -> asyncio.Future[JSON]:
+    def request(
+        self,
+        stream: bytes,
+        record: Callable[[int], tuple[object, ...]],
+        cost: Callable[[float], None] = lambda _: None,
+    ) -> asyncio.Future[JSON]:
         """Send the record that `record` makes for a request number, and return its result as a future.
+
+        `cost` is called with what the request has cost, in ms of work, when it is answered.
 
         The future raises the RequestError of the answer, or Overloaded if the stream has no room. It raises Timeout if
         no answer came; the request may be done then.
@@ -123,7 +130,7 @@ class Bus:
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[JSON] = loop.create_future()
-        self._waiting[number] = (loop.time() + self._timeout_s, future)
+        self._waiting[number] = (loop.time() + self._timeout_s, future, cost)
         # One timer for all requests: they have the same time-out, so the oldest one is always the first to expire.
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s, self._expire)
@@ -185,14 +192,18 @@ class Bus:
 
     def _give_up(self, until: float) -> None:
         """Fail the requests whose deadline is before a time."""
-        for number, (deadline, _) in list(self._waiting.items()):
+        for number, (deadline, *_) in list(self._waiting.items()):
             if deadline > until:
                 break
             self._fail(number, Timeout("a master of Redis was replaced meanwhile: it may or may not be done"))
 
     def _settle(self, reply: Reply) -> None:
-        _, future = self._waiting.pop(reply.number, (0, None))
-        if future is None or future.done():
+        waiting = self._waiting.pop(reply.number, None)
+        if waiting is None:
+            return
+        _, future, cost = waiting
+        cost(reply.cost_ms)
+        if future.done():
             return
         if reply.error is None:
             future.set_result(reply.result)
@@ -200,7 +211,7 @@ class Bus:
             future.set_exception(from_wire(reply.error))
 
     def _fail(self, number: int, error: RequestError) -> None:
-        _, future = self._waiting.pop(number, (0, None))
+        _, future, _ = self._waiting.pop(number, (0, None, None))
         if future and not future.done():
             future.set_exception(error)
 
@@ -208,7 +219,7 @@ class Bus:
         """Fail the requests whose deadline has passed, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         now, self._timer = loop.time(), None
-        for number, (until, _) in list(self._waiting.items()):
+        for number, (until, *_) in list(self._waiting.items()):
             if until > now:
                 self._timer = loop.call_at(until, self._expire)
                 break

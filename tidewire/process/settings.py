@@ -28,6 +28,7 @@ _LEAST = {
     "welcome_timeout_s": 0.1,
     "commands_bytes": 1,
     "limit_answer_bytes": 0,
+    "limit_work_ms_per_s": 0,
 }
 
 _ONE_OF = {
@@ -81,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit_item_bytes: int = 262144
     limit_queued_bytes: int = 1048576
     limit_answer_bytes: int = 4194304
+    limit_work_ms_per_s: int = 250
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", self.stage):
