@@ -79,6 +79,10 @@ def quoted(path: Path) -> str:
     return f'"{text}"'
 
 
+class PortTaken(Exception):
+    """Another program has taken the server's port, after it was found to be free."""
+
+
 class Embedded:
     """The server's files and address, in the data folder."""
 
@@ -104,7 +108,12 @@ class Embedded:
         return [binary(), str(path)]
 
     async def wait_until_ready(self, process: asyncio.subprocess.Process, timeout_s: float = 60.0) -> None:
-        """Wait until the server has loaded its data and answers. Raises ConfigurationError if it ends instead."""
+        """Wait until the server has loaded its data and answers.
+
+        Raises:
+            PortTaken: it has ended because of its port. An Embedded of another port may start.
+            ConfigurationError: it has ended for another reason.
+        """
         from redis.asyncio import Redis
         from redis.exceptions import RedisError
 
@@ -114,6 +123,8 @@ class Embedded:
                     if await redis.ping():
                         return
                 if process.returncode is not None:
+                    if not is_free(self.port):
+                        raise PortTaken
                     raise ConfigurationError(
                         f"the embedded server ended with {process.returncode}: see {self.folder / 'server.log'}"
                     )

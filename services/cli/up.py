@@ -31,7 +31,7 @@ from tidewire.redis.connect import connect
 from tidewire.redis.keys import ConsumerGroup, Keys
 
 from ..wiring import WIRING
-from .embedded import Embedded, announce, end_with_parent, locked, write_private
+from .embedded import Embedded, PortTaken, announce, end_with_parent, locked, write_private
 from .options import ADMIN_SOCKET, MISCONFIGURED, SUPERVISED
 from .service import import_app, start
 from .status import owners
@@ -154,8 +154,7 @@ class _Up:
         self.counts = counts
         self.settings = settings
         self.stopping = asyncio.Event()
-        self.embedded = None if redis else Embedded(data)
-        self.redis = redis or (self.embedded.url if self.embedded else "")
+        self.redis = redis or ""  # without an address, that of the embedded server once it runs
         self.server: Child | None = None
         self.services: list[Child] = []
         self.admin_sockets: list[socket.socket] = []
@@ -185,9 +184,8 @@ class _Up:
 
     async def _start(self) -> None:
         environment = dict(os.environ)
-        if self.embedded:
-            self.server = Child("server", self.embedded.command(), environment, self.stopping)
-            await self.embedded.wait_until_ready(await self.server.start())
+        if not self.redis:
+            self.server = await self._start_server(environment)
             self.tasks.append(asyncio.create_task(self.server.keep()))
         # Reported once here, rather than by each service.
         async with await connect(self.redis, Keys(self.settings.stage, self.settings.partitions)):
@@ -217,6 +215,22 @@ class _Up:
                 await child.start()
                 self.services.append(child)
                 self.tasks.append(asyncio.create_task(child.keep()))
+
+    async def _start_server(self, environment: dict[str, str]) -> Child:
+        """Start the embedded server. It binds its port itself. If another `up` was faster, take another port."""
+        while True:
+            embedded = Embedded(self.data)
+            self.redis = embedded.url
+            server = Child("server", embedded.command(), environment, self.stopping)
+            try:
+                await embedded.wait_until_ready(await server.start())
+            except PortTaken:
+                log.info("port_taken", name=server.name, port=embedded.port)
+                continue
+            except BaseException:
+                await server.stop(10)
+                raise
+            return server
 
     def _bind_admin(self, port: int) -> socket.socket:
         """Bind the first free port from `port` on, for a service's probes and metrics.

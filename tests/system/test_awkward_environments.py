@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import redis
 
 from tests.helpers import free_port
 from tests.topologies import CONFIG, Server
+from tidewire.process.settings import Settings
+from tidewire.services.cli import embedded
+from tidewire.services.cli.up import _Up
 
 from .conftest import COMMAND, tidewire
 
@@ -127,6 +131,22 @@ def test_two_that_start_at_once_take_different_admin_ports(new_up: Any, tmp_path
         for process in processes:
             process.terminate()
             process.communicate(timeout=30)
+
+
+async def test_the_server_gets_another_port_when_its_own_is_taken_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another `up` in the same second may find the same port free, and be the first to listen there."""
+    with socket.create_server(("127.0.0.1", free_port())) as other:
+        ports = iter([taken := other.getsockname()[1], free_port()])
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports))
+        up = _Up("tidewire.examples.chat.app:app", tmp_path, {}, Settings(), None)
+        process = await up._start_server(dict(os.environ))
+        try:
+            assert f":{taken}" not in up.redis
+            assert redis.Redis.from_url(up.redis).ping()
+        finally:
+            await process.stop(10)
 
 
 async def test_changes_are_followed_over_a_restart_of_up(new_up: Any) -> None:
