@@ -21,9 +21,11 @@ MAX_BATCH_FACTS = 4096
 """Maximum facts that all commands of a batch ask for in one round."""
 MAX_BATCH_CPU_S = 0.025
 """Maximum seconds of one pass over a batch. The rest comes with the next batch."""
+FACTS_PER_MS = 100
 READ_BYTES_PER_MS = 200_000
 WRITTEN_BYTES_PER_MS = 50_000
-"""Bytes that cost the machines about a millisecond: fetched ones, and those of changes on their way to the sockets."""
+"""What costs the machines about a millisecond beside deciding: facts and bytes that are fetched, and bytes of changes
+on their way to the sockets."""
 CHECK_EVERY = 32
 """Evaluations of rules between two checks of the clock."""
 
@@ -95,8 +97,8 @@ class Account:
 
     def cost_ms(self, written_bytes: int = 0) -> float:
         """Return the command's work so far, in ms of one core, about. It is what the gateway charges the user."""
-        bytes_ms = self.size_bytes / READ_BYTES_PER_MS + written_bytes / WRITTEN_BYTES_PER_MS
-        return round(1000 * self.cpu_s + bytes_ms, 3)
+        fetching_ms = self.facts / FACTS_PER_MS + self.size_bytes / READ_BYTES_PER_MS
+        return round(1000 * self.cpu_s + fetching_ms + written_bytes / WRITTEN_BYTES_PER_MS, 3)
 
     def evaluate(self) -> None:
         """Charge an evaluation of a rule. Raises Exhausted."""
