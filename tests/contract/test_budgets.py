@@ -17,7 +17,7 @@ from tidewire.redis.keys import Keys
 from tidewire.services.store.reads import DETACHED
 from tidewire.testing import Stage
 
-from .conftest import Open, as_user, eventually
+from .conftest import Open, as_user, eventually, post
 
 DOCUMENTS = 150
 """More than a query reads on the serial path of its partition."""
@@ -165,3 +165,39 @@ async def test_the_memory_of_a_change_stream_is_bounded() -> None:
         assert await redis.xlen(changes) > 3, "what fits is kept"
         result = await alice.do("get", table="notes", key={"page": "p", "n": 1})
         assert result["item"]["count"] == 60
+
+
+async def test_a_user_whose_requests_cost_much_waits_and_others_do_not(open_stage: Open, stack: AsyncExitStack) -> None:
+    async with open_stage(make_app(), **PATIENT, limit_work_ms_per_s=20) as stage:
+        alice, bob = await as_user(stage, stack, "alice"), await as_user(stage, stack, "bob")
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        for n in range(40):
+            item = {"page": "p", "n": n, "text": "x" * 50_000}
+            await alice.send({"id": n, "action": "put", "table": "notes", "item": item})
+        await bob.do("put", table="words", item={"page": "p", "n": 1})
+        bob_waited_s = loop.time() - begun
+        replies = [await alice.next(id=n) for n in range(40)]
+        alice_waited_s = loop.time() - begun
+        assert {reply["type"] for reply in replies} == {"reply"}, "it waits, and nothing is refused"
+        # Writing a change of 50 KB costs 2 ms at least: 80 ms in all, of which a burst of 50 ms is free.
+        assert alice_waited_s > 1
+        assert bob_waited_s < alice_waited_s
+
+        key = await stage.key("alice")
+        large = [{"page": "large", "n": n, "text": "x" * 240_000} for n in range(8)]
+        answers = await asyncio.gather(
+            *(post(stage, "put", {"table": "notes", "item": item}, auth_key=key) for item in large)
+        )
+        refused = [error for status, error in answers if status == 429]
+        assert refused, "over HTTP, nobody waits longer than two seconds"
+        for error in refused:
+            assert (error["code"], error["retry"]) == ("rate_limited", True)
+            assert error["details"]["retry_after_ms"] > 0
+            assert "TIDEWIRE_LIMIT_WORK_MS_PER_S" in error["message"]
+        assert {status for status, _ in answers} <= {200, 429}
+        job = await as_user(stage, stack, "job", role="service")
+        written = (await job.do("query", table="notes", key="large", limit=8))["items"]
+        assert [entry["item"]["n"] for entry in written] == [
+            n for n, (status, _) in enumerate(answers) if status == 200
+        ]

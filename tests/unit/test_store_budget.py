@@ -12,9 +12,11 @@ from tidewire.errors import ConfigurationError
 from tidewire.process.settings import Settings
 from tidewire.services.store.budget import (
     CHECK_EVERY,
+    FACTS_PER_MS,
     MAX_BATCH_FACTS,
     MAX_SHARED_FACTS,
     MAX_SHARED_ROUNDS,
+    WRITTEN_BYTES_PER_MS,
     Account,
     Cut,
     Exhausted,
@@ -268,3 +270,28 @@ class TestKinds:
         operations = [self.papers(1), self.papers("one")]
         assert world.code("job", "transact", role="service", operations=operations) == "bad_request"
         assert world.kinds == {}
+
+
+class TestCosts:
+    """What a command is said to have cost, in ms. The clock of these tests stands still."""
+
+    def cost(self, world: World, action: str, **fields: Any) -> float:
+        (reply,) = world.run(world.command("alice", action, **fields))
+        return reply.cost_ms
+
+    def test_a_write_costs_by_the_bytes_of_its_change(self, world: World) -> None:
+        small = self.cost(world, "put", table="notes", item={"id": "a", "text": "x"})
+        large = self.cost(world, "put", table="notes", item={"id": "b", "text": "x" * 100_000})
+        assert small < 0.1
+        assert 2 * 100_000 / WRITTEN_BYTES_PER_MS < large < 3 * 100_000 / WRITTEN_BYTES_PER_MS
+
+    def test_a_read_costs_by_its_facts(self, world: World) -> None:
+        fill(world, 200)
+        cheap = self.cost(world, "get", table="notes", key="none")
+        dear = self.cost(world, "query", table="docs", index="by_kind", key="k", limit=1000)
+        assert cheap < 0.1
+        assert dear > 200 / FACTS_PER_MS
+
+    def test_a_refused_write_costs_no_change(self, world: World) -> None:
+        item = {"id": "a", "text": "x" * 100_000}
+        assert self.cost(world, "put", table="notes", item=item, if_={"version": 5}) < 1

@@ -133,8 +133,8 @@ class World:
                     account.check()
                     facts |= {fact: self.fetch(fact) for fact in need.facts}
         except RequestError as error:
-            return Reply(command.number, None, wire_error(error))
-        return Reply(command.number, reading.result(view), None)
+            return Reply(command.number, None, wire_error(error), account.cost_ms())
+        return Reply(command.number, reading.result(view), None, account.cost_ms())
 
     def chore(self, **chores: Any) -> Decision:
         """What is done in a batch without a command."""
