@@ -176,7 +176,12 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     parsed = parse_request(frame)
     admission = await core.admit(None, principal, parsed, size_bytes)
     try:
-        return _Answer(await core.begin(principal, None, parsed, admission.work), admission)
+        result = core.begin(principal, None, parsed, admission.work)
+    except BaseException:
+        admission.undone()
+        raise
+    try:
+        return _Answer(await result, admission)
     except BaseException:
         admission.close()
         raise

@@ -18,6 +18,8 @@ BURST_MS = 50.0
 """Work that a user who was idle may have under way at once."""
 GUESS_BYTES_PER_MS = 16_384
 """Bytes of a request, and at most of its answer, that are guessed to cost a ms while nothing better is known."""
+MAX_GUESS_MS = BURST_MS / 5
+"""Maximum work that a user's first request of an action is guessed to make, so that a few may be under way at once."""
 LEARNED = 0.25
 """Share of an answer in what its user's next request of that action is expected to cost, if it cost less."""
 FORGET_S = 60.0
@@ -109,14 +111,14 @@ class WorkBudget:
         begun = self._clock()
         known = self._user(user)
         while True:
-            guess_ms = max(request_bytes, answer_bytes) / GUESS_BYTES_PER_MS
+            guess_ms = min(max(request_bytes, answer_bytes) / GUESS_BYTES_PER_MS, MAX_GUESS_MS)
             expected_ms = max(known.expected_ms.get(action, guess_ms), request_bytes / GUESS_BYTES_PER_MS)
             wait_ms = self._wait_ms(known, expected_ms)
             if wait_ms <= 0 or gone():
                 break
             if max_wait_s is not None and self._clock() - begun >= max_wait_s:
                 raise RateLimited(
-                    f"the requests of this user have cost more than {self._ms_per_s:g} ms of work a second "
+                    f"the requests of this user make more than {self._ms_per_s:g} ms of work a second "
                     "(TIDEWIRE_LIMIT_WORK_MS_PER_S): send fewer, or ask for less at a time",
                     retry_after_ms=int(wait_ms) + 1,
                 )
