@@ -22,7 +22,7 @@ from redis.exceptions import (
 
 from tidewire.redis.addresses import ClusterAddress
 from tidewire.redis.backend import COMMANDS, LISTENING
-from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, ranges_of
+from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, key_of, ranges_of
 from tidewire.redis.keys import Keys
 from tidewire.redis.masters import MAX_LOOK_S, REPLACED, MasterWatch, break_connections
 from tidewire.redis.wire import Wire, without_errors
@@ -175,17 +175,23 @@ class _Client(RedisCluster):
 
 
 class _KeyFinder(AsyncCommandsParser):
-    """Finds the keys of a command. redis-py asks a server for commands without fixed key positions, once for each
-    call."""
+    """Finds the keys of a command without a server.
+
+    redis-py asks one for its table of commands when it connects, and for the keys of each FCALL. A master that hangs
+    would keep a process from starting.
+    """
+
+    async def initialize(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is asked."""
 
     async def get_keys(self, *args: Any) -> Any:
-        command = str(args[0]).upper()
-        if command in ("FCALL", "FCALL_RO"):
-            return args[3 : 3 + int(args[2])]
-        if command in ("XREAD", "XREADGROUP"):
-            streams = args[args.index(b"STREAMS") + 1 :]
-            return streams[: len(streams) // 2]
-        return await super().get_keys(*args)
+        match str(args[0]).upper():
+            case "FCALL" | "FCALL_RO":
+                return args[3 : 3 + int(args[2])]
+            case "XREAD" | "XREADGROUP":
+                streams = args[args.index(b"STREAMS") + 1 :]
+                return streams[: len(streams) // 2]
+        return (key_of(args),)
 
 
 class NotACluster(ConnectionError):
