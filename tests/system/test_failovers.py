@@ -20,6 +20,8 @@ from tests import topologies
 from tests.helpers import LONG, wait_until
 from tidewire.client import Client
 from tidewire.errors import RequestError
+from tidewire.redis.connect import connect
+from tidewire.redis.keys import Keys
 
 from .conftest import Up
 
@@ -189,6 +191,27 @@ async def test_any_master_of_a_cluster_may_hang(new_up: Any, whose: str) -> None
         slot = slot_of(whose) if whose == "bob" else binascii.crc_hqx(whose.encode(), 0) % topologies.SLOTS
         async with traffic(up) as flowing:
             await hangs(flowing, servers.master_of(slot), f"the master of {whose}")
+
+
+@long
+@pytest.mark.parametrize("number", range(3))
+async def test_a_process_starts_while_a_master_of_a_cluster_hangs(number: int) -> None:
+    """A release is rolled at that moment: new processes must not wait until the old master answers."""
+    keys = Keys("starting", 8)
+    with topologies.replicated_cluster() as servers:
+        async with await connect(servers.url, keys):
+            pass
+        hung = servers.servers[number]
+        hung.signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            async with await connect(servers.url, keys) as backend:
+                for partition in range(keys.partitions):
+                    await backend.commands.hget(keys.partition(partition), "floor")
+            print(f"master {number} hung: connected after {time.monotonic() - begun:.1f} s")
+        finally:
+            hung.signal(signal.SIGCONT)
+        assert time.monotonic() - begun < HANG_S
 
 
 @long

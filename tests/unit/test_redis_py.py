@@ -46,6 +46,7 @@ def test_a_parser_makes_exceptions_of_error_replies() -> None:
     ("owner", "method"),
     [
         (RedisCluster, "replace_default_node"),
+        (AsyncCommandsParser, "initialize"),
         (AsyncCommandsParser, "get_keys"),
         (PubSub, "connect"),
         (PubSub, "on_connect"),
