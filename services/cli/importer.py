@@ -265,19 +265,19 @@ def _size_of(descriptor: int) -> int | None:
 @contextlib.contextmanager
 def _ends_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does, so that the command can report how far it is."""
-    loop, task, asked = asyncio.get_running_loop(), asyncio.current_task(), False
+    loop, task, terminated = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task
 
     def stop() -> None:
-        nonlocal asked
-        asked = True
+        nonlocal terminated
+        terminated = True
         task.cancel()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     try:
         yield
     except asyncio.CancelledError:
-        if asked:
+        if terminated:
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
     finally:

@@ -108,16 +108,16 @@ def _answered(
 
 async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
-    asked = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
+    wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
     cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
     if core.service.stopping.is_set():
         raise Overloaded("this server is leaving: connect again")
-    if asked.auth_key is None:
+    if wanted.auth_key is None:
         raise Unauthenticated(
             "a credential is needed: header auth_key, Authorization: Bearer, or auth_key in the query"
         )
     deadline = Deadline(core.settings.welcome_timeout_s)
-    principal = await deadline.bound(core.gatekeeper.authorize(asked.auth_key))
+    principal = await deadline.bound(core.gatekeeper.authorize(wanted.auth_key))
     peer = EventStream(
         request.client.host if request.client else "",
         request.headers.get("User-Agent", ""),
@@ -127,7 +127,7 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
 
     async def serve_it() -> None:
         try:
-            await serve(connection, cursor or asked.cursor, asked.topics | topics)
+            await serve(connection, cursor or wanted.cursor, wanted.topics | topics)
         finally:
             peer.end()
             connection.begun.set()

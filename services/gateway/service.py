@@ -70,13 +70,13 @@ class Gateway:
     async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake before the library accepts it. None accepts it."""
         try:
-            asked = handshake.read(request.path, request.headers, self.origins)
+            wanted = handshake.read(request.path, request.headers, self.origins)
         except RequestError as error:
             return self._refuse(ws, HTTPStatus(error.status), error.message)
         if self.core.service.stopping.is_set():
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
-        ws.opening = opening = _Opening(asked, self.deadline())  # type: ignore[attr-defined]
-        if asked.auth_key is None and self.settings.first_frame_auth_s > 0:
+        ws.opening = opening = _Opening(wanted, self.deadline())  # type: ignore[attr-defined]
+        if wanted.auth_key is None and self.settings.first_frame_auth_s > 0:
             return None  # the credential comes in the first frame
         return await self._admit(ws, opening)
 
@@ -245,8 +245,8 @@ class Gateway:
 class _Opening:
     """A handshake's state, from its request to the handler of the accepted socket."""
 
-    def __init__(self, asked: handshake.Handshake, deadline: Deadline) -> None:
-        self.handshake = asked
+    def __init__(self, request: handshake.Handshake, deadline: Deadline) -> None:
+        self.handshake = request
         self.deadline = deadline
         self.principal: Principal | None = None
         self.refused: tuple[int, str] | None = None

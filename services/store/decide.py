@@ -35,7 +35,7 @@ from . import chores
 from .appending import append_message
 from .budget import MAX_BATCH_CPU_S, Account, Clock, Exhausted
 from .bulk import LOAD, SWEEP, load, service_only, sweep
-from .facts import AskedFact, Fact, ItemFact, RequestFact, Value
+from .facts import Fact, ItemFact, LastNumberFact, RequestFact, Value
 from .reading import NextBatch, read_serially
 from .rights import Rights
 from .view import Author, Effects, Missing, Situation, View
@@ -73,7 +73,7 @@ class Decision:
     more_to_expire: bool = False
     more_to_forget: bool = False
     more_to_trim: bool = False
-    asked: dict[str, int] = field(default_factory=dict)  # by gateway: its last command, for those of the batch
+    last_numbers: dict[str, int] = field(default_factory=dict)  # by gateway: its last command in the batch
     kinds: dict[str, str] = field(default_factory=dict)  # of the sort keys of tables, settled by these writes
     detached: list[Detached] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # codes, for the metrics
@@ -114,8 +114,8 @@ def foresee(app: App, commands: Iterable[Command | None], situation: Situation) 
     for command in commands:
         if command is None:
             continue
-        if command.reply_to not in situation.asked:
-            facts.add(AskedFact(command.reply_to))
+        if command.reply_to not in situation.last_numbers:
+            facts.add(LastNumberFact(command.reply_to))
         if command.request is not None:
             facts.add(_request(command, command.request))
         try:
@@ -175,10 +175,10 @@ class _Batch:
 
     def remember(self) -> None:
         """Store the last command number of each gateway, for as long as a repeat could still be decided."""
-        for gateway, number in self.decision.asked.items():
+        for gateway, number in self.decision.last_numbers.items():
             ttl_ms = self.deadlines[gateway] - self.situation.now + 1000
             if ttl_ms > 0:
-                key = self.keys.asked(self.situation.partition, gateway)
+                key = self.keys.last_number(self.situation.partition, gateway)
                 self.decision.operations.append(RedisCommand("SET", key, (number, "PX", ttl_ms)))
 
     def chores(self) -> Iterator[Callable[[], None]]:
@@ -260,10 +260,10 @@ class _Batch:
         self.reply(command, Reply(command.number, None, wire_error(error)))
 
     def last_of(self, gateway: str) -> int:
-        for known in (self.decision.asked, self.situation.asked):
+        for known in (self.decision.last_numbers, self.situation.last_numbers):
             if gateway in known:
                 return known[gateway]
-        last: int = self.view.know(AskedFact(gateway))
+        last: int = self.view.know(LastNumberFact(gateway))
         return last
 
     def first_reply(self, repeat: RequestFact) -> FirstReply | None:
@@ -292,7 +292,7 @@ class _Batch:
     def done_with(self, command: Command) -> None:
         """Note that the command is done. A repeat of it does nothing."""
         gateway = command.reply_to
-        self.decision.asked[gateway] = command.number
+        self.decision.last_numbers[gateway] = command.number
         self.deadlines[gateway] = max(command.deadline, self.deadlines.get(gateway, 0))
 
     def perform(self, command: Command) -> Any:  # noqa: PLR0911 - one for each kind of request

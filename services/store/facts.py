@@ -59,7 +59,7 @@ class RequestFact(Struct, frozen=True):
     request: str
 
 
-class AskedFact(Struct, frozen=True):
+class LastNumberFact(Struct, frozen=True):
     """The number of the last command that was done for a gateway; 0 if none is known."""
 
     gateway: str
@@ -118,7 +118,7 @@ Fact = (
     | CountFact
     | PageFact
     | RequestFact
-    | AskedFact
+    | LastNumberFact
     | ConnectedFact
     | KindFact
     | DueFact
@@ -182,8 +182,8 @@ def _command(keys: Keys, partition: int, fact: Fact) -> tuple[Arg, ...]:  # noqa
             return "HGET", keys.items(key.table, key.partition), key.field
         case RequestFact(user, request):
             return "GET", keys.request(partition, user, request)
-        case AskedFact(gateway):
-            return "GET", keys.asked(partition, gateway)
+        case LastNumberFact(gateway):
+            return "GET", keys.last_number(partition, gateway)
         case KindFact(table):
             return "HGET", keys.sort_kinds(), table
         case CountFact(table, value):
@@ -200,7 +200,7 @@ def _command(keys: Keys, partition: int, fact: Fact) -> tuple[Arg, ...]:  # noqa
 
 
 def _value(fact: Fact, raw: Any) -> Value:
-    if isinstance(fact, CountFact | FieldsFact | AskedFact):
+    if isinstance(fact, CountFact | FieldsFact | LastNumberFact):
         return int(raw or 0)
     if isinstance(fact, ConnectedFact):
         return sorted((user, connection) for user, connection in map(unpack, raw))

@@ -63,18 +63,18 @@ class Memory:
 
     async def look(self) -> None:
         """Ask each node once. A node that does not answer keeps its state. Raises ResponseError if INFO is refused."""
-        asked: dict[int, str | None] = {}
+        fullness_of: dict[int, str | None] = {}
         was_full = bool(self._full)
         for partition in range(self._backend.keys.partitions):
             try:
                 node = self._backend.node_of(self._backend.keys.partition(partition))
-                if id(node) not in asked:
-                    asked[id(node)] = fullness(await node.info("memory"))
+                if id(node) not in fullness_of:
+                    fullness_of[id(node)] = fullness(await node.info("memory"))
             except ResponseError:
                 raise
             except (RedisError, OSError):
                 continue
-            why = asked[id(node)]
+            why = fullness_of[id(node)]
             if why is None:
                 self._full.pop(partition, None)
             else:

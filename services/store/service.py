@@ -78,7 +78,7 @@ class StoreTenure:
         self._last: tuple[int, int] | None = None  # id of the partition's last change
         self._floor = 0
         self._kinds: dict[str, str] = {}
-        self._asked: dict[str, int] = {}
+        self._last_numbers: dict[str, int] = {}
         self._decoder = Decoder(_command)
         self._decision = Decision()
         self._memory = memory or Memory(backend)
@@ -115,7 +115,7 @@ class StoreTenure:
             self._settings.limit_item_bytes,
             floor=self._floor,
             kinds=self._kinds,
-            asked=self._asked,
+            last_numbers=self._last_numbers,
             expire=expire,
             keep_since=(batch.now - int(1000 * self._settings.changes_retention_s), 0) if trim else None,
             keep_changes=self._settings.changes_max,
@@ -148,9 +148,9 @@ class StoreTenure:
     async def committed(self, *, confirmed: bool) -> None:
         decision = self._decision
         self._last, self._floor = decision.last, decision.floor
-        if len(self._asked) > GATEWAYS_KEPT:
-            self._asked = {}
-        self._asked |= decision.asked
+        if len(self._last_numbers) > GATEWAYS_KEPT:
+            self._last_numbers = {}
+        self._last_numbers |= decision.last_numbers
         for group, count in decision.lost.items():
             LOST.labels(group).inc(count)
             log.error("changes_trimmed_unread", partition=self._partition, group=group, count=count)

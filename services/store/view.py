@@ -75,7 +75,7 @@ class Situation:
     item_bytes: int  # maximum bytes of an item as JSON; 0: no limit
     floor: int = 0  # versions of new items begin above it
     kinds: Mapping[str, str] = field(default_factory=dict)  # known kinds of sort keys, by table: "s" or "n"
-    asked: Mapping[str, int] = field(default_factory=dict)  # by gateway: number of its last command, if known
+    last_numbers: Mapping[str, int] = field(default_factory=dict)  # by gateway: number of its last command, if known
     expire: bool = False  # whether expired items are due to be removed
     keep_since: tuple[int, int] | None = None  # changes before this id are due to be trimmed…
     keep_changes: int = 0  # … and those beyond this number; 0: no limit

@@ -24,7 +24,7 @@ from tidewire.services.store.budget import (
     cut,
 )
 from tidewire.services.store.decide import Decision, decide
-from tidewire.services.store.facts import AskedFact, ItemFact
+from tidewire.services.store.facts import ItemFact, LastNumberFact
 from tidewire.services.store.view import Situation
 
 from .world import GENERATION, KEYS, NOW, World
@@ -160,7 +160,7 @@ class TestBudget:
 
     def test_a_deadline_that_passes_while_facts_are_fetched_counts(self, world: World) -> None:
         command = world.command("alice", "put", table="notes", item={"id": "n"})
-        facts: Any = {AskedFact("g1"): 0}
+        facts: Any = {LastNumberFact("g1"): 0}
         situation = Situation(0, GENERATION, NOW, (0, 0), 0)
         assert not isinstance(decide(world.app, KEYS, facts, [command], situation), Decision)
         late = Situation(0, GENERATION, NOW, (0, 0), 0, waited_ms=1001)
@@ -232,7 +232,7 @@ class TestBatches:
             return now_s
 
         commands = [world.command("alice", "put", table="nothing", item={}) for _ in range(20)]
-        facts: Any = {AskedFact("g1"): 0}
+        facts: Any = {LastNumberFact("g1"): 0}
         decision = decide(world.app, KEYS, facts, commands, Situation(0, GENERATION, NOW, (0, 0), 0), clock=clock)
         assert isinstance(decision, Decision)
         assert 0 < decision.consumed < 20

@@ -18,7 +18,6 @@ from tidewire.services.store.budget import UNLIMITED, Account, Cut, cut
 from tidewire.services.store.decide import CHORES, Decision, decide, wire_error
 from tidewire.services.store.facts import (
     CHORE_BATCH,
-    AskedFact,
     ChangesFact,
     ConnectedFact,
     CountFact,
@@ -27,6 +26,7 @@ from tidewire.services.store.facts import (
     FieldsFact,
     ItemFact,
     KindFact,
+    LastNumberFact,
     Page,
     PageFact,
     RequestFact,
@@ -170,8 +170,8 @@ class World:
         if isinstance(fact, RequestFact):
             stored = self.strings.get(KEYS.request(0, fact.user, fact.request))
             return FirstReply(*unpack(stored[0])) if stored else None
-        if isinstance(fact, AskedFact):
-            last: int = self.strings.get(KEYS.asked(0, fact.gateway), (0, 0))[0]
+        if isinstance(fact, LastNumberFact):
+            last: int = self.strings.get(KEYS.last_number(0, fact.gateway), (0, 0))[0]
             return last
         if isinstance(fact, ConnectedFact):
             return sorted(tuple(unpack(raw)) for raw in self.sets[KEYS.connected(0, fact.gateway)])
@@ -269,7 +269,7 @@ class World:
                         self.orders[key].discard(args[0])
 
     def kept_replies(self) -> dict[bytes, tuple[Any, int]]:
-        return {key: value for key, value in self.strings.items() if key != KEYS.asked(0, "g1")}
+        return {key: value for key, value in self.strings.items() if key != KEYS.last_number(0, "g1")}
 
     # One command at a time, for most tests.
 

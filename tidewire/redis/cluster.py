@@ -78,29 +78,29 @@ class ClusterBackend(MasterWatch):
         seen before count only when most nodes give one: then the cluster was made anew.
         """
         behind: list[tuple[int, Address, Any]] = []
-        for asked in list(self._order):
-            if asked not in self._lookouts:
-                self._lookouts[asked] = self._wire_to(asked)
+        for node in list(self._order):
+            if node not in self._lookouts:
+                self._lookouts[node] = self._wire_to(node)
             try:
                 async with asyncio.timeout(MAX_LOOK_S):
-                    slots, info = without_errors(await self._lookouts[asked].once(TOPOLOGY))
+                    slots, info = without_errors(await self._lookouts[node].once(TOPOLOGY))
             except (RedisError, OSError):
-                self._lookouts[asked].lose("the node does not say which node has which slot")
+                self._lookouts[node].lose("the node does not say which node has which slot")
                 continue
             if (epoch := epoch_of(info)) < self._epoch:
-                behind.append((epoch, asked, slots))
+                behind.append((epoch, node, slots))
                 continue
-            await self._believe(epoch, asked, slots)
+            await self._believe(epoch, node, slots)
             return
         if 2 * len(behind) <= len(self._order):
             raise ConnectionError("no node of the cluster says which node has which slot")
         await self._believe(*max(behind, key=lambda answer: answer[0]))
 
-    async def _believe(self, epoch: int, asked: Address, slots: Any) -> None:
+    async def _believe(self, epoch: int, node: Address, slots: Any) -> None:
         self._epoch = epoch
-        self._order.remove(asked)
-        self._order.insert(0, asked)
-        await self._learn(list(ranges_of(slots, asked)))
+        self._order.remove(node)
+        self._order.insert(0, node)
+        await self._learn(list(ranges_of(slots, node)))
 
     async def _learn(self, ranges: list[tuple[int, int, Address]]) -> None:
         before = self._slots.masters()

@@ -65,11 +65,11 @@ class Slots:
         return before - self.masters()
 
 
-def ranges_of(answer: Sequence[Any], asked: Address) -> Iterator[tuple[int, int, Address]]:
+def ranges_of(answer: Sequence[Any], node: Address) -> Iterator[tuple[int, int, Address]]:
     """Yield the ranges of a CLUSTER SLOTS answer. A node without a host is at the host that was asked."""
     for low, high, (host, port, *_), *_ in answer:
         name = (host or b"").decode()
-        yield int(low), int(high), (name if name and name != "?" else asked[0], int(port))
+        yield int(low), int(high), (name if name and name != "?" else node[0], int(port))
 
 
 def epoch_of(info: bytes) -> int:
@@ -161,7 +161,7 @@ class ClusterWire:
             try:
                 found = await self._wire(self._slots.master_of(slot)).once([packed[one] for one in todo])
                 for one, answer in zip(todo, found, strict=True):
-                    answers[one] = await self._asked(answer, packed[one]) if _is_ask(answer) else answer
+                    answers[one] = await self._ask(answer, packed[one]) if _is_ask(answer) else answer
             except (ConnectionError, TimeoutError, OSError):
                 self._doubt()
                 if number == MAX_TRIES:
@@ -180,7 +180,7 @@ class ClusterWire:
             await pause(number)
         raise AssertionError("the last try ends it")
 
-    async def _asked(self, error: AskError, packed: bytes) -> Any:
+    async def _ask(self, error: AskError, packed: bytes) -> Any:
         """Return the answer of the node that a slot is moving to, which has the key already."""
         return (await self._wire((error.host, int(error.port))).once([ASKING, packed]))[1]
 

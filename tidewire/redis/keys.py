@@ -176,9 +176,9 @@ class Keys:
         """Hash: how far each index is filled from the items of this partition."""
         return self._of(partition, b"indexes")
 
-    def asked(self, partition: int, gateway: str) -> bytes:
+    def last_number(self, partition: int, gateway: str) -> bytes:
         """String with a TTL: number of the last command that was done for a gateway."""
-        return self._of(partition, b"asked:" + gateway.encode())
+        return self._of(partition, b"last_number:" + gateway.encode())
 
     def request(self, partition: int, user: str, request: str) -> bytes:
         """String with a TTL: the first reply to a request with a request id."""

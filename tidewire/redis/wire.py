@@ -137,7 +137,7 @@ async def pause(number: int) -> None:
     await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.05 * 2**number))
 
 
-class _Asked:
+class _Call:
     """Commands that wait for their answers."""
 
     __slots__ = ("answered", "answers", "count")
@@ -159,8 +159,8 @@ class _Line(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser: Any = hiredis.Reader(replyError=BaseParser.parse_error, notEnoughData=_NOTHING)
         self._outgoing: list[bytes] = []
-        self._waiting: deque[_Asked] = deque()
-        self._oldest: _Asked | None = None
+        self._waiting: deque[_Call] = deque()
+        self._oldest: _Call | None = None
         self._silent_s = 0
         self._timer = self._loop.call_later(1, self._look)
 
@@ -187,9 +187,9 @@ class _Line(asyncio.Protocol):
         self._outgoing += packed
         if sum(map(len, packed)) > AT_ONCE_BYTES:
             self._write()
-        asked = _Asked(self._loop.create_future(), len(packed))
-        self._waiting.append(asked)
-        return asked.answered
+        call = _Call(self._loop.create_future(), len(packed))
+        self._waiting.append(call)
+        return call.answered
 
     def _write(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
@@ -203,12 +203,12 @@ class _Line(asyncio.Protocol):
             while (answer := parser.gets()) is not _NOTHING:
                 if isinstance(answer, hiredis.PushNotification):
                     continue
-                asked = waiting[0]
-                asked.answers.append(answer)
-                if len(asked.answers) == asked.count:
+                call = waiting[0]
+                call.answers.append(answer)
+                if len(call.answers) == call.count:
                     waiting.popleft()
-                    if not asked.answered.done():
-                        asked.answered.set_result(asked.answers)
+                    if not call.answered.done():
+                        call.answered.set_result(call.answers)
         except hiredis.ProtocolError as error:
             self.lose(ConnectionError(f"the server's answer is not RESP: {error}"))
 
@@ -236,6 +236,6 @@ class _Line(asyncio.Protocol):
         LOST.inc()
         self._timer.cancel()
         self._transport.abort()
-        for asked in self._waiting:
-            if not asked.answered.done():
-                asked.answered.set_exception(error)
+        for call in self._waiting:
+            if not call.answered.done():
+                call.answered.set_exception(error)
