@@ -351,7 +351,7 @@ class Intersection(Audience):
     def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
         left, right = self.left.recipients(item, known, only), self.right.recipients(item, known, only)
         if (left.topics and (right.users or right.topics)) or (right.topics and left.users):
-            raise ConfigurationError("the followers of a topic can be narrowed by claims alone")
+            raise ConfigurationError("the followers of a topic can be narrowed by claims only")
         users = {name: both(left.user(name), right.user(name)) for name in {**left.users, **right.users}}
         topics = {name: both(condition, right.open) for name, condition in left.topics.items()}
         topics |= {name: both(condition, left.open) for name, condition in right.topics.items()}

@@ -42,7 +42,7 @@ BODY_GRACE_MS = 60_000
 SWEEP_S = 60.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
-FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed: nobody was told.")
+FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed. No user got them.")
 GAPS = Counter("tidewire_broadcaster_gaps_total", "Times that changes were lost before they were read.")
 LOST = Counter("tidewire_broadcaster_lost_total", "Change entries that were trimmed or unreadable.")
 UNKNOWN = Counter("tidewire_broadcaster_unknown_tables_total", "Tables whose changes were passed without knowing them.")

@@ -96,7 +96,7 @@ class Embedded:
         return f"redis://:{self._password}@127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
-        """Write the configuration, readable by this user alone, and return the command to run."""
+        """Write the configuration, which only this user can read, and return the command to run."""
         path = self.folder / "server.conf"
         text = CONFIG.format(
             port=self.port,

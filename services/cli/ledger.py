@@ -97,7 +97,7 @@ class Ledger:
 
     def _partition_of(self, line: Line) -> int:
         if line.table == CONNECTIONS:
-            raise BadRequest("connections are written by the gateways alone")
+            raise BadRequest("only gateways write the table connections")
         table = self._tables.get(line.table)
         if table is None:
             raise BadRequest(f"there is no table {line.table!r}: there are {', '.join(self._tables) or 'none'}")

@@ -7,7 +7,6 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Coroutine
-from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
@@ -29,7 +28,7 @@ from tidewire.model.protocol import (
     parse_request,
     request_id,
 )
-from tidewire.model.records import Principal
+from tidewire.model.records import JSON, Principal
 from tidewire.tasks import end
 
 from .budget import Room
@@ -118,7 +117,7 @@ class Connection:
 
     # ── frames to the peer ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def encode(self, frame: Any) -> bytes:
+    def encode(self, frame: JSON) -> bytes:
         """Encode a frame in the peer's encoding."""
         return encode_msgpack(frame) if self.binary else encode_json(frame)
 
@@ -131,7 +130,7 @@ class Connection:
         """Queue an encoded frame without waiting. The caller has checked that the connection is not `full`."""
         self.peer.write(data, *marks)
 
-    async def send(self, frame: Any, *marks: Mark) -> None:
+    async def send(self, frame: JSON, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow. Raises ConnectionClosed."""
         await self.peer.send(self.encode(frame), *marks)
 
@@ -148,7 +147,7 @@ class Connection:
         self.begun.set()
         await self.close(code, reason)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None] | None:
         """Start a task that ends with the connection, and closes it if it fails. None if the connection has ended."""
 
         async def guarded() -> None:
@@ -179,7 +178,7 @@ class Connection:
         while self.full():  # noqa: ASYNC110 - the transport has no event for it
             await asyncio.sleep(0.02)  # a peer that does not read is not read from
         await self._unanswered.acquire()
-        frame: dict[str, Any] = {}
+        frame: dict[str, JSON] = {}
         admission: Admission | None = None
         try:
             frame = decode_frame(message, binary=self.binary)
@@ -204,7 +203,7 @@ class Connection:
         else:
             admission.close()
 
-    def _begin_request(self, request: Request, work: Work) -> Awaitable[Any]:
+    def _begin_request(self, request: Request, work: Work) -> Awaitable[JSON]:
         """Start on a request, and return its result to await.
 
         It is started in the order of arrival. From the store's stream on, the order is that of the stream.
@@ -218,7 +217,7 @@ class Connection:
                 return self.subscriptions.unfollow(request.topic)
         return self.core.begin(self.principal, self.id, request, work)
 
-    async def _answer(self, id_: RequestId, result: Awaitable[Any], room: Room) -> None:
+    async def _answer(self, id_: RequestId, result: Awaitable[JSON], room: Room) -> None:
         """Send the reply or the error of a request. `follow` returns None: it has replied itself."""
         try:
             try:
@@ -240,7 +239,7 @@ class Connection:
 
     # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _renew(self, request: Auth) -> dict[str, Any]:
+    async def _renew(self, request: Auth) -> dict[str, JSON]:
         """Replace the credential of the connection by one of the same user."""
         principal = await self.core.gatekeeper.authorize(request.auth_key)
         if principal.user != self.principal.user:

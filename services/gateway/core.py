@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tidewire.app import CONNECTIONS, App
 from tidewire.errors import PermissionDenied, TooLarge, UnsupportedAction
@@ -29,7 +29,7 @@ from tidewire.model.protocol import (
     within_operation,
     write_id_of,
 )
-from tidewire.model.records import Command, Principal
+from tidewire.model.records import JSON, Command, Principal
 from tidewire.model.values import Scalar
 from tidewire.process.bus import Bus
 from tidewire.process.lifecycle import Service
@@ -129,7 +129,7 @@ class Core:
 
     def begin(
         self, principal: Principal, connection: str | None, request: Request, work: Work = FREE
-    ) -> Awaitable[Any]:
+    ) -> Awaitable[JSON]:
         """Start on a request, over a websocket or HTTP, and return its result to await. `work` learns what it costs.
 
         A websocket handles requests about itself (`Auth`, `Follow`, `Unfollow`) before it comes here.
@@ -149,10 +149,10 @@ class Core:
                 raise UnsupportedAction(f"{request.action} is for websockets")
         return self._store(principal, connection, request, work)
 
-    async def _send(self, principal: Principal, connection: str | None, request: Send) -> Any:
+    async def _send(self, principal: Principal, connection: str | None, request: Send) -> JSON:
         """Send a message: to a user through store and feed, or to one connection, whichever gateway has it."""
         if principal.role != "service":
-            raise PermissionDenied("send is for service keys alone")
+            raise PermissionDenied("send is for service keys only")
         if request.connection is None:
             return await self._store(principal, connection, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
@@ -161,7 +161,7 @@ class Core:
 
     def _store(
         self, principal: Principal, connection: str | None, request: StoreRequest | Send, work: Work = FREE
-    ) -> asyncio.Future[Any]:
+    ) -> asyncio.Future[JSON]:
         """Pass a request to the store of its partition. Raises BadRequest for what is already wrong here."""
         partition = self.backend.keys.partition_of(self._partition_key(request))
         return self._command(
@@ -187,7 +187,7 @@ class Core:
             return values[0]  # the store checks that they are all the same
         table = self.app[request.table]
         if table.name == CONNECTIONS and not isinstance(request, Get | Query):
-            raise PermissionDenied("connections are written by the gateways alone")
+            raise PermissionDenied("only gateways write the table connections")
         if isinstance(request, Put):
             self._check_size(request.item)
             return table.key_of(request.item).partition
@@ -197,7 +197,7 @@ class Core:
             return table.parse_index_key(request.index, request.key)
         return table.parse_partition_key(request.key)
 
-    def _check_size(self, item: dict[str, Any]) -> None:
+    def _check_size(self, item: dict[str, JSON]) -> None:
         limit = self.settings.limit_item_bytes
         size = len(encode_json(item)) if limit else 0
         if size > limit:
@@ -205,7 +205,7 @@ class Core:
 
     # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def command(self, partition: int, action: str, body: dict[str, Any], user: str = OWN_USER) -> Any:
+    async def command(self, partition: int, action: str, body: dict[str, JSON], user: str = OWN_USER) -> JSON:
         """Have a store do a command of the gateway itself, with the rights of a service key. Raises RequestError."""
         return await self._command(partition, action, body, Principal(user, "service", {}, "", None))
 
@@ -216,14 +216,14 @@ class Core:
         self,
         partition: int,
         action: str,
-        body: dict[str, Any],
+        body: dict[str, JSON],
         principal: Principal,
         *,
         connection: str | None = None,
         request: str | None = None,
         trace: str | None = None,
         work: Work = FREE,
-    ) -> asyncio.Future[Any]:
+    ) -> asyncio.Future[JSON]:
         """Add a command to a partition's stream, and return its result to await."""
         deadline = self.now_ms() + int(self.settings.request_timeout_s * 1000)
         reply_to = self.id
@@ -247,5 +247,5 @@ class Core:
         return self.bus.request(self.backend.keys.commands(partition), record, work.cost)
 
 
-async def _ready(result: Any) -> Any:
+async def _ready(result: JSON) -> JSON:
     return result

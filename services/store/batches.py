@@ -1,6 +1,6 @@
 """Decides a batch of commands: fetches facts until they suffice, within the budgets of the commands.
 
-An expensive command does not delay the others: a read is detached, and a write is decided alone.
+An expensive command does not delay the others: a read is detached, and a write gets a batch of its own.
 """
 
 from __future__ import annotations

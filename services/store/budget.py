@@ -16,7 +16,8 @@ MAX_SHARED_ROUNDS = 6
 MAX_SHARED_FACTS = 256
 MAX_SHARED_BYTES = 1 << 20
 MAX_SHARED_CPU_S = 0.005
-"""Maximum costs of a command that shares a batch. Beyond one, a read is detached, and a write is decided alone."""
+"""Maximum costs of a command that shares a batch. Beyond one, a read is detached, and a write gets a batch of
+its own."""
 MAX_BATCH_FACTS = 4096
 """Maximum facts that all commands of a batch ask for in one round."""
 MAX_BATCH_CPU_S = 0.025
@@ -153,8 +154,8 @@ def cut(
 ) -> Cut:
     """Take expensive commands out of a batch that must be decided again.
 
-    An expensive read is detached. The batch ends before any other expensive command, which is then decided alone. It
-    also ends where its commands need too many facts together.
+    An expensive read is detached. The batch ends before any other expensive command, which then gets a batch of its
+    own. It also ends where its commands need too many facts together.
     """
     detached, facts = set(cut_before.detached), 0
     for number in range(cut_before.limit):

@@ -55,7 +55,7 @@ def load(view: View, command: Command) -> int:
     for number, (name, item) in enumerate(rows):
         with _place(number):
             if name == CONNECTIONS:
-                raise PermissionDenied("connections are written by the gateways alone")
+                raise PermissionDenied("only gateways write the table connections")
             keys.append(view.app[name].key_of(item))
     view.need(ItemFact(key) for key in keys)
     view.open_items = False  # else each of a thousand memberships would carry the same items
@@ -75,7 +75,7 @@ def load(view: View, command: Command) -> int:
 def service_only(command: Command) -> None:
     """Raise PermissionDenied unless the command has the rights of a service key."""
     if command.role != "service":
-        raise PermissionDenied(f"{command.action} is for service keys alone")
+        raise PermissionDenied(f"{command.action} is for service keys only")
 
 
 @contextmanager

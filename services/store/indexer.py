@@ -87,8 +87,8 @@ class Followed(NamedTuple):
     """The state of this partition's indexes."""
 
     last: Id  # id of the last change that was followed
-    alone: tuple[int, ...]
-    """When each destination last fell back alone. Either it or this partition may then lack entries."""
+    fell_back: tuple[int, ...]
+    """When each destination last fell back without the others. Either it or this partition may then lack entries."""
 
 
 def declared(app: App) -> set[Index]:
@@ -260,8 +260,8 @@ class IndexerTenure:
         raw = await self._backend.commands.hget(self._owned.home.partition, PartitionField.INDEXED)
         if raw is None:
             return None
-        last, alone = unpack(raw)
-        return Followed(id_of(last), tuple(alone))
+        last, fell_back = unpack(raw)
+        return Followed(id_of(last), tuple(fell_back))
 
     # ── repairs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,14 +270,14 @@ class IndexerTenure:
         destination."""
         last = changes[-1][0] if changes else newest
         if self._followed is None:
-            self._next_followed = Followed(last, await self._falls())
+            self._next_followed = Followed(last, await self._last_falls())
             return
         whole = unbroken(self._followed.last, changes) == len(changes) if changes else newest <= self._followed.last
-        alone = self._followed.alone
+        fell_back = self._followed.fell_back
         if time.monotonic() >= self._look_at:
-            alone = await self._falls()
-        self._next_followed = Followed(max(last, self._followed.last), alone)
-        fallen = [partition for partition, at in enumerate(alone) if at != self._followed.alone[partition]]
+            fell_back = await self._last_falls()
+        self._next_followed = Followed(max(last, self._followed.last), fell_back)
+        fallen = [partition for partition, at in enumerate(fell_back) if at != self._followed.fell_back[partition]]
         if whole and not fallen:
             return
         # Other destinations still have their entries, unless this partition itself fell back or missed changes.
@@ -287,7 +287,7 @@ class IndexerTenure:
         self._strays = None
         self._next = {index: filling.anew(lost_in) for index, filling in self._next.items()}
 
-    async def _falls(self) -> tuple[int, ...]:
+    async def _last_falls(self) -> tuple[int, ...]:
         self._look_at = time.monotonic() + LOOK_S
         found = await self._backend.calls(
             ("HGET", home.partition, PartitionField.ALONE) for home in self.destinations()

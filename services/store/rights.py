@@ -100,7 +100,7 @@ class Rights:
     def keep_hidden(self, table: Table, names: Iterable[str]) -> None:
         """Check that a client names no hidden attribute: the answer would reveal its value. Raises PermissionDenied."""
         if not self.all and (hidden := table.hidden.intersection(names)):
-            raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys alone")
+            raise PermissionDenied(f"attribute {min(hidden)!r} of table {table.name!r} is for service keys only")
 
     def check_if_readable(self, table: Table, key: ItemKey, condition: Condition) -> None:
         """Check a condition on an item that the user may read, or that does not exist. On others, check nothing.

@@ -133,7 +133,7 @@ def _checked(view: View, rights: Rights, request: Check, key: ItemKey) -> dict[s
 def _key_of(view: View, request: Put | Update | Delete | Check) -> ItemKey:
     table = view.app[request.table]
     if table.name == CONNECTIONS:
-        raise PermissionDenied("connections are written by the gateways alone")
+        raise PermissionDenied("only gateways write the table connections")
     return table.key_of(request.item) if isinstance(request, Put) else table.parse_key(request.key)
 
 

@@ -215,7 +215,7 @@ def test_followers_are_narrowed_by_claims_alone() -> None:
     known = Known({})
     narrowed = (audience & claim("tenant")).recipients({"id": 1, "tenant": "t1"}, known)
     assert narrowed == Recipients(topics={"cell:1": claim_is("tenant", "t1")})
-    with pytest.raises(ConfigurationError, match="narrowed by claims alone"):
+    with pytest.raises(ConfigurationError, match="narrowed by claims only"):
         (audience & user("author")).recipients({"id": 1, "author": "alice"}, known)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 JSON = Any
+"""A value of JSON: of a request's body, a result, a frame."""
 Item = dict[str, Any]
 Id = tuple[int, int]
 """The id of an entry in a stream: ms and seq."""
