@@ -12,22 +12,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import structlog
 from prometheus_client import Gauge
 
-from tidewire.app import App, index_field, index_key
-from tidewire.model.records import Change, Id, Item, ItemRecord, Position, pack, unpack
-from tidewire.model.values import ItemKey
+from tidewire.app import App
+from tidewire.model.records import Change, Id, ItemRecord, Position, pack, unpack
 from tidewire.process.partition.gaps import id_of, unbroken
 from tidewire.process.partition.loop import Outcome
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, Effect, Owned, RedisCommand
-from tidewire.redis.keys import ConsumerGroup, Home, Keys, PartitionField
-from tidewire.redis.walk import WalkPosition, walk
+from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
+from tidewire.redis.walk import walk
+
+from .indexes import (
+    Entry,
+    Filling,
+    Followed,
+    Index,
+    Links,
+    declared,
+    entry_added,
+    entry_removed,
+    follow,
+    place_of,
+    wanted,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -42,133 +54,12 @@ LOOK_S = 10.0
 LAG = Gauge("tidewire_index_lag", "Seconds that the indexes are behind their tables.", ["partition"])
 
 
-class Index(NamedTuple):
-    """An index as it is stored in Redis, which does not have its name."""
-
-    table: str
-    attributes: tuple[str, str]
-
-    @property
-    def field(self) -> bytes:
-        return pack([self.table, *self.attributes])
-
-
-class Filling(NamedTuple):
-    """How far this partition's items have filled or emptied an index."""
-
-    add: bool
-    place: WalkPosition | None  # the last item that was carried; None at the start
-    done: bool = False
-    sound: bool = True  # False: entries without an item must be removed before it is filled
-    only_in: tuple[int, ...] = ()
-    """The partitions whose entries are repaired. Empty means all."""
-
-    @classmethod
-    def of(cls, stored: Sequence[Any]) -> Filling:
-        found = cls(*stored)
-        place = None if found.place is None else WalkPosition(*found.place)
-        return found._replace(place=place, only_in=tuple(found.only_in))
-
-    def stored(self) -> bytes:
-        return pack(self if self.only_in else self[:4])
-
-    def anew(self, lost_in: Iterable[int]) -> Filling:
-        """Begin a repair in these partitions, or in all if there are none, and go on wherever a repair is under way."""
-        partitions = tuple(sorted(lost_in))
-        if not self.done:
-            partitions = tuple(sorted({*partitions, *self.only_in})) if partitions and self.only_in else ()
-        return Filling(self.add, None, sound=False, only_in=partitions)
-
-    def concerns(self, partition: int) -> bool:
-        return not self.only_in or partition in self.only_in
-
-
-class Followed(NamedTuple):
-    """The state of this partition's indexes."""
-
-    last: Id  # id of the last change that was followed
-    fell_back: tuple[int, ...]
-    """When each destination last fell back without the others. Either it or this partition may then lack entries."""
-
-
-def declared(app: App) -> set[Index]:
-    return {Index(table.name, attributes) for table in app.tables.values() for attributes in table.indexes.values()}
-
-
-def wanted(app: App, found: Mapping[Index, Filling]) -> dict[Index, Filling]:
-    """The indexes to work on: those that the application declares, and those that must be emptied."""
-    here = declared(app)
-    result = dict(found)
-    for index in here | found.keys():
-        filling = found.get(index)
-        if filling is None or filling.add != (index in here):
-            result[index] = Filling(index in here, None, sound=filling is None or filling.sound)
-    return result
-
-
 async def is_needed(app: App, backend: Backend) -> bool:
     """Whether there are indexes to keep or to empty."""
     if declared(app):
         return True
     partitions = range(backend.keys.partitions)
     return any([await backend.commands.hlen(backend.keys.indexes(partition)) for partition in partitions])
-
-
-class Entry(NamedTuple):
-    """The entry of one item in an index, and its place."""
-
-    partition: int
-    operations: tuple[RedisCommand, ...]
-
-
-def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> Entry | None:
-    """Return the entry of an item, or None if the item is not in the index."""
-    where = _where(keys, index, key, record.item)
-    if where is None:
-        return None
-    partition, items, order, field = where
-    return Entry(
-        partition, (RedisCommand("HSET", items, (field, pack(record))), RedisCommand("ZADD", order, ("0", field)))
-    )
-
-
-def entry_removed(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> Entry | None:
-    where = _where(keys, index, key, item)
-    if where is None:
-        return None
-    partition, items, order, field = where
-    return Entry(partition, (RedisCommand("HDEL", items, (field,)), RedisCommand("ZREM", order, (field,))))
-
-
-def _where(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> tuple[int, bytes, bytes, bytes] | None:
-    values = index_key(item, index.attributes) if item is not None else None
-    if item is None or values is None:
-        return None
-    items, order = keys.index(index.table, index.attributes, values[0])
-    return keys.partition_of(values[0]), items, order, index_field(key, item, index.attributes)
-
-
-def follow(app: App, keys: Keys, indexes: Mapping[Index, Filling], position: Position, change: Change) -> Links:
-    """The effects of one change on its table's indexes: remove the old image's entry, add the new one's."""
-    links: Links = {}
-    key_values = list(change.key.values())
-    key = ItemKey(change.table, key_values[0], key_values[1] if len(key_values) > 1 else None)
-    number = 0
-    for index in sorted(indexes):
-        if index.table != change.table:
-            continue
-        removed = entry_removed(keys, index, key, change.old)
-        added = None
-        if change.new is not None and indexes[index].add:
-            added = entry_added(keys, index, key, ItemRecord(change.version, change.at, change.by, change.new))
-        for entry in (removed, added):
-            number += 1
-            if entry:
-                links.setdefault(entry.partition, []).append(Effect(position, number, entry.operations))
-    return links
-
-
-Links = dict[int, list[Effect]]
 
 
 class IndexerTenure:
@@ -397,7 +288,7 @@ class IndexerTenure:
             items = [("HGET", keys.items(key.table, key.partition), key.field) for _, _, key, _ in ours]
             strays = []
             for (name, field, key, item), raw in zip(ours, await self._backend.calls(items), strict=True):
-                where = _where(keys, index, key, ItemRecord(*unpack(raw)).item if raw else None)
+                where = place_of(keys, index, key, ItemRecord(*unpack(raw)).item if raw else None)
                 if where is None or (where[1], where[3]) != (name, field):
                     stray = entry_removed(keys, index, key, item)
                     assert stray, "as it is an entry"

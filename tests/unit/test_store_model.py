@@ -34,7 +34,7 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
 from tidewire.redis.functions import VERSION, Batch, Call, Functions, Stamp, StreamBounds
 from tidewire.redis.keys import Keys
-from tidewire.services.store import chores, indexer, view
+from tidewire.services.store import chores, indexes, view
 from tidewire.services.store import decide as decide_module
 from tidewire.services.store.indexer import IndexerTenure
 from tidewire.services.store.service import StoreTenure
@@ -496,7 +496,7 @@ def read_the_expired(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_index_entries(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(indexer, "entry_removed", lambda *_: None)
+    patch.setattr(indexes, "entry_removed", lambda *_: None)
 
 
 BREAKING = [forget_requests, keep_index_entries, forget_numbers, forget_versions, read_the_expired]

@@ -34,7 +34,7 @@ from tidewire.services.store.facts import (
     TombstonesFact,
     Value,
 )
-from tidewire.services.store.indexer import Filling, declared, follow
+from tidewire.services.store.indexes import Filling, declared, follow
 from tidewire.services.store.reading import reading_of
 from tidewire.services.store.rights import Rights
 from tidewire.services.store.view import Missing, Situation, View
