@@ -37,7 +37,7 @@ class Break(NamedTuple):
         return self.seconds or self.faults[-1].at_s + self.faults[-1].lasts_s + 5
 
 
-def again(kind: str, service: str, count: int, lasts_s: float = 0.0, every_s: float = 3.0) -> list[Fault]:
+def again(kind: str, service: str | None, count: int, lasts_s: float = 0.0, every_s: float = 3.0) -> list[Fault]:
     """The same fault at the one and the other of two processes."""
     return [Fault(3.0 + number * every_s, kind, service, number % 2, lasts_s) for number in range(count)]
 
@@ -180,6 +180,14 @@ BREAKS = {
         {"pause"},
         with_parts(["probes", "flap"], STAYING._replace(flap_pause_s=(0.0, 1.0))),
         seconds=60.0,
+    ),
+    "nobody notices that the connections to a replaced master were closed": Break(
+        "tidewire/redis/connection.py",
+        "        return connected and not self._writer.transport.is_closing()\n",
+        "        return connected\n",
+        again("hang_master", None, 6, every_s=8.0),
+        {"death"},
+        topology="cluster",
     ),
     "a change stream is bounded in entries alone": Break(
         "services/store/chores.py",

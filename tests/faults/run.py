@@ -109,6 +109,8 @@ async def run(
     check(load, watched.history.history(), outcome, windows, may_fall_back=may_fall_back)
     check_bounds(load, watched, outcome, windows, ended_ms)
     check_memory(outcome.peaks, outcome.report, max_bytes)
+    for service, death in system.deaths():
+        outcome.report.add("death", service, death)
     return outcome
 
 

@@ -55,7 +55,7 @@ COMMANDS = {
 
 
 class Process:
-    """One process, started again whenever it ends."""
+    """One process, started again whenever it ends. `deaths` says each time how it ended when nobody had ended it."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, folder: Path = ROOT) -> None:
         self._command = command
@@ -63,6 +63,8 @@ class Process:
         self._environment = environment
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
+        self.deaths: list[str] = []
+        self._ends = False  # whether it has been told to end
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -75,17 +77,22 @@ class Process:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(0.2)
-            if self.process and self.process.poll() is not None:
+            if self.process and (code := self.process.poll()) is not None:
+                if not self._ends:
+                    self.deaths.append(f"it ended by itself with {code}: {_last_line(self._log)}")
+                self._ends = False
                 self.start()
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process
+        self._ends = self._ends or number == signal.SIGKILL
         self.process.send_signal(number)
 
     async def replace(self, command: list[str]) -> None:
         """Let it drain and end; from then on the other command runs."""
         assert self.process
         self._command, before = command, self.process
+        self._ends = True
         before.terminate()
         try:
             await wait_until(lambda: self.process is not before, "it has ended and another has begun", ENDS_S)
@@ -100,6 +107,11 @@ class Process:
         if self.process and self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text().splitlines()
+    return lines[-1] if lines else "it has logged nothing"
 
 
 def cut(servers: Iterable[topologies.Server], pid: int, lasts_s: float) -> None:
@@ -355,6 +367,15 @@ class System:
             await asyncio.sleep(MIXED_S)
             if to == "roll_forward":
                 await self.next_version(runs=True)
+
+    def deaths(self) -> list[tuple[str, str]]:
+        """Service and explanation of each process that ended although nobody had ended it."""
+        return [
+            (service, death)
+            for service, processes in self._services.items()
+            for process in processes
+            for death in process.deaths
+        ]
 
     def pids(self) -> list[tuple[str, int]]:
         """Kind of service and process id of all processes that run now."""

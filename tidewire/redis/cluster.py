@@ -23,6 +23,7 @@ from redis.exceptions import (
 from tidewire.redis.addresses import ClusterAddress
 from tidewire.redis.backend import COMMANDS, LISTENING
 from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, key_of, ranges_of
+from tidewire.redis.connection import reconnect_when_closed, reconnect_when_closed_in_cluster
 from tidewire.redis.keys import Keys
 from tidewire.redis.masters import MAX_LOOK_S, REPLACED, MasterWatch, break_connections
 from tidewire.redis.wire import Wire, without_errors
@@ -64,7 +65,8 @@ class ClusterBackend(MasterWatch):
 
     def _node(self, address: Address) -> Redis:
         if address not in self._nodes:
-            self._nodes[address] = Redis(host=address[0], port=address[1], **self._login, **LISTENING)
+            node = Redis(host=address[0], port=address[1], **self._login, **LISTENING)
+            self._nodes[address] = reconnect_when_closed(node)
         return self._nodes[address]
 
     def _wire_to(self, address: Address) -> Wire:
@@ -136,6 +138,7 @@ class _Client(RedisCluster):
             **options,
         )
         self.commands_parser = _KeyFinder()
+        reconnect_when_closed_in_cluster(self)
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
         try:

@@ -15,6 +15,7 @@ from tidewire.errors import ConfigurationError, Unreachable
 from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, check_login, redacted
 from tidewire.redis.backend import COMMANDS, LISTENING, Backend
 from tidewire.redis.cluster import ClusterBackend, NotACluster
+from tidewire.redis.connection import reconnect_when_closed
 from tidewire.redis.keys import Keys
 from tidewire.redis.sentinel import SentinelBackend
 from tidewire.redis.wire import Wire
@@ -49,9 +50,9 @@ def _backend_at(url: str, keys: Keys) -> Backend:
     check_login(url)
     try:
         _ = urlsplit(url).port
-        commands = Redis.from_url(url, **COMMANDS)
+        commands = reconnect_when_closed(Redis.from_url(url, **COMMANDS))
         wire = Wire(commands.connection_pool.make_connection)
-        return Backend(commands, Redis.from_url(url, **LISTENING), keys, wire)
+        return Backend(commands, reconnect_when_closed(Redis.from_url(url, **LISTENING)), keys, wire)
     except ValueError:  # its message may quote a part of the password
         raise ConfigurationError(
             f"--redis {redacted(url)!r} is not a valid address: write redis://user:password@host:port/database"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
@@ -13,6 +13,7 @@ from redis.backoff import NoBackoff
 from tidewire.redis.addresses import SentinelsAddress
 from tidewire.redis.backend import COMMANDS, LISTENING
 from tidewire.redis.cluster_wire import Address
+from tidewire.redis.connection import reconnect_when_closed
 from tidewire.redis.keys import Keys
 from tidewire.redis.masters import MAX_LOOK_S, REPLACED, MasterWatch, break_connections
 from tidewire.redis.wire import Wire
@@ -40,7 +41,7 @@ class SentinelBackend(MasterWatch):
 
         def master(chosen: dict[str, Any]) -> Redis:
             login = {"username": address.username, "password": address.password}
-            return cast(Redis, self._sentinels.master_for(address.service, **login, **chosen))
+            return reconnect_when_closed(self._sentinels.master_for(address.service, **login, **chosen))
 
         commands = master(COMMANDS)
         self._master: Address | None = None

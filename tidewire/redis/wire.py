@@ -193,7 +193,8 @@ class _Line(asyncio.Protocol):
 
     def _write(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        if outgoing and not self.lost:
+        # uvloop raises RuntimeError for a transport that closes. Its `connection_lost`, which follows, fails the calls.
+        if outgoing and not self._transport.is_closing():
             self._transport.write(b"".join(outgoing))
 
     def data_received(self, data: bytes) -> None:

@@ -1,0 +1,45 @@
+"""redis-py's connections, made to notice that their transport was closed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.connection import AbstractConnection
+
+
+def reconnect_when_closed(client: Redis) -> Redis:
+    """Have a client's idle connections reconnect after their transport was closed. Returns the client.
+
+    A transport closes when this process aborts it, when the peer resets the connection, or when TCP keepalive gives up.
+    redis-py takes such a connection for connected. Its next command then fails: on uvloop with a RuntimeError, which
+    no caller takes for a lost connection, so that the process would end.
+    """
+    pool = client.connection_pool
+    pool.connection_class = _noticing(pool.connection_class)
+    return client
+
+
+def reconnect_when_closed_in_cluster(client: RedisCluster) -> None:
+    """Do the same for the connections of a cluster's client, before it connects."""
+    manager: Any = client.nodes_manager
+    kwargs = manager.connection_kwargs
+    kwargs["connection_class"] = _noticing(kwargs["connection_class"])
+    for node in manager.startup_nodes.values():
+        node.connection_class = kwargs["connection_class"]
+
+
+def _noticing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(kind.__name__, (_Noticing, kind), {})
+
+
+class _Noticing:
+    """Mixed into a class of connections."""
+
+    _writer: Any
+
+    @property
+    def is_connected(self) -> bool:
+        connected: bool = super().is_connected  # type: ignore[misc]
+        return connected and not self._writer.transport.is_closing()
