@@ -183,8 +183,8 @@ BREAKS = {
     ),
     "nobody notices that the connections to a replaced master were closed": Break(
         "tidewire/redis/connection.py",
-        "        return connected and not self._writer.transport.is_closing()\n",
-        "        return connected\n",
+        "        return writer is not None and not writer.transport.is_closing()\n",
+        "        return writer is not None\n",
         again("hang_master", None, 6, every_s=8.0),
         {"death"},
         topology="cluster",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_a_subscriber_reconnects_after_its_connection_was_closed(server: ValkeyS
             return [first and first["type"], again and again["type"]]
 
     assert uvloop.run(main()) == ["ssubscribe", "ssubscribe"]
+
+
+def test_a_closed_connection_leaves_nothing_behind(server: ValkeyServer) -> None:
+    """redis-py warns of a connection that was not closed. Warnings are errors here."""
+
+    async def main() -> None:
+        async with reconnect_when_closed(Redis(host="127.0.0.1", port=server.port)) as client:
+            await client.ping()
+            break_connections(client)
+
+    uvloop.run(main())
+    gc.collect()
 
 
 def test_the_class_of_connections_stays_a_kind_of_the_one_before() -> None:

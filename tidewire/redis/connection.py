@@ -34,12 +34,14 @@ def _noticing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
     return type(kind.__name__, (_Noticing, kind), {})
 
 
-class _Noticing:
+class _Noticing(AbstractConnection):
     """Mixed into a class of connections."""
-
-    _writer: Any
 
     @property
     def is_connected(self) -> bool:
-        connected: bool = super().is_connected  # type: ignore[misc]
-        return connected and not self._writer.transport.is_closing()
+        writer = self._writer
+        return writer is not None and not writer.transport.is_closing()
+
+    async def disconnect(self, *args: Any, **kwargs: Any) -> None:
+        await super().disconnect(*args, **kwargs)
+        self._reader = self._writer = None  # redis-py keeps them if the transport was closed before
