@@ -97,28 +97,28 @@ def deciding(
     feeds: Destinations | None = None,
 ) -> Steps:
     """Decide a batch of (id, change) in steps. Returns the decision, or the facts that it lacks."""
-    batch = _Batch(app, keys, known, feeds or Destinations(keys))
+    builder = _RoutingBuilder(app, keys, known, feeds or Destinations(keys))
     time_is_up = False
     for end, unit in _units(changes):
-        batch.begin()
+        builder.begin()
         for id_, change in unit:
             try:
-                for _ in batch.decide_change(Position(partition, change.generation, *id_), change):
+                for _ in builder.decide_change(Position(partition, change.generation, *id_), change):
                     time_is_up = (yield) or time_is_up
             except UnknownGroups as need:
-                if batch.router.appends > MAX_REDONE_APPENDS and not batch.has_learned:
-                    return batch.done()
-                batch.missing.update(need.needs)
-        if batch.missing:
+                if builder.router.appends > MAX_REDONE_APPENDS and not builder.has_learned:
+                    return builder.done()
+                builder.missing.update(need.needs)
+        if builder.missing:
             continue  # only find out which other facts are missing
-        for _ in batch.send():
+        for _ in builder.send():
             time_is_up = (yield) or time_is_up
-        batch.decision.consumed = end
-        if time_is_up or batch.is_full():
-            return batch.done()
-    if not batch.missing:
-        batch.decision.consumed = len(changes)
-    return batch.missing or batch.done()
+        builder.decision.consumed = end
+        if time_is_up or builder.is_full():
+            return builder.done()
+    if not builder.missing:
+        builder.decision.consumed = len(changes)
+    return builder.missing or builder.done()
 
 
 def decide(
@@ -181,7 +181,7 @@ class _Delivery(NamedTuple):
     events: EventsByFeed
 
 
-class _Batch:
+class _RoutingBuilder:
     def __init__(self, app: App, keys: Keys, known: Known, feeds: Destinations) -> None:
         self.app = app
         self.keys = keys
@@ -227,16 +227,16 @@ class _Batch:
             return
         yield
         image = ItemFrame(table, change.key, change.version, change.new, change.old, change.at, change.by)
-        told: EventsByFeed = {}
-        yield from events_by_feed(self.feeds, change.event, table.name, before, after, told)
-        self.deliveries.append(_Delivery(position, image, told))
+        events: EventsByFeed = {}
+        yield from events_by_feed(self.feeds, change.event, table.name, before, after, events)
+        self.deliveries.append(_Delivery(position, image, events))
         if isinstance(table, Membership):
             self.show(position, table, change)
 
     def tell(self, position: Position, frame: ItemFrame | PlainFrame, event: str, users: Iterable[str]) -> None:
         """Deliver one event to users, on all their connections."""
-        told = ((event, True),)
-        self.deliveries.append(_Delivery(position, frame, {self.feeds.user(user): told for user in users}))
+        events = ((event, True),)
+        self.deliveries.append(_Delivery(position, frame, {self.feeds.user(user): events for user in users}))
 
     def audience(
         self, table: Table, image: Item | None, known: Knowledge | None = None, only: str | None = None
@@ -287,11 +287,11 @@ class _Batch:
             assert record.item is not None
             saw = self.audience(table, record.item, was, user).user(user)
             sees = self.audience(table, record.item, will, user).user(user)
-            told = [one for one in events_of("MODIFY", saw, sees) if one[0] != "MODIFY"]
-            if told:
+            events = [(event, asks) for event, asks in events_of("MODIFY", saw, sees) if event != "MODIFY"]
+            if events:
                 key = {name: record.item[name] for name in table.key}
                 image = ItemFrame(table, key, record.version, record.item, None, record.at, record.by)
-                self.deliveries.append(_Delivery(position, image, {self.feeds.user(user): told}))
+                self.deliveries.append(_Delivery(position, image, {self.feeds.user(user): events}))
         if not opened.whole:
             rest = {"reason": "too_many", "table": table.name, "key": {table.key[0]: group}}
             self.tell(position, PlainFrame(rest), "reset", [user])
@@ -349,14 +349,16 @@ class _Batch:
         """Route the deliveries of the unit. A feed gets those of a transaction one after another, in one call."""
         appends: dict[int, list[Append]] = {}
         in_transaction = self.transaction is not None and len(self.deliveries) > 1
-        told = TransactionEvents([delivery.events for delivery in self.deliveries]) if in_transaction else None
+        of_transaction = TransactionEvents([one.events for one in self.deliveries]) if in_transaction else None
         for number, delivery in enumerate(self.deliveries):
             # By body, then by destination partition. A body is encoded once, however many feeds receive it.
             bodies: dict[tuple[str, bool, ClaimCondition], dict[int, list[bytes]]] = {}
             for count, (feed, events) in enumerate(delivery.events.items(), 1):
                 if not count % STEP_FEEDS:
                     yield
-                for event, more, asks in told(number, feed, events) if told else single_events(events):
+                for event, more, asks in (
+                    of_transaction(number, feed, events) if of_transaction else single_events(events)
+                ):
                     destinations = bodies.setdefault((event, more, asks), {})
                     keys = destinations.get(feed.partition)
                     if keys is None:

@@ -18,24 +18,26 @@ PLAIN_TYPES = {"message": "message", "reset": "reset", RECHECK: RECHECK}
 
 
 def events_by_feed(
-    feeds: Destinations, event: str, table: str, before: Recipients, after: Recipients, found: EventsByFeed
+    feeds: Destinations, event: str, table: str, before: Recipients, after: Recipients, events: EventsByFeed
 ) -> Iterator[None]:
-    """Add to `found` the events of each feed. Yields between steps."""
+    """Add to `events` the events of each feed. Yields between steps."""
     if before.open is False and after.open is False:
-        yield from _of_named_users(feeds, event, before.users, after.users, found)
+        yield from _of_named_users(feeds, event, before.users, after.users, events)
     else:
         for count, user in enumerate({**before.users, **after.users}, 1):
             if not count % STEP_FEEDS:
                 yield
-            if told := events_of(event, before.user(user), after.user(user)):
-                found[feeds.user(user)] = told
-    topics_before, topics_after = ({**one.topics, **open_topics(table, one.open)} for one in (before, after))
+            if of_feed := events_of(event, before.user(user), after.user(user)):
+                events[feeds.user(user)] = of_feed
+    topics_before, topics_after = (
+        {**recipients.topics, **open_topics(table, recipients.open)} for recipients in (before, after)
+    )
     for topic in {**topics_before, **topics_after}:
         # The followers of a topic see everything that every user sees.
         saw = before.open is True or topics_before.get(topic, False)
         sees = after.open is True or topics_after.get(topic, False)
-        if told := events_of(event, saw, sees):
-            found[feeds.topic(topic)] = told
+        if of_feed := events_of(event, saw, sees):
+            events[feeds.topic(topic)] = of_feed
 
 
 def _of_named_users(
@@ -43,7 +45,7 @@ def _of_named_users(
     event: str,
     before: Mapping[str, ClaimCondition],
     after: Mapping[str, ClaimCondition],
-    found: EventsByFeed,
+    events: EventsByFeed,
 ) -> Iterator[None]:
     """Add the events of users that are named. Usually that is a large group whose members saw the item and see it."""
     plain = ((event, True),)
@@ -54,16 +56,16 @@ def _of_named_users(
         if not count % STEP_FEEDS:
             yield
         if sees is True and (always or before.get(user) is True):
-            found[feeds.user(user)] = plain
-        elif told := events_of(event, before.get(user, False), sees):
-            found[feeds.user(user)] = told
+            events[feeds.user(user)] = plain
+        elif of_feed := events_of(event, before.get(user, False), sees):
+            events[feeds.user(user)] = of_feed
     if always:
         return
     for count, (user, saw) in enumerate(before.items(), 1):
         if not count % STEP_FEEDS:
             yield
-        if user not in after and (told := events_of(event, saw, sees=False)):
-            found[feeds.user(user)] = told
+        if user not in after and (of_feed := events_of(event, saw, sees=False)):
+            events[feeds.user(user)] = of_feed
 
 
 def open_topics(table: str, condition: ClaimCondition) -> dict[str, ClaimCondition]:
@@ -91,20 +93,20 @@ def events_of(event: str, saw: ClaimCondition, sees: ClaimCondition) -> list[tup
     if saw is True and sees is True:
         return [(event, True)]
     if event == "INSERT":
-        told = [(event, sees)]
+        events = [(event, sees)]
     elif event == "REMOVE":
-        told = [(event, saw)]
+        events = [(event, saw)]
     else:
-        told = [
+        events = [
             (event, both(saw, sees)),
             ("ENTER", both(sees, unless(saw))),
             ("LEAVE", both(saw, unless(sees))),
         ]
-    return [one for one in told if one[1] is not False]
+    return [(event, asks) for event, asks in events if asks is not False]
 
 
-def single_events(told: Events) -> Iterator[tuple[str, bool, ClaimCondition]]:
-    for event, asks in told:
+def single_events(events: Events) -> Iterator[tuple[str, bool, ClaimCondition]]:
+    for event, asks in events:
         yield event, False, asks
 
 
@@ -121,9 +123,9 @@ class TransactionEvents:
         after: dict[Destination, ClaimCondition] = {}
         for events_by_destination in reversed(changes):
             here: dict[Destination, list[ClaimCondition]] = {}
-            for feed, told in events_by_destination.items():
+            for feed, events in events_by_destination.items():
                 conditions: list[ClaimCondition] = []
-                for event, asks in reversed(told):
+                for event, asks in reversed(events):
                     later = after.get(feed, False)
                     conditions.append(later)
                     if event not in PLAIN_TYPES:
@@ -132,9 +134,9 @@ class TransactionEvents:
             self._later.append(here)
         self._later.reverse()
 
-    def __call__(self, number: int, feed: Destination, told: Events) -> Iterator[tuple[str, bool, ClaimCondition]]:
+    def __call__(self, number: int, feed: Destination, events: Events) -> Iterator[tuple[str, bool, ClaimCondition]]:
         """Return the entries of a feed for the change with that number, as (event, `more`, condition)."""
-        for (event, asks), later in zip(told, self._later[number][feed], strict=True):
+        for (event, asks), later in zip(events, self._later[number][feed], strict=True):
             if event in PLAIN_TYPES:
                 yield event, False, asks
                 continue

@@ -38,7 +38,7 @@ MAX_OUTSTANDING = 64
 """Commands under way, each for a different partition."""
 PATIENCE_S = 60.0
 """An import ends when no store has answered it for this long."""
-TELL_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 
 
 async def import_(backend: Backend, file: Path | None, skip: int, *, as_json: bool = False) -> None:
@@ -95,7 +95,7 @@ class _Import:
         self._clock_ms = await self._backend.now_ms() - 1000 * time.monotonic()
         helpers = [asyncio.create_task(self._bus.send()), asyncio.create_task(self._bus.receive())]
         with progress.shown("import", _size_of(descriptor), wanted=show_progress) as advance:
-            helpers.append(asyncio.create_task(self._tell(advance)))
+            helpers.append(asyncio.create_task(self._report(advance)))
             work = [asyncio.create_task(self._send(number)) for number in range(len(self._senders))]
             work.append(asyncio.create_task(self._read(descriptor)))
             try:
@@ -181,15 +181,16 @@ class _Import:
             )
         await asyncio.sleep(0.2)
 
-    async def _tell(self, advance: progress.Advance) -> None:
+    async def _report(self, advance: progress.Advance) -> None:
         """Report progress: as a bar for a person, as a line from time to time for a log."""
-        told_at, told = time.monotonic(), self._ledger.done
+        reported_at, reported = time.monotonic(), self._ledger.done
         while True:
             await asyncio.sleep(0.1)
             advance(self._ledger.done_bytes, self._ledger.items)
-            if not sys.stderr.isatty() and time.monotonic() - told_at > TELL_EVERY_S and self._ledger.done > told:
-                told_at, told = time.monotonic(), self._ledger.done
-                typer.echo(_how_to_go_on(told), err=True)
+            is_due = not sys.stderr.isatty() and time.monotonic() - reported_at > REPORT_EVERY_S
+            if is_due and self._ledger.done > reported:
+                reported_at, reported = time.monotonic(), self._ledger.done
+                typer.echo(_how_to_go_on(reported), err=True)
 
 
 # ── the file ────────────────────────────────────────────────────────────────────────────────────────────────────────

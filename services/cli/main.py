@@ -394,12 +394,12 @@ def listen(
                 output.show(event, as_json=as_json, indent=None)
 
     async def tell_problems() -> None:
-        told = None
+        shown = None
         while True:
             await asyncio.sleep(1)
-            if client.problem != told:
-                told = client.problem
-                typer.echo(f"waiting for {url}: {told}" if told else f"connected to {url} again", err=True)
+            if client.problem != shown:
+                shown = client.problem
+                typer.echo(f"waiting for {url}: {shown}" if shown else f"connected to {url} again", err=True)
 
     async def work() -> None:
         telling = asyncio.create_task(tell_problems())

@@ -99,7 +99,7 @@ def decide(
     Each command is charged to its account. One that exceeds its budget is answered `too_large`. Reads whose numbers are
     in `detached` are acknowledged without a reply.
     """
-    return _Batch(View(app, keys, facts, situation), accounts, detached, clock).decide(commands)
+    return _DecisionBuilder(View(app, keys, facts, situation), accounts, detached, clock).decide(commands)
 
 
 def _request(command: Command, request: str) -> RequestFact:
@@ -129,7 +129,7 @@ def foresee(app: App, commands: Iterable[Command | None], situation: Situation) 
     return facts
 
 
-class _Batch:
+class _DecisionBuilder:
     def __init__(self, view: View, accounts: Sequence[Account], detached: Collection[int], clock: Clock) -> None:
         self.view = view
         self.app = view.app

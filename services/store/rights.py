@@ -121,8 +121,8 @@ class Rights:
         item = self._view.alive(table, record)
         if condition.equals is not None:
             self.keep_hidden(table, condition.equals)
-        told = record is not None and item is not None and self.may_read(table, item)
-        if item is not None and not told and (condition.version is not None or condition.equals is not None):
+        may_know = record is not None and item is not None and self.may_read(table, item)
+        if item is not None and not may_know and (condition.version is not None or condition.equals is not None):
             holds = False  # a user who may write, but not read, must not find out the item by guessing
         elif condition.version is not None:
             holds = record is not None and item is not None and record.version == condition.version
@@ -133,7 +133,7 @@ class Rights:
         else:
             holds = (item is None) == bool(condition.absent)
         if not holds:
-            details = {"version": record.version} if told and record else {}
+            details = {"version": record.version} if may_know and record else {}
             raise Conflict("the item is not as `if` says it must be", **details)
 
 

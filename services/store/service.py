@@ -187,13 +187,13 @@ def wait_for(settings: Settings) -> Wait | None:
 def unconfirmed(decision: Decision) -> dict[str, list[Reply]]:
     """Return the replies of an unconfirmed commit, in which each write ends with a time-out."""
     error = Timeout("the write was not confirmed as durable in time: repeat it with the same request id").as_frame(None)
-    told = {name: list(replies) for name, replies in decision.replies.items()}
-    for name, replies in told.items():
+    answers = {name: list(replies) for name, replies in decision.replies.items()}
+    for name, replies in answers.items():
         for at, reply in enumerate(replies):
             if (name, reply.number) in decision.writes and reply.error is None:
                 replies[at] = reply._replace(result=None, error=error)
                 UNCONFIRMED.inc()
-    return told
+    return answers
 
 
 def _command(fields: dict[bytes, bytes]) -> Command | None:

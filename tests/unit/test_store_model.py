@@ -479,11 +479,11 @@ def test_the_store_is_a_dict_on_a_real_server(server: ValkeyServer) -> None:
 
 
 def forget_requests(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module._Batch, "first_reply", lambda *_: None)
+    patch.setattr(decide_module._DecisionBuilder, "first_reply", lambda *_: None)
 
 
 def forget_numbers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module._Batch, "last_of", lambda *_: 0)
+    patch.setattr(decide_module._DecisionBuilder, "last_of", lambda *_: 0)
 
 
 def forget_versions(patch: pytest.MonkeyPatch) -> None:

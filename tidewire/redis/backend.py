@@ -183,15 +183,15 @@ class Backend:
     def waiter(self, stream: bytes) -> Waiter:
         return Waiter(self, stream, self._wire and self._wire.another())
 
-    def subscriber(self, heard: OnMessage) -> Subscriber:
+    def subscriber(self, on_message: OnMessage) -> Subscriber:
         """Make a subscriber, which receives messages once it runs. It has connections of its own."""
-        made = Subscriber(self, heard)
+        made = Subscriber(self, on_message)
         self._subscribers.add(made)
         return made
 
-    def when_moved(self, told: Callable[[], None]) -> None:
+    def when_moved(self, callback: Callable[[], None]) -> None:
         """Register a callback for each replaced master. Writes that it had not replicated are lost."""
-        self._when_moved.append(told)
+        self._when_moved.append(callback)
 
     def node_of(self, channel: bytes) -> Redis:
         return self._listening

@@ -57,11 +57,11 @@ class Slots:
         Returns the addresses that have lost all their slots.
         """
         before = self.masters()
-        told: list[Address | None] = [None] * SLOTS
+        masters: list[Address | None] = [None] * SLOTS
         for low, high, address in ranges:
-            told[low : high + 1] = [address] * (high + 1 - low)
+            masters[low : high + 1] = [address] * (high + 1 - low)
         # A slot that no node claims at the moment stays where it was: there is no better node to ask.
-        self._masters = [new or old for new, old in zip(told, self._masters, strict=True)]
+        self._masters = [new or old for new, old in zip(masters, self._masters, strict=True)]
         return before - self.masters()
 
 

@@ -70,8 +70,8 @@ class MasterWatch(Backend):
     def _moved(self) -> None:
         for subscriber in self._subscribers:
             subscriber.look()
-        for told in self._when_moved:
-            told()
+        for callback in self._when_moved:
+            callback()
 
 
 def break_connections(client: Redis, unless_at: Address | None = None) -> None:

@@ -42,14 +42,14 @@ class Nodes(Protocol):
 class Subscriber:
     """Subscribes to channels, and passes their messages to a function.
 
-    `heard(channel, None)` says that a subscription begins: earlier messages may have been missed. It is called again
-    after each reconnect, and when the channel has moved to another node. Messages of a channel come in their order.
-    While a node is away, the subscriber retries.
+    `on_message(channel, None)` says that a subscription begins: earlier messages may have been missed. It is called
+    again after each reconnect, and when the channel has moved to another node. Messages of a channel come in their
+    order. While a node is away, the subscriber retries.
     """
 
-    def __init__(self, nodes: Nodes, heard: OnMessage) -> None:
+    def __init__(self, nodes: Nodes, on_message: OnMessage) -> None:
         self._nodes = nodes
-        self._heard = heard
+        self._on_message = on_message
         self._at: dict[bytes, _Connection] = {}
         self._connections: dict[Redis, _Connection] = {}
         self._readers: set[asyncio.Task[None]] = set()
@@ -169,9 +169,9 @@ class Subscriber:
             # The slot has moved, or the channel was subscribed to again after an unsubscribe.
             connection.astray.add(channel)
         elif message["type"] == "ssubscribe":
-            self._heard(channel, None)
+            self._on_message(channel, None)
         elif message["type"] == "smessage":
-            self._heard(channel, message["data"])
+            self._on_message(channel, message["data"])
 
 
 class _Connection(PubSub):
@@ -189,7 +189,7 @@ class _Connection(PubSub):
         self.astray: set[bytes] = set()  # wanted, but refused by this node
         self._opening = asyncio.Lock()
         self._pinged_at = 0.0
-        self._heard = True  # whether anything was received since the last ping
+        self._received = True  # whether anything was received since the last ping
 
     async def hear(self) -> dict[str, Any] | None:
         """Return the next message, or None after a while.
@@ -198,17 +198,17 @@ class _Connection(PubSub):
         """
         loop = asyncio.get_running_loop()
         silent_s = loop.time() - self._pinged_at
-        if self._heard and silent_s >= PING_S:
-            self._pinged_at, self._heard, silent_s = loop.time(), False, 0.0
+        if self._received and silent_s >= PING_S:
+            self._pinged_at, self._received, silent_s = loop.time(), False, 0.0
             await self.execute_command("PING")
         message: dict[str, Any] | None = await self.get_message(timeout=PING_S)
         # Checked after another read: a process that was itself stopped finds the answer there.
-        if message is None and not self._heard and silent_s > MAX_SILENCE_S:
+        if message is None and not self._received and silent_s > MAX_SILENCE_S:
             assert self.connection
-            self._heard = True  # of the next connection
+            self._received = True  # of the next connection
             await self.connection.disconnect(nowait=True)
             raise ConnectionError(f"the server has not answered a ping for {MAX_SILENCE_S:g} s")
-        self._heard = self._heard or message is not None
+        self._received = self._received or message is not None
         return message
 
     async def open(self) -> None:
