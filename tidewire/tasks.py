@@ -1,4 +1,4 @@
-"""Cancelling tasks, and waiting until they have ended."""
+"""Ending tasks, and finding out why one has failed."""
 
 from __future__ import annotations
 
@@ -37,3 +37,10 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return work.result()
 
     return asyncio.run(watch())
+
+
+def leaf(error: BaseException) -> BaseException:
+    """Return the first error inside an exception group, at any depth; or the error itself if it is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -16,6 +16,7 @@ import typer
 from tidewire import __version__
 from tidewire.errors import ConfigurationError, TidewireError, Unreachable
 from tidewire.process.settings import drop_service_links
+from tidewire.tasks import leaf
 
 from ..wiring import WIRING
 from . import output
@@ -89,7 +90,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TIDEWIRE_LOG_LEVEL") == "debug":
             raise
-        fail(f"this should not have happened: {type(error).__name__}: {error} (TIDEWIRE_LOG_LEVEL=debug tells where)")
+        cause = leaf(error)
+        fail(f"this should not have happened: {type(cause).__name__}: {cause} (TIDEWIRE_LOG_LEVEL=debug tells where)")
 
 
 def fail(message: str, code: int = 1) -> None:

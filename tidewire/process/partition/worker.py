@@ -19,7 +19,7 @@ from tidewire.process.settings import Settings
 from tidewire.process.versions import Versions
 from tidewire.redis.backend import Backend, Waiter
 from tidewire.redis.functions import Owned
-from tidewire.tasks import end
+from tidewire.tasks import end, leaf
 
 log = structlog.get_logger(__name__)
 
@@ -208,11 +208,12 @@ class Worker:
             if not task.done():
                 continue
             error, owned = task.exception(), self._owned[partition]
+            cause = _cause(error)
             await self._stop(partition)
             self._retry_at[partition] = time.monotonic() + 0.5
-            if isinstance(error, Fenced):
+            if isinstance(cause, Fenced):
                 log.warning("partition_lost", group=self.group, partition=partition)
-            elif isinstance(cause := _cause(error), Declined) and self._versions:
+            elif isinstance(cause, Declined) and self._versions:
                 self._versions.decline(self.group, partition, cause.names)
                 with contextlib.suppress(Fenced):
                     await self._backend.functions.lease_release(owned)
@@ -251,7 +252,6 @@ async def _run(loop: PartitionLoop, idle: Waiter) -> None:
 
 def _cause(error: BaseException | None) -> BaseException | None:
     """Return the error behind an exception group: a Fenced if there is one, else the first."""
-    while isinstance(error, BaseExceptionGroup):
-        fenced = error.subgroup(Fenced)
-        error = (fenced or error).exceptions[0]
+    if isinstance(error, BaseExceptionGroup):
+        return leaf(error.subgroup(Fenced) or error)
     return error
