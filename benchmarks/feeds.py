@@ -63,7 +63,7 @@ BROADCASTER = [sys.executable, "-m", "tidewire.services.cli.main", "broadcaster"
 
 
 def body() -> bytes:
-    """Of a change of 200 bytes."""
+    """The body of a change of 200 bytes."""
     return pack(FeedBody("change", b'{"new":"%s"}' % (b"x" * 190)))
 
 
@@ -74,7 +74,7 @@ def unit_of(number: int, body: bytes, feeds: tuple[bytes, ...]) -> Unit:
 
 
 async def under_way(call: Callable[[], Awaitable[Any]], seconds: float) -> float:
-    """Calls a second, so many at a time."""
+    """Return calls per second, with that many at a time."""
     begun, done = time.perf_counter(), 0
 
     async def again() -> None:
@@ -178,7 +178,7 @@ async def write_changes(backend: Backend) -> None:
 
 
 async def memory(backend: Backend) -> bool:
-    """What feeds cost, by the server's own count, and what appends cost, as its streams are cut into nodes."""
+    """Measure the memory of feeds and the time of appends, for several sizes of stream nodes."""
     redis = backend.commands
     print(f"memory of a feed's entries of {len(body())} bytes, by {NODE_BYTES}; and appends/s, {MANY} feeds a call")
     print(f"{'':>6}" + "".join(f"{entries:>9,} entries" for entries in ENTRIES) + f"{'appends/s':>12}")

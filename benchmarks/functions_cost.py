@@ -1,4 +1,4 @@
-"""What each Lua function costs the server, by the server's own clock, in microseconds a call.
+"""The cost of each Lua function on the server, by the server's own clock, in microseconds per call.
 
     python benchmarks/functions_cost.py [--milliseconds 20] [--rounds 30]
 
@@ -45,7 +45,7 @@ Call = Callable[[], Awaitable[Any]]
 
 
 async def cost_us(backend: Backend, call: Call, seconds: float) -> float:
-    """Of one call, on the server."""
+    """Return the microseconds of one call on the server."""
     await backend.commands.config_resetstat()
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -55,7 +55,7 @@ async def cost_us(backend: Backend, call: Call, seconds: float) -> float:
 
 
 async def owned(backend: Backend, partition: int) -> Owned:
-    """A partition whose stream has a group, and a lease that nobody else takes."""
+    """A partition whose stream has a group, and a lease that no other worker takes."""
     keys = backend.keys
     stream = keys.changes(partition)
     await backend.ensure_group(stream, GROUP)

@@ -1,4 +1,4 @@
-"""What one client can do to the others: their latency while it does its worst, beside the same run without it.
+"""What one client does to the others: their latency during its attack, beside the same run without it.
 
     python -m benchmarks.isolation [--cases L2 L3 …] [--seconds 10] [--users 100] [--rounds 2] [--json FILE]
 
@@ -53,7 +53,7 @@ PROBES = 3
 ATTACKER_ENDS_S = 10.0
 LOOK_S = 0.25
 LINE_BYTES = 1 << 28
-"""Of what a process of users says at the end: all that it has noted."""
+"""Maximum bytes of the last line of a process of users, which has all its notes."""
 
 
 class System(NamedTuple):
@@ -102,7 +102,7 @@ async def python(*command: str, stderr: Any = None) -> asyncio.subprocess.Proces
 
 
 async def first_line(process: asyncio.subprocess.Process) -> bytes:
-    """What it says first; nothing when it ends or says nothing in time."""
+    """Return the first line of a process; nothing if it ends or prints nothing in time."""
     assert process.stdout
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(STARTING_S):
@@ -154,7 +154,7 @@ class Crowds:
             await process.stdin.drain()
 
     async def end(self) -> tuple[list[Sample], dict[str, list[float]], Counter[str]]:
-        """What all have noted: samples, lags by phase, and how often they reconnected or were reset."""
+        """Return the notes of all: samples, lags by phase, and the numbers of reconnects and resets."""
         await self._tell({"end": True})
         samples: list[Sample] = []
         lags: dict[str, list[float]] = defaultdict(list)
@@ -236,7 +236,7 @@ def _memory_mb(pid: int) -> float:
 
 @contextlib.asynccontextmanager
 async def phase(name: str, crowd: Crowds, usage: Usage, phases: list[Phase]) -> AsyncIterator[None]:
-    """What is sent within counts for that phase."""
+    """Requests that are sent within it count for that phase."""
     watching = asyncio.create_task(usage.watch())
     before, begun = usage.cpu_s(), time.monotonic()
     await crowd.phase(name)
@@ -272,7 +272,7 @@ class Attacking:
         self._process.stdin.write(b"begin\n")
 
     async def end(self) -> dict[str, int]:
-        """What it was answered, by count, when its time is over."""
+        """Return the number of its answers by kind, when its time is over."""
         try:
             async with asyncio.timeout(ATTACKER_ENDS_S):
                 said: dict[str, int] = json.loads(await first_line(self._process) or b"{}")
@@ -286,7 +286,7 @@ class Attacking:
 
 
 async def recovery_s(system: System, auth_key: str, usual_s: float) -> float | None:
-    """How long until a write to the attacked partition is delivered about as usual; None when it takes too long."""
+    """Return the seconds until a write to the attacked partition is delivered as usual; None if it takes too long."""
     begun = time.monotonic()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RECOVERY_S):
@@ -299,7 +299,7 @@ async def recovery_s(system: System, auth_key: str, usual_s: float) -> float | N
 
 
 async def usual_s(system: System, auth_key: str) -> float:
-    """How long a probe takes while nobody attacks: the longest of some."""
+    """Return the longest time of some probes without an attack, in seconds."""
     took = []
     for _ in range(PROBES):
         begun = time.monotonic()

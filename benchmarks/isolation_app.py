@@ -5,7 +5,7 @@ from tidewire import App, everyone, nobody, user
 app = App("isolation")
 
 app.table("mail", key=("box", "id"), readers=user("to"), writers=user("author"))
-"""What the measured users write to each other, and read."""
+"""The table that the measured users write and read."""
 
 groups = app.membership("groups", group="group", member="user", readers=nobody, writers=user("user"))
 
@@ -16,7 +16,7 @@ app.table("boxes", key=("box", "id"), readers=user("owner"), writers=user("owner
 """L3, L4 and L5: large items of one owner."""
 
 app.table("profiles", key="id", readers=groups.peers("owner"))
-"""L8: whoever shares a group with the owner."""
+"""L8: an audience of all who share a group with the owner."""
 
 app.connections(readers=groups.peers("user"))
 """L13: presence goes to all peers of a user."""

@@ -1,4 +1,4 @@
-"""What one client can do to the others: the attacks of benchmarks/isolation.py, and the process that does one.
+"""The attacks of benchmarks/isolation.py, and the process that does one.
 
 The process reads a line, an Order, and writes one when it is ready. It begins with the next line that it reads, and at
 the end writes what it was answered, by count. It has a low priority: an attacker has a machine of its own, and must not
@@ -83,7 +83,7 @@ class Attacker:
             await asyncio.sleep(PAUSE_S)
 
     async def flood(self, frames: Callable[[], Frame], sockets: int = SOCKETS, depth: int = DEPTH) -> None:
-        """That many requests under way, always."""
+        """Keep that many requests under way."""
 
         async def one_after_another(socket: Socket) -> None:
             while self.going():
@@ -163,7 +163,7 @@ async def boxes(service: Socket, stage: Backend) -> None:
 
 
 async def busy(service: Socket, stage: Backend) -> None:
-    """A user in many groups, and a profile of that user that nobody else may read."""
+    """A user in many groups, and a profile that only this user may read."""
     await fill(service, "groups", ({"group": f"g{n}", "user": BUSY} for n in range(GROUPS)))
     await fill(service, "profiles", [{"id": PROFILE, "owner": BUSY}])
 
@@ -274,7 +274,7 @@ async def backtracking_topic(attacker: Attacker) -> None:
 
 
 async def pings(attacker: Attacker) -> None:
-    """Ping frames as fast as they are taken, by somebody who reads no pong."""
+    """Ping frames at full speed, from a client that reads no pong."""
     ping = (
         b"\x89\xfd\0\0\0\0" + b"p" * 125
     )  # RFC 6455 §5.2: FIN and ping; masked, 125 bytes; a mask that changes nothing
@@ -366,7 +366,7 @@ ATTACKS = {
     "flapping": Attack("joins and leaves of one group", nothing, flapping),
     "group": Attack("transactions of 100 to 2,000 open feeds", hall, large_group),
 }
-"""By the number of the case, or a name where there is none."""
+"""The attacks by number of their case, or by name."""
 
 
 async def main() -> None:

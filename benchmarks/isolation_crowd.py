@@ -25,9 +25,9 @@ from tidewire.services.cli.service import start
 from tidewire.tasks import end
 
 WRITES_S, READS_S = 2.0, 1.0
-"""Of each user."""
+"""Requests per second of each user."""
 PATIENCE_S = 15.0
-"""How long a user waits for an answer; longer than the server does."""
+"""Seconds that a user waits for an answer: longer than the server does."""
 LAG_LOOK_S = 0.01
 IDS = 20
 """Items of one user, written in turn."""

@@ -13,7 +13,7 @@ KINDS, PLACES = ("reply", "delivered", "read"), ("same", "other")
 
 
 class Phase(NamedTuple):
-    """What the system used while it lasted, by kind of process."""
+    """CPU and memory of the system during a phase, by kind of process."""
 
     name: str  # "calm-0", "attack-0", "calm-1", …
     cpu: Mapping[str, float]  # cores
@@ -31,7 +31,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Of requests of one kind: what failed counts with the time after which it was known to have failed."""
+    """The latencies of requests of one kind. A failed request counts with the time until its failure was known."""
     took = [sample.took_s for sample in samples]
     outcomes = Counter(sample.outcome for sample in samples)
     return {
@@ -43,7 +43,7 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def summary(samples: Sequence[Sample], lags: Mapping[str, list[float]], phases: Sequence[Phase]) -> dict[str, Any]:
-    """Of one case: for each place and kind, without and with the attacker, and their ratio."""
+    """The rows of one case: for each place and kind, without and with the attacker, and their ratio."""
     places: dict[str, Any] = {}
     for where in PLACES:
         for kind in KINDS:
@@ -92,7 +92,7 @@ def _pair(one: Mapping[str, Any], name: str) -> str:
 
 
 def failures(one: Mapping[str, Any], phase: str) -> Counter[str]:
-    """Of all kinds of one place."""
+    """The rows of all kinds of one place."""
     total: Counter[str] = Counter()
     for kind in KINDS:
         total.update(one[kind][phase]["failed"])

@@ -108,4 +108,4 @@ def names(prefix: str, count: int, *, attacked: bool | None = None) -> list[str]
 
 
 UNREACHABLE = (OSError, WebSocketException, TimeoutError)
-"""What `connected` raises where a connection is refused or does not come about."""
+"""The errors of `connected` when a connection is refused or fails."""

@@ -117,7 +117,7 @@ async def floor(redis: Redis, depth: int, seconds: float) -> float:
 
 
 class Gateway:
-    """As much of one as passes writes on, and takes the answers."""
+    """The part of a gateway that passes writes on and takes the answers."""
 
     def __init__(self, backend: Backend) -> None:
         self.id = secrets.token_hex(6)
@@ -143,7 +143,7 @@ class Gateway:
         return self._bus.request(self._keys.commands(self._keys.partition_of(new["list"])), record)
 
     async def closed(self, depth: int, seconds: float) -> Measured:
-        """So many outstanding, always: the next write goes out when one is answered."""
+        """Keep that many writes outstanding: the next one goes out when one is answered."""
         took_s: list[float] = []
         begun = time.perf_counter()
 

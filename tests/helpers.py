@@ -1,4 +1,4 @@
-"""What several kinds of tests need."""
+"""Helpers of several kinds of tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tidewire.services.cli import embedded
 __all__ = ["LONG", "free_port", "wait_until"]
 
 LONG = bool(os.environ.get("TIDEWIRE_TEST_LONG"))
-"""Whether what takes minutes is done in full (`make test-long`), or in a short form."""
+"""Whether tests that take minutes run in full (`make test-long`), or in a short form."""
 
 
 WORKERS = 4
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 async def wait_until(condition: Callable[[], Awaitable[object] | object], what: str, timeout_s: float = 30.0) -> None:
-    """Until the condition is true; it is asked every 50 ms."""
+    """Wait until the condition is true. It is checked every 50 ms."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()

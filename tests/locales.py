@@ -18,7 +18,7 @@ import pytest
 
 NAME = "en_US.UTF-8"
 REQUIRED = os.environ.get("TIDEWIRE_REQUIRE_LOCALE") == "1"
-"""Whether a machine without the locale is a failure, as in CI."""
+"""Whether tests fail on a machine without the locale, as in CI."""
 HOW = f"{NAME} cannot be compiled here: on Debian, `apt-get install locales`"
 
 
@@ -47,7 +47,7 @@ def compiled() -> Mapping[str, str]:
 
 
 def needed() -> Mapping[str, str]:
-    """As `compiled`; where there is no such locale, skip the test, or fail it under TIDEWIRE_REQUIRE_LOCALE=1."""
+    """Like `compiled`, but without the locale, skip the test, or fail it under TIDEWIRE_REQUIRE_LOCALE=1."""
     try:
         return compiled()
     except NoLocale as error:
@@ -57,7 +57,7 @@ def needed() -> Mapping[str, str]:
 
 
 def if_possible() -> Mapping[str, str]:
-    """As `compiled`; where there is no such locale, say so and give nothing. Raises NoLocale where it is required."""
+    """Like `compiled`, but without the locale, print so and return nothing. Raises NoLocale if it is required."""
     try:
         return compiled()
     except NoLocale as error:

@@ -1,4 +1,4 @@
-"""Every wrong shape of every action of clients: what is sent, the code of its error, and what its message must name.
+"""Every malformed shape of every action: the request, its error code, and a word that the message must name.
 
 What a message names is what its reader needs to mend the request: the field or attribute, and where it stands.
 """
@@ -48,9 +48,9 @@ SEEDS: list[tuple[str, Item]] = [
     ("lines", {"page": "p", "n": 1}),
     ("orders", {"id": "o", "owner": "alice", "at": 1}),
 ]
-"""What is there before."""
+"""Requests that set up the state before."""
 GOOD: tuple[str, dict[str, Any]] = ("update", {"table": "notes", "key": "n", "add": {"count": 1}})
-"""What is done after all of them, as if they had not been."""
+"""Requests after all others, which must work as if there had been no others."""
 
 
 class Wrong(NamedTuple):
@@ -81,13 +81,13 @@ def put(table: Any, item: Any, *names: str, code: str = "bad_request", **more: A
 
 
 def update(*names: str, **fields: Any) -> Wrong:
-    """Of the note "n", unless they say otherwise."""
+    """Return requests for the note "n", unless they name another."""
     code = fields.pop("code", "bad_request")
     return Wrong("update", {"table": "notes", "key": "n", **fields}, names, code)
 
 
 def query(*names: str, **fields: Any) -> Wrong:
-    """Of the lines of "p", unless they say otherwise."""
+    """Return requests for the lines of "p", unless they name another."""
     return Wrong("query", {"table": "lines", "key": "p", **fields}, names)
 
 
@@ -136,7 +136,7 @@ WRONG_VALUES: list[tuple[Any, str]] = [
     (1e300, "2^53"),
     (LONG_KEY, "1024"),
 ]
-"""What cannot stand in a key."""
+"""Values that no key may have."""
 
 # A bare key is written as a value or as an object: a list is neither, and an object has the key's own attributes.
 KEYS = [("notes", value, "'id'") for value, _ in WRONG_VALUES if not isinstance(value, list | dict)]

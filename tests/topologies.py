@@ -111,7 +111,7 @@ class Cluster:
         _until("the replicas follow", lambda: all(map(_follows, nodes[self._masters :])))
 
     def master_of(self, slot: int, but: Server | None = None) -> Server:
-        """The live one that has the slot, as most of those who answer see it; `but` hangs and is not asked."""
+        """Return the live master of a slot, as most nodes that answer see it. `but` hangs and is not asked."""
         seen: list[int] = []
         for server in self.servers:
             if server is but:
@@ -123,7 +123,7 @@ class Cluster:
         return next(server for server in self.servers if server.port == max(set(seen), key=seen.count))
 
     def put_aside(self, slot: int) -> Server:
-        """Stop the replica of a slot's master, with what it has on disk: it hears of nothing from now on."""
+        """Stop the replica of a slot's master. It keeps its file, and receives no further writes."""
         master = self.master_of(slot)
         replica = next(one for one in self.servers if one.redis.role()[:3] == ["slave", "127.0.0.1", master.port])
         replica.redis.save()
@@ -145,7 +145,7 @@ class Cluster:
         return killed
 
     def come_back(self, server: Server) -> None:
-        """Start it again, and wait until it follows who has taken its place."""
+        """Restart a server, and wait until it is a replica of the new master."""
         server.start()
         _until("it follows", lambda: _follows(server.redis))
 
@@ -179,7 +179,7 @@ class Cluster:
 
 
 class Sentinels:
-    """A master, a replica, and three who watch them."""
+    """A master, a replica, and three sentinels."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         master, replica, *watching = (free_port() for _ in range(5))
@@ -205,7 +205,7 @@ class Sentinels:
         return int(state["num-other-sentinels"]) == len(self._watching) - 1 and int(state["num-slaves"]) == 1
 
     def master(self) -> Server:
-        """As those who watch see it."""
+        """Return the master as the sentinels see it."""
         for server in self._watching:
             with contextlib.suppress(redis.RedisError):
                 _, port = server.redis.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", "tidewire")
@@ -246,7 +246,7 @@ class Sentinels:
         _until("the other follows", lambda: _follows(before.redis))
 
     def come_back(self, server: Server) -> None:
-        """Start it again, as a replica of who has taken its place, and wait until it is one."""
+        """Restart a server as a replica of the new master, and wait until it is one."""
         server.start()
         _until("it answers", server.redis.ping)
         server.redis.replicaof("127.0.0.1", self.master().port)  # the sentinels would see to it, in a while
@@ -259,7 +259,7 @@ class Sentinels:
 
 @contextlib.contextmanager
 def replicated_cluster(masters: int = 3, replicas: int = 1) -> Iterator[Cluster]:
-    """That many masters with so many replicas each."""
+    """A cluster of masters with replicas."""
     with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
         made = Cluster(Path(folder), masters, replicas)
         try:
@@ -283,7 +283,7 @@ def sentinels() -> Iterator[Sentinels]:
 
 @contextlib.contextmanager
 def cluster(masters: int = 3) -> Iterator[str]:
-    """That many masters with an equal share of the slots each; the address, as --redis takes it."""
+    """Run masters with equal shares of the slots, and yield the address for --redis."""
     with replicated_cluster(masters, replicas=0) as made:
         yield made.url
 

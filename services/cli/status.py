@@ -14,7 +14,7 @@ from tidewire.model.records import unpack
 from tidewire.process.registry import all_services
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import NO_EVICTION
-from tidewire.redis.keys import ConsumerGroup, PartitionField
+from tidewire.redis.keys import ConsumerGroup, LeaseField, PartitionField
 
 STREAMS = {ConsumerGroup.STORE: "commands", ConsumerGroup.INDEXER: "changes", ConsumerGroup.BROADCASTER: "changes"}
 
@@ -25,7 +25,7 @@ async def owners(backend: Backend, group: str) -> dict[int, str | None]:
     now = await backend.now_ms()
     async with backend.commands.pipeline(transaction=False) as pipeline:
         for partition in range(keys.partitions):
-            pipeline.hmget(keys.lease(partition, group), "owner", "expires")
+            pipeline.hmget(keys.lease(partition, group), LeaseField.OWNER, LeaseField.EXPIRES)
         leases = await pipeline.execute()
     return {
         partition: owner.decode() if owner and int(expires or 0) > now else None

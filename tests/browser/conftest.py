@@ -25,7 +25,7 @@ FLAGS = [
 
 
 def needed(what: str, present: object, how: str) -> None:
-    """Skip, saying what is missing; where the browser is required, fail."""
+    """Skip the test and print what is missing. Fail if the browser is required."""
     if present:
         return
     message = f"{what} is missing: {how}"

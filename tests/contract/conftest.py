@@ -31,7 +31,7 @@ from tidewire.testing import Stage
 
 Frame = dict[str, Any]
 PATIENCE_S = 15.0
-"""How long a condition is waited for. Generous: a wait that is met ends at once."""
+"""Maximum seconds to wait for a condition. It is generous: a wait ends as soon as the condition holds."""
 
 
 class Order(msgspec.Struct):
@@ -176,7 +176,7 @@ async def as_user(stage: Stage, stack: contextlib.AsyncExitStack, name: str, **o
 
 
 async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:
-    """What `check` gives, once that is true."""
+    """Wait until `check` returns something true, and return it."""
     until = time.monotonic() + PATIENCE_S
     async with asyncio.timeout(PATIENCE_S):
         while not (found := await check()):
@@ -289,6 +289,6 @@ async def stage(open_stage: Open) -> AsyncIterator[Stage]:
 
 @pytest.fixture
 async def stack() -> AsyncIterator[contextlib.AsyncExitStack]:
-    """What is entered here is left before the stage ends."""
+    """A stack that is closed before the stage ends."""
     async with contextlib.AsyncExitStack() as entered:
         yield entered

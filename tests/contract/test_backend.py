@@ -1,4 +1,4 @@
-"""Connections to Redis: what a wrong address comes to, and channels that are heard whatever happens to their node."""
+"""Connections to Redis: the errors of wrong addresses, and subscriptions that survive changes of nodes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
 
 
 class Listener:
-    """What a subscriber has heard, by channel; None for each confirmation."""
+    """The messages of a subscriber, by channel; None for each confirmation."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -48,7 +48,7 @@ class Listener:
             await command("SPUBLISH", channel, message)
 
     async def told_all(self, *messages: bytes, of: Iterable[bytes]) -> None:
-        """Until exactly these messages of each channel were heard."""
+        """Wait until exactly these messages of each channel have come."""
         await wait_until(lambda: all(self.told(channel) == [*messages] for channel in of), f"{messages} are heard")
 
     async def subscribed(self, times: int, of: Iterable[bytes]) -> None:
@@ -136,7 +136,7 @@ async def test_a_channel_follows_its_slot_to_another_node(listener: Listener) ->
 
 @pytest.fixture
 def wrong(server: str, cluster: str) -> list[tuple[str, str]]:
-    """Addresses where something answers, or nothing, and what is said of each."""
+    """Wrong addresses, with and without a server, and the error of each."""
     hosts = cluster.removeprefix("redis+cluster://")
     return [
         (server.replace("redis://", "redis+cluster://"), "is not in cluster mode"),

@@ -17,7 +17,7 @@ READERS = 6
 
 
 async def members(stage: Stage, stack: AsyncExitStack, room: str, count: int = READERS) -> list[Wire]:
-    """Users who are connected, and members of a room."""
+    """Connect users that are members of a room."""
     admin = await as_user(stage, stack, "admin", role="service")
     readers = [await as_user(stage, stack, f"u{number}") for number in range(count)]
     for number in range(count):

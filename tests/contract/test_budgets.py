@@ -1,4 +1,4 @@
-"""One client's most expensive requests, and a Redis that is full: what is refused, and that the others go on."""
+"""One client's most expensive requests, and a full Redis: the refusals, and the others' progress."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_a_refused_transaction_does_not_settle_the_kind_of_a_sort_key(
 
 @asynccontextmanager
 async def of_its_own(**settings: Any) -> AsyncIterator[Stage]:
-    """A stage on a server that nobody else uses."""
+    """A stage on a server of its own."""
     with ValkeyServer(free_port()) as running:
         backend = await connect(f"redis://127.0.0.1:{running.port}", Keys("own", 2))
         async with testing.run(

@@ -1,4 +1,4 @@
-"""A server without memory or disk, or with keys evicted: what still works, and what each client is told."""
+"""A server without memory or disk, or with evicted keys: what still works, and the error of each client."""
 
 from __future__ import annotations
 

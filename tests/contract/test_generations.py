@@ -1,4 +1,4 @@
-"""A server that went back, and changes that were lost: positions, links and feeds notice, and readers are told."""
+"""A server that went back, and lost changes: positions, links and feeds notice, and readers get a reset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing in Redis grows without bound: after many writes and deletes, what is left is looked at key by key."""
+"""Nothing in Redis grows without bound: after many writes and deletes, each remaining key is checked."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ async def hold(backend: Backend, leases: list[bytes]) -> None:
 
 @pytest.mark.real
 async def test_an_index_is_mended_where_changes_were_trimmed_before_it_had_read_them(server: str) -> None:
-    """The store goes on beyond its length cap while nobody follows the indexes; then somebody does again."""
+    """The store goes beyond its length cap while no indexer works; then one works again."""
     keys = Keys("shelf", 2)
     settings: Any = {
         "stage": "shelf", "partitions": 2, "changes_retention_s": 1.0, "changes_max": 1, "lease_ms": 1000

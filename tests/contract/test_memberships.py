@@ -1,4 +1,4 @@
-"""Memberships that end and flap while their broadcaster is late: nobody is told too much, nobody waits long."""
+"""Memberships that end and flap while their broadcaster is late: no leak, and no long wait."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_app() -> App:
 
 @contextlib.asynccontextmanager
 async def held(backend: Backend, group: str, partition: int) -> AsyncIterator[None]:
-    """Somebody who does nothing owns the partition."""
+    """The partition belongs to an owner that does nothing."""
     lease = backend.keys.lease(partition, group)
     epoch = int(await backend.commands.hget(lease, "epoch") or 0) + 10**6
 

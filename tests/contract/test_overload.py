@@ -1,4 +1,4 @@
-"""Too much at once, too late, and twice: what is refused is not half done, and what is repeated is done once."""
+"""Overload, time-outs and repeats: a refused request is not half done, and a repeated one is done once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEASE_MS = 1200
 
 @asynccontextmanager
 async def withheld(stage: Stage, group: str) -> AsyncIterator[None]:
-    """Within, nobody of that group works: all its leases are another's, who does nothing."""
+    """Stop the work of a group: all its leases belong to an owner that does nothing."""
     keys, redis = stage.backend.keys, stage.backend.commands
     leases = [keys.lease(partition, group) for partition in range(keys.partitions)]
     for lease in leases:

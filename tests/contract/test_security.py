@@ -1,4 +1,4 @@
-"""A stranger gets not one byte of the chat's rooms, and nobody takes what is another's."""
+"""A stranger gets no byte of the chat's rooms, and no user takes another's items."""
 
 from __future__ import annotations
 

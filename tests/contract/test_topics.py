@@ -1,4 +1,4 @@
-"""Topics and claims: who follows what, from which cursor on, and who gets no frame of it."""
+"""Topics and claims: who may follow, from which cursor, and who gets no frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two versions of an application on one stage: nobody loses a change of what only one of them declares."""
+"""Two versions of an application on one stage: no reader loses a change of a table that only one declares."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def own_something(*workers: Worker) -> None:
 
 
 async def keys_heard(reader: Wire, table: str, last: str) -> list[str]:
-    """What the reader was told of a table, in the order of arrival, up to an id that is heard of in each room."""
+    """Return the frames of a table in the order of arrival, up to one with that id from each room."""
     left, heard = set(ROOMS), []
     while left:
         frame = await reader.next(type="change", table=table)

@@ -9,11 +9,11 @@ from .check import Report
 from .logs import Absence, Late, Peak, Probe, Reconnect, Span, Window
 
 MAX_PAUSE_MS = 5_000
-"""How much longer than the faults of that time a partition may stand still, in ms."""
+"""Maximum ms that a partition may stand still, beyond the faults of that time."""
 MAX_ABSENCE_MS = 10_000
-"""How much longer than the faults of that time an open connection may be missing from `connections`, in ms."""
+"""Maximum ms that an open connection may be missing from `connections`, beyond the faults of that time."""
 AFTER_MS = 5_000
-"""How long after a fault an answer may still be late because of it, in ms."""
+"""Maximum ms after a fault during which an answer may be late because of it."""
 MAX_BYTES = {
     "gateway": 600 << 20,
     "store": 500 << 20,
@@ -48,7 +48,7 @@ class _Pause(NamedTuple):
 
 
 def explained_ms(since_ms: float, until_ms: float, windows: Iterable[Span | Window], after_ms: float = 0.0) -> float:
-    """How much of a stretch of time lies within faults, or shortly after one; overlaps count once."""
+    """Return how much of a span lies within faults, or shortly after one. Overlaps count once."""
     cut = sorted(
         (max(since_ms, window.since_ms), min(until_ms, window.until_ms + after_ms))
         for window in windows

@@ -45,7 +45,7 @@ def again(kind: str, service: str | None, count: int, lasts_s: float = 0.0, ever
 QUIET = Pace({"note": 0.25, "message": 0.1}, reads_s=(60.0, 90.0), notes=10_000, flees=True)
 """Few changes, so that from one partition to another there is nothing for long."""
 STAYING = ALL._replace(reads_s=(60.0, 90.0))
-"""Nobody gets by a new connection what the old one owed."""
+"""Readers stay connected, so no new connection repairs what the old one missed."""
 PROBED = with_parts(["probes"], STAYING)
 """Each partition is probed, `connections` and memory are watched."""
 

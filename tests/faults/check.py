@@ -1,4 +1,4 @@
-"""What readers logged, beside what they should have been told: missing, twice, out of order, or not theirs. Pure."""
+"""Compare what readers logged with what they should have received: missing, doubled, out of order, or leaked. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .images import digest
 from .logs import Acknowledged, Got, Span
 
 LATE_MS = 20_000
-"""A change that is made so long after a reset is in what follows on the reset."""
+"""Milliseconds after a reset from which on every change must be among the frames that follow it."""
 EVENTUAL_MS = 15_000
-"""A member for so long before and after a change is made hears of it, also where the group is in another partition."""
+"""Milliseconds of membership before and after a change that entitle to it, wherever the group is."""
 LEAK_MS = 5_000
-"""Nobody hears of it who has not been a member for so long: a lease, and some."""
+"""Milliseconds after which a former member must receive nothing more: a lease, and some."""
 
 
 class Violation(NamedTuple):
@@ -75,7 +75,7 @@ def frame_of(one: Got) -> Frame:
 
 
 class Segment(NamedTuple):
-    """What a reader got of a feed between two resets. `begun_ms` is when the reset before it came."""
+    """The frames of a feed that a reader received between two resets. `begun_ms` is the time of the first reset."""
 
     frames: list[Got]
     since_ms: float
@@ -259,7 +259,7 @@ def _compare(due: Counter[Frame], found: Counter[Frame], who: str, place: Place,
 def _check_eventual(
     expected: Expected, feed: Feed, who: str, segment: Segment, frames: list[tuple[Place, int, Got]], report: Report
 ) -> None:
-    """Of tables whose groups lie elsewhere: the user was a member at about that time."""
+    """Check tables whose groups are in other partitions: the user was a member at about that time."""
     user = feed[1]
     seen: set[tuple[int, Place]] = set()
     last: dict[int, Place] = {}
@@ -356,7 +356,7 @@ def check_history(
 
 
 def check_connections(readers: Sequence[ReaderLog], report: Report) -> None:
-    """Two connections of a user are told the same under the same cursor."""
+    """Two connections of a user receive the same frames under the same cursor."""
     told: dict[tuple[Feed, str], Frame] = {}
     for reader in readers:
         for one in reader.log:

@@ -1,4 +1,4 @@
-"""What each reader should have been told: worked out from the store's history, a second time. Pure.
+"""What each reader should have received, computed from the store's history independently. Pure.
 
 The rules here come from the declarations in `app` and `app_next`, and from nothing of Tidewire's.
 """
@@ -18,7 +18,7 @@ from .pace import is_watched, tenant_of
 HIDDEN = "secret"
 
 Place = tuple[int, int, int]
-"""Where a change stands within its partition: generation, ms, seq."""
+"""The position of a change within its partition: generation, ms, seq."""
 Frame = tuple[str, str | None, str | None, tuple[tuple[str, Any], ...], int | None, int | None]
 """(type, event, table, key, digest of new, digest of old)"""
 Feed = tuple[str, str]
@@ -35,7 +35,7 @@ class Written(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What a membership opens to its members."""
+    """The tables and topics that a membership opens to its members."""
 
     group: str
     """The attribute that names the group."""
@@ -61,13 +61,13 @@ TOPICS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "notices": lambda item: f"tenant:{item['tenant']}",
     "boards": lambda item: f"flat:{item['flat']}",
 }
-"""The topic that an item of these tables is told in."""
+"""The topic that carries the changes of an item, by table."""
 EVENTUAL = ("notes", "drafts", "faces")
 """Tables whose readers depend on groups in other partitions."""
 
 
 class Memberships:
-    """Who was in which group, and since when: for audiences in other partitions."""
+    """The members of groups over time, for audiences in other partitions."""
 
     def __init__(self) -> None:
         self._spans: dict[tuple[str, str, str], list[list[float]]] = {}
@@ -92,11 +92,11 @@ class Memberships:
         return self._groups.get((membership, one), set()) & self._groups.get((membership, other), set())
 
     def may_hear(self, change: Change, user: str, since: float, until: float) -> bool:
-        """Whether the user was entitled to a change of an eventual table at any time in the span."""
+        """Return whether the user was entitled to a change of an eventual table at any time in the span."""
         return self._entitled(self.at_all, change, (change.old, change.new), user, since, until)
 
     def must_hear(self, change: Change, user: str, since: float, until: float) -> bool:
-        """Whether the user was entitled to it throughout the span."""
+        """Return whether the user was entitled to it throughout the span."""
         return self._entitled(self.throughout, change, (change.new,), user, since, until)
 
     def _entitled(
@@ -113,7 +113,7 @@ class Memberships:
 
 @dataclass
 class Expected:
-    """By feed and partition, the places in their order, and the frames of each."""
+    """The expected positions in order, by feed and partition, and the frames of each."""
 
     feeds: dict[Feed, dict[int, dict[Place, Counter[Frame]]]] = field(default_factory=dict)
     written: dict[tuple[int, Place], Written] = field(default_factory=dict)
@@ -133,7 +133,7 @@ def key_of(key: Mapping[str, Any]) -> Key:
 
 
 def expect(history: Iterable[Written]) -> Expected:
-    """What each feed should hold, of the users that are watched."""
+    """Return the expected contents of each feed of the watched users."""
     one_by_one = _History()
     for one in history:
         one_by_one.take(one)

@@ -28,9 +28,9 @@ BOOK_ITEMS, BOOK_ITEM_BYTES = 25, 240_000
 AT_A_TIME = 50
 """Requests under way while the data is written."""
 UNREAD_S = 4.0
-"""How long large answers are left unread."""
+"""Seconds that large answers are left unread."""
 ANSWER_S = 15.0
-"""How long a round waits for its answers."""
+"""Maximum seconds that a round waits for its answers."""
 
 Frame = dict[str, Any]
 

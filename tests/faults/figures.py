@@ -1,4 +1,4 @@
-"""What a run came to: counts, and tables in Markdown as docs/reliability.md has them."""
+"""The figures of a run: counts, and tables in Markdown for docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Outcome:
     late: int = 0
     """Requests that were answered with `timeout`."""
     readers_s: dict[str, float] = field(default_factory=dict)
-    """The longest that a connected reader heard nothing, by the fault of that time."""
+    """The longest silence at a connected reader, by the fault of that time."""
     partitions: dict[str, Worst] = field(default_factory=dict)
     """The longest from a write to its change in any partition, by the fault of that time."""
     lag_s: float = 0.0
@@ -38,7 +38,7 @@ class Outcome:
     sent: Counter[str] = field(default_factory=Counter)
     """Requests of the expensive client."""
     answers: Counter[str] = field(default_factory=Counter)
-    """How they were answered."""
+    """Number of requests by answer."""
 
     @property
     def violations(self) -> list[Violation]:

@@ -40,14 +40,14 @@ class Historian:
         ]
 
     async def run(self, backend: Backend) -> None:
-        """Until cancelled. A server that does not answer is asked again."""
+        """Read until cancelled. Retries while a server does not answer."""
         while True:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 await self.read(backend)
             await asyncio.sleep(READ_PAUSE_S)
 
     async def read(self, backend: Backend) -> None:
-        """Read what is new. Where the last entry has gone, as after a failover, all of the stream is compared."""
+        """Read new entries. If the last one has gone, as after a failover, compare the whole stream."""
         for partition, found in enumerate(self._found):
             stream, last = backend.keys.changes(partition), _text(self._last[partition])
             if found and not await backend.commands.xrange(stream, last, last):
@@ -57,7 +57,7 @@ class Historian:
                 self._keep(partition, some)
 
     async def _compare(self, backend: Any, partition: int) -> None:
-        """Forget what is no longer in the stream although later entries, or those before it, are."""
+        """Forget entries that the stream has lost: neighbours are there, and they are not."""
         stream, found = backend.keys.changes(partition), self._found[partition]
         there: set[Id] = set()
         low = "-"

@@ -1,4 +1,4 @@
-"""All users together: who they are, what each of them does, and what they noted."""
+"""The whole load: the users, their tasks, and their notes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Load:
         self.expensive: Expensive | None = None
         self.refused = 0
         self.unknown = 0
-        """Writes of which nobody said whether they were done."""
+        """Writes whose outcome is unknown."""
         self.service_key = ""
         self._url = url
         self._http_url = http_url
@@ -95,7 +95,7 @@ class Load:
                 await client.transact(*({"action": "put", "table": "crowd", "item": item} for item in items))
 
     def _seat(self, users: list[User], flapping: list[User]) -> None:
-        """Make those who read."""
+        """Create the readers."""
         parts, pace = self._pace.parts, self._pace
         for at, user in enumerate(users):
             topics = tuple(f"cell:{cell}" for cell in CELLS[: at % 3 + 1])
@@ -119,7 +119,7 @@ class Load:
 
     @property
     def looking(self) -> list[Reader | Viewer]:
-        """Everybody who is told of changes and checked."""
+        """All readers that are checked."""
         return [*self.readers, *self.viewers, *self.followers]
 
     def _begin_writing(self, users: list[User], flapping: list[User]) -> None:
@@ -152,14 +152,14 @@ class Load:
         await wait_until(lambda: not self._next_writes, "no write to the second version is under way", PATIENCE_S + 10)
 
     async def stop_writing(self) -> None:
-        """Until nobody waits for an answer any more. Readers stay connected from now on."""
+        """Stop writing, and wait for all answers. Readers stay connected from now on."""
         self._stopping.set()
         await asyncio.gather(*self._writing)
         for one in self.looking:
             one.stay()
 
     async def end(self) -> None:
-        """Cancel everybody. Raises what ended one of them before."""
+        """Cancel all tasks. Raises the error of one that has failed."""
         tasks = (*self._writing, *self._reading)
         for task in tasks:
             task.cancel()
@@ -190,7 +190,7 @@ class Load:
         return Writer(self._url, name, key, self.late, PATIENCE_S)
 
     async def _pause(self, pause_s: float) -> None:
-        """So long, or until writing stops."""
+        """Wait for that time, or until writing stops."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), pause_s)
 
@@ -277,7 +277,7 @@ class Load:
                 await self._pause(choice.uniform(*self._pace.flap_pause_s))
 
     async def _serve(self) -> None:
-        """What only service keys may: messages to users, and attributes that are hidden."""
+        """Do what only service keys may do: send messages to users, and write hidden attributes."""
         rate = self._pace.rates.get("send", 0.0)
         choice = random.Random(f"{self._seed} service")
         async with self._writer("service", self.service_key) as client:

@@ -1,4 +1,4 @@
-"""What the users under test note down, for the checker. Plain values."""
+"""The notes of the users under test, as plain values for the checker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written, how often, and by how many: the load as plain values. Each part of it can be left out."""
+"""The load as plain values: the kinds of writes, their rates, and the number of users. Each part is optional."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def flat_of(user: str) -> str:
 
 
 def is_watched(user: str) -> bool:
-    """Whether anybody reads as this user: not so for the hall's crowd and for the user of a thousand groups."""
+    """Return whether a reader connects as this user: none of the hall's crowd, nor the user of a thousand groups."""
     return user != SPRAWL and not (user[0] == "c" and user[1:].isdigit())
 
 
 class Pace(NamedTuple):
-    """How much of what is written, in writes of each user and second, and how users come and go."""
+    """The rate of each kind of write, in writes per user and second, and how users come and go."""
 
     rates: dict[str, float]
     stays_s: tuple[float, float] = (2.0, 10.0)
-    """How long somebody is in a room, or out of it."""
+    """Bounds of the seconds that a user stays in a room, or out of it."""
     reads_s: tuple[float, float] = (4.0, 20.0)
-    """How long a reader stays connected."""
+    """Bounds of the seconds that a reader stays connected."""
     users: int = 12
     notes: int = 30
-    """Of how many ids notes are."""
+    """Number of different ids of notes."""
     flees: bool = False
-    """Whether all are in all rooms, and leave them, for a while, a second after a fault has begun."""
+    """Whether all users are in all rooms, and leave them for a while, a second after each fault begins."""
     parts: frozenset[str] = frozenset()
     """The parts of the load beside the basic one, out of PARTS."""
     crowd: int = 5000
     """Members of the hall that are never online."""
     hall_stays_s: tuple[float, float] = (30.0, 120.0)
-    """How long a user is in the hall, or out of it."""
+    """Bounds of the seconds that a user stays in the hall, or out of it."""
     flap_pause_s: tuple[float, float] = (3.0, 8.0)
     """Time between two bursts of a membership that flaps."""
     flaps: int = 10
@@ -95,7 +95,7 @@ PARTS: dict[str, dict[str, float]] = {
     "expensive": {},
     "next": {"minute": 0.1, "draft": 0.05},
 }
-"""What can be added to the basic load, with its writes of each user and second:
+"""The optional parts of the load, with their writes per user and second:
 
 probes     a small write in each partition twice a second; connections and memory are watched
 large      items of up to 250 KB

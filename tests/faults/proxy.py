@@ -1,4 +1,4 @@
-"""A TCP proxy between one process and its Redis, which can be told what to do to what passes."""
+"""A TCP proxy between one process and its Redis. It delays, holds and cuts connections on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Proxy:
-    """Passes bytes both ways, until told otherwise. An async context manager."""
+    """Passes bytes both ways, unless a fault is set. An async context manager."""
 
     def __init__(self, to: int) -> None:
         self.port = 0
@@ -22,7 +22,7 @@ class Proxy:
         self._hold_at: bytes | None = None
         self._swallow: bytes | None = None
         self.done = asyncio.Event()
-        """What was to happen at a command has happened."""
+        """Note that the planned fault has happened."""
 
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._line, "127.0.0.1", 0)
@@ -37,14 +37,14 @@ class Proxy:
     # ── what can be done ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def cut(self, lasts_s: float) -> None:
-        """End all connections, and refuse new ones for so long."""
+        """Close all connections, and refuse new ones for that time."""
         self._away = True
         await self._end()
         await asyncio.sleep(lasts_s)
         self._away = False
 
     async def hold(self, lasts_s: float, at: bytes | None = None, begun: Callable[[], None] = lambda: None) -> None:
-        """Keep what passes for so long, then let it go on. With `at`: from the next command on that has these bytes."""
+        """Hold all traffic for that time, then pass it on. With `at`, begin at the next command with these bytes."""
         if at is not None:
             self.done.clear()
             self._hold_at = at

@@ -1,4 +1,4 @@
-"""Users who read: feeds by websocket and by server-sent events, and live views. They log what they are told."""
+"""Users who read: feeds by websocket and by server-sent events, and live views. They log all frames."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Reader:
         self._staying = asyncio.Event()
 
     def stay(self) -> None:
-        """From now on it disconnects no more."""
+        """Stay connected from now on."""
         self._staying.set()
 
     def online(self) -> str | None:
@@ -128,7 +128,7 @@ class Listener(Reader):
                 self.away.append((left, time.time() * 1000))
 
     async def _listen(self) -> None:
-        """Until the stream ends. Raises OSError or EOFError where there is none."""
+        """Read until the stream ends. Raises OSError or EOFError if there is no stream."""
         host = urlsplit(self._url)
         stream, writer = await asyncio.open_connection(host.hostname, host.port, limit=1 << 22)
         try:
@@ -226,7 +226,7 @@ class Viewer:
 
 
 def half_of_it(view: dict[Any, Any], together: Any) -> list[str]:
-    """What a view shows of a transaction but not of all of it; an item that is missing counts too."""
+    """Return what a view shows of a transaction that it shows only in part. Missing items count too."""
     as_of: dict[Any, Any] = {}
     for key in together:
         as_of.setdefault(view.get(key, {}).get("w"), key)

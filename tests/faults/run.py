@@ -1,4 +1,4 @@
-"""One run: the system, its users, the faults of a seed, and what the checker says.
+"""One run: the system, its users, the faults of a seed, and the checker's report.
 
 python -m tests.faults.run --minutes 10 --seed 7 --topology cluster --parts probes,large --kinds kill,stall_redis
 """
@@ -46,13 +46,13 @@ from .system import APPS, System
 from .watch import Connections, Lag, Memory
 
 SETTLE_S = 16.0
-"""After the last write: also what nobody announced has been looked for by then."""
+"""Seconds after the last write. By then, gateways have also found entries whose announcement was lost."""
 ANSWERED_S = 60.0
-"""By then whoever writes has had an answer, if only that there is none."""
+"""Maximum seconds until each writer has an answer, or a time-out."""
 LAST_S = 5.0
-"""So long before the end no fault begins any more."""
+"""Seconds before the end in which no fault begins."""
 INDEXED_S = 20.0
-"""By then an index has noticed what its server has lost."""
+"""Maximum seconds until an index has noticed the losses of its server."""
 
 
 async def run(
@@ -69,7 +69,7 @@ async def run(
     locale: Mapping[str, str] | None = None,
     max_bytes: Mapping[str, int] = MAX_BYTES,
 ) -> Outcome:
-    """Everything, from the first process to the checker's word. `code` is a folder with another Tidewire in it."""
+    """Do a whole run and return its outcome. `code` is a folder with another Tidewire."""
     planned = schedule(topology, seed, seconds) if faults is None else faults
     outcome = Outcome(seed, topology, seconds)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -115,7 +115,7 @@ async def run(
 
 
 class _Watched:
-    """What goes on beside the load: the history is read, `connections` compared and memory measured."""
+    """The observers beside the load: they read the history, compare `connections` and measure memory."""
 
     def __init__(self, system: System, load: Load, partitions: int) -> None:
         self.history = Historian(partitions)
@@ -160,7 +160,7 @@ class _Watched:
 def check(
     load: Load, history: list[Written], outcome: Outcome, windows: Sequence[Window], *, may_fall_back: bool
 ) -> None:
-    """Compare what everybody noted with the history."""
+    """Compare the notes of all readers with the history."""
     report = outcome.report
     outcome.changes = len(history)
     outcome.acknowledged, outcome.unknown = len(load.acknowledged), load.unknown
@@ -243,7 +243,7 @@ async def _wait(begun: float, until_s: float, load: Load, outcome: Outcome, seco
 
 
 async def _views(system: System, load: Load, outcome: Outcome) -> None:
-    """Live views beside what the store gives who asks."""
+    """Compare live views with the answers of the store."""
     for viewer in load.viewers:
         async with Client(system.url, viewer.user.key, timeout_s=20) as client:
             (value,) = viewer.key.values()
@@ -265,7 +265,7 @@ async def _views(system: System, load: Load, outcome: Outcome) -> None:
 
 
 async def _index(backend: Backend, outcome: Outcome) -> None:
-    """An index beside its table."""
+    """Compare an index with its table."""
     keys, attributes = backend.keys, ("user", "room")
     table: dict[tuple[str, str], int] = {}
     index: dict[tuple[str, str], int] = {}
@@ -293,7 +293,7 @@ async def _index(backend: Backend, outcome: Outcome) -> None:
 
 
 def pauses(load: Load, windows: Sequence[Window]) -> dict[str, float]:
-    """The longest time without a frame, by the fault that was there, or had just been. Somebody always writes."""
+    """Return the longest silence at a reader by the fault at or just before it. Users write all the time."""
     longest: dict[str, float] = {}
     for reader in load.readers:
         for earlier, later in zip(reader.log, reader.log[1:], strict=False):

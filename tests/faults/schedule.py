@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 SERVICES = ("gateway", "store", "broadcaster", "authorizer")
 PAUSE_S = (4.0, 7.0)
-"""How long a process is stopped: longer than a lease, which is 3 s."""
+"""Bounds of the seconds that a process is stopped: longer than a lease, which is 3 s."""
 STALL_S = (4.0, 10.0)
-"""How long a server is stopped: longer than a lease, and up to what callers wait for an answer."""
+"""Bounds of the seconds that a server is stopped: from a lease to the time-out of a request."""
 CALM_S = 20.0
 """Time without a fault, after each kind has happened once: what should be well again must be well by then."""
 
@@ -26,9 +26,9 @@ class Fault(NamedTuple):
 
 
 ANYWHERE = tuple((kind, service) for kind in ("kill", "pause") for service in SERVICES)
-"""What may happen whatever the servers are."""
+"""Faults of every topology."""
 CUTS = tuple(("cut", service) for service in SERVICES)
-"""Of all connections between a process and Redis: by a proxy, or by the servers themselves where there are several."""
+"""Faults of all connections between a process and Redis. A proxy makes them, or the servers, if there are several."""
 BEHIND_PROXIES = (
     *CUTS,
     *((kind, service) for kind in ("hold", "slow", "swallow") for service in SERVICES),
@@ -37,7 +37,7 @@ BEHIND_PROXIES = (
     ("hold_link", "broadcaster"),
     ("swallow_link", "broadcaster"),
 )
-"""What may happen to the way between a service and a single server; some at a command that it is about."""
+"""Faults between a service and a single server. Some wait for a certain command."""
 ROLL = ("roll", None)
 """All processes are replaced by those of the other version of the application: forward and back in turn."""
 AT: dict[str, tuple[tuple[str, str | None], ...]] = {
@@ -45,7 +45,7 @@ AT: dict[str, tuple[tuple[str, str | None], ...]] = {
     "sentinel": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("change_places", None), ("hang_master", None))), ROLL),
     "cluster": (*ANYWHERE, *CUTS, *(3 * (("fail_over", None), ("move_slot", None), ("hang_master", None))), ROLL),
 }
-"""The faults of each topology; what is there more than once is as much more likely."""
+"""The faults of each topology. One that is listed twice is twice as likely."""
 
 
 def schedule(topology: str, seed: int, seconds: float, kinds: frozenset[str] | None = None) -> list[Fault]:

@@ -37,13 +37,13 @@ ROOT = Path(__file__).parents[2]
 PER_SERVICE = 2
 SLOTS_MOVED = 3
 MIXED_S = 2.0
-"""How long both versions run side by side, beside the time that it takes to start processes."""
+"""Seconds that both versions run side by side, in addition to the time to start the processes."""
 SETTLE_S = 3.0
-"""Time for what was written to the second version's tables to be told, before that version is gone."""
+"""Seconds to deliver the last writes to the second version's tables before that version ends."""
 READY_S = 180.0
-"""Longest time for processes to start, also on a machine that does other work."""
+"""Maximum seconds for processes to start, also on a busy machine."""
 ENDS_S = 20.0
-"""How long a process may take to drain before it is killed."""
+"""Maximum seconds for a process to drain before it is killed."""
 COMMANDS = {
     "": b"FCALL",
     "read": b"$14\r\nbatch_",
@@ -51,11 +51,11 @@ COMMANDS = {
     "link": b"$20\r\nlink_append_",
     "note": b'"table":"notes"',
 }
-"""What a fault's kind may name, as it is on the wire."""
+"""The commands that a kind of fault may name, as they appear on the wire."""
 
 
 class Process:
-    """One process, started again whenever it ends. `deaths` says each time how it ended when nobody had ended it."""
+    """One process, restarted when it ends. `deaths` explains each end that the run did not cause."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, folder: Path = ROOT) -> None:
         self._command = command
@@ -89,7 +89,7 @@ class Process:
         self.process.send_signal(number)
 
     async def replace(self, command: list[str]) -> None:
-        """Let it drain and end; from then on the other command runs."""
+        """Drain the process, and run the other command from then on."""
         assert self.process
         self._command, before = command, self.process
         self._ends = True
@@ -115,7 +115,7 @@ def _last_line(log: Path) -> str:
 
 
 def cut(servers: Iterable[topologies.Server], pid: int, lasts_s: float) -> None:
-    """Have these servers end each connection of a process, and each new one, for that long."""
+    """Have these servers close all present and new connections of a process for a while."""
     until = time.monotonic() + lasts_s
     while True:
         for server, port in itertools.product(servers, _ports_of(pid)):
@@ -154,7 +154,7 @@ class Alone:
         self._process.start()
 
     async def do(self, fault: Fault) -> None:
-        """It is killed, and comes back with what is in its file; or it stands still for a while."""
+        """Kill the server, which restarts on its file; or stop it for a while."""
         if fault.kind == "kill_redis":
             self._process.signal(signal.SIGKILL)
             return
@@ -185,7 +185,7 @@ class Watched:
         await asyncio.to_thread(self._servers.start)
 
     async def do(self, fault: Fault) -> None:
-        """The replica becomes the master, because that one died or hangs, or because somebody said so."""
+        """Make the replica the master: kill the master, stop it, or have the sentinels swap the two."""
         if fault.kind == "change_places":
             await asyncio.to_thread(self._servers.switch)
         elif fault.kind == "hang_master":
@@ -215,7 +215,7 @@ class Sharded:
         await asyncio.to_thread(self._servers.start)
 
     async def do(self, fault: Fault) -> None:
-        """A replica takes over, or slots with keys in them go to another master."""
+        """Have a replica take over, or move slots with keys to another master."""
         keys = Keys("dev", 8)
         slots = [key_slot(keys.changes(partition)) for partition in range(8)]
         choice = random.Random(f"{fault.at_s}{fault.number}")
@@ -243,7 +243,7 @@ TOPOLOGIES: dict[str, Any] = {"embedded": Alone, "sentinel": Watched, "cluster":
 
 
 class System:
-    """All of it, running. `url` is what clients connect to: the gateways share its port."""
+    """The whole system. Clients connect to `url`, whose port the gateways share."""
 
     def __init__(
         self,
@@ -256,7 +256,7 @@ class System:
         """`code`: a folder with another Tidewire in it. `locale`: environment variables for the servers."""
         self.folder = folder
         self.next_version: NextVersion = _nobody
-        """Called when the second version's tables may be written to, and before they no longer may."""
+        """Called when writers may begin to use the second version's tables, and before they must stop."""
         self._partitions = partitions
         self.redis: Any = TOPOLOGIES[topology](folder, locale or {})
         self.ws_port = free_port()
@@ -288,7 +288,7 @@ class System:
             yield backend
 
     async def do(self, fault: Fault, begun: Callable[[], None]) -> None:
-        """Until it is over. `begun` is told when it has begun; one that waits for a command may do so later."""
+        """Do a fault, and return when it is over. Calls `begun` when it begins: later, if it waits for a command."""
         kind, _, at = fault.kind.partition("_")
         if kind == "hold" and at and fault.service:
             await self._proxies[fault.service][fault.number].hold(fault.lasts_s, COMMANDS[at], begun)
@@ -319,7 +319,7 @@ class System:
                 await getattr(proxy, kind)(fault.lasts_s)
 
     def proxies(self, service: str) -> list[Proxy]:
-        """Between the processes of a service and Redis; none where there are several servers."""
+        """Return the proxies between the processes of a service and Redis. There are none with several servers."""
         return self._proxies[service]
 
     async def _new(self, service: str, number: int) -> Process:
@@ -369,7 +369,7 @@ class System:
                 await self.next_version(runs=True)
 
     def deaths(self) -> list[tuple[str, str]]:
-        """Service and explanation of each process that ended although nobody had ended it."""
+        """Return service and explanation of each end of a process that the run did not cause."""
         return [
             (service, death)
             for service, processes in self._services.items()

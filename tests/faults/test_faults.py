@@ -1,4 +1,4 @@
-"""Runs under faults end without a violation; and with one line of Tidewire broken, the checker says what is wrong."""
+"""Runs under faults end without a violation. With one line of Tidewire broken, the checker finds violations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = 90.0
 TIMED = {"pause", "late", "absence"}
 """Violations that depend on the speed of the machine. `make faults` reports them; this test does not judge them."""
 TRIES = 12
-"""What is broken shows where things meet in time; that they do is likely, not sure."""
+"""Number of runs. A missing guard shows only when events coincide, which is likely but not certain."""
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from .watch import Connections, Prober
 from .writers import large_text, writes_of
 
 NOT_CHECKED = {"connections", "crowd", "dead_letters", "pages", "papers", "probes"}
-"""Tables without an expectation: those of probes and of the expensive client, and groups of which nobody is told."""
+"""Tables without an expectation: those of probes and of the expensive client, and groups without readers."""
 
 
 def test_the_second_version_adds_to_the_first() -> None:

@@ -1,4 +1,4 @@
-"""What is measured beside the load: a prober for each partition, the table `connections`, and memory."""
+"""Measurements beside the load: a prober for each partition, the table `connections`, and memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LOOK_PAUSE_S = 2.0
 MAX_UNSEEN_MS = 6_000
 MEMORY_PAUSE_S = 2.0
 LAG_PAUSE_S, LAG_S = 0.1, 0.3
-"""How often the checker looks for a lag of its own, and how long one must be to count."""
+"""Seconds between two checks of the checker's own lag, and the shortest lag that counts."""
 
 
 class Prober:
-    """A user whose item and whose feed are in one partition: it writes a number, and waits for its change."""
+    """A user whose item and feed are in one partition. It writes a number, and waits for the change."""
 
     def __init__(self, url: str, partition: int, name: str, key: str) -> None:
         self.partition = partition
@@ -195,7 +195,7 @@ def resident_peak_bytes(pid: int) -> int:
 
 
 def used_memory_bytes(client: Any) -> int:
-    """What a server uses now; 0 when it does not answer."""
+    """Return the memory that a server uses, in bytes; 0 when it does not answer."""
     from redis.exceptions import RedisError
 
     with contextlib.suppress(RedisError, OSError):

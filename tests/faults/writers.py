@@ -1,4 +1,4 @@
-"""What users write: one coroutine for each kind of write, and a client that notes which answers were late."""
+"""The writes of users: one coroutine for each kind, and a client that notes late answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Writer(Client):
 
 
 def number(choice: random.Random, count: int) -> str:
-    """An id out of so many."""
+    """Return one of that many ids."""
     return f"{choice.randrange(count):02}"
 
 

@@ -1,4 +1,4 @@
-"""What readers got, held against what the change stream says."""
+"""Compare what readers received with the change stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def written(backend: Backend, table: str, rooms: Iterable[str]) -> dict[st
 
 
 class Reader:
-    """A user who notes what comes, across reconnects."""
+    """A user who logs all frames, across reconnects."""
 
     def __init__(self, client: Client, room: str) -> None:
         self.client = client
@@ -63,7 +63,7 @@ class Reader:
 
 
 def differences(reader: Reader, expected: list[Seen]) -> str:
-    """In words, what is wrong with what a reader has; '' when nothing is."""
+    """Return in words what is wrong with a reader's changes; '' if nothing is."""
     seen = reader.seen
     if seen == expected and not reader.resets and not reader.strange:
         return ""

@@ -99,12 +99,12 @@ class Up:
         return await connect_existing(found["redis"], found["stage"], 8)
 
     async def pids(self, kind: str) -> list[int]:
-        """Of the live processes of a service."""
+        """Return the process ids of the live processes of a service."""
         services = (await self.status())["services"]
         return [service["pid"] for service in services if service["kind"] == kind and _runs(service["pid"])]
 
     async def pid(self, kind: str) -> int:
-        """Of the youngest live process of a service, waiting for one."""
+        """Wait for a live process of a service, and return the process id of the youngest."""
         deadline = time.monotonic() + 30
         while not (pids := await self.pids(kind)):
             assert time.monotonic() < deadline, f"no {kind} came back: {self.log.read_text()[-2000:]}"

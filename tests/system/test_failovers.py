@@ -1,4 +1,4 @@
-"""A master dies, or a slot moves, while messages flow: work goes on, and nobody is left with what is not so."""
+"""A master dies, or a slot moves, while messages flow: work goes on, and no reader keeps a wrong view."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .conftest import Up
 long = pytest.mark.skipif(not LONG, reason="takes half a minute: done by make test-long")
 
 RESET_S = 15
-"""So soon after a failover whoever was told of what is lost is told that it is."""
+"""Maximum seconds after a failover until a reader of a lost change gets a reset."""
 
 
 class Traffic:
-    """alice says something again and again; bob keeps a live view of the room."""
+    """alice writes message after message; bob keeps a live view of the room."""
 
     def __init__(self, alice: Client, bob: Client) -> None:
         self.alice = alice
@@ -69,7 +69,7 @@ class Traffic:
             self.view = dict(view)
 
     async def goes_on(self, count: int = 30) -> None:
-        """So many more are acknowledged, and seen."""
+        """Wait until that many more writes are acknowledged, and one is seen."""
         before = self.acknowledged
         await wait_until(lambda: self.acknowledged >= before + count, "writes are acknowledged again", 60)
         ids = len(self.view)
@@ -117,20 +117,20 @@ async def everything(client: Client) -> dict[Any, Any]:
 
 
 def slot_of(value: str) -> int:
-    """Of all keys of the partition that holds this partition-key value."""
+    """Return the slot of the partition that holds this partition-key value."""
     partition = binascii.crc_hqx(value.encode(), 0) % 8
     return binascii.crc_hqx(f"p{partition}".encode(), 0) % topologies.SLOTS
 
 
 async def in_a_thread(work: Callable[..., Any], *args: Any) -> float:
-    """How long it took, in seconds."""
+    """Do work in a thread. Returns how long it took, in seconds."""
     begun = time.monotonic()
     await asyncio.to_thread(work, *args)
     return time.monotonic() - begun
 
 
 def _metrics(status: dict[str, Any]) -> str:
-    """Of all live services."""
+    """Return the metrics of all live services."""
     found = []
     for service in status["services"]:
         if service["alive"]:
@@ -150,7 +150,7 @@ async def test_sentinels_make_the_replica_the_master(new_up: Any) -> None:
 
 
 HANG_S = 15
-"""Longest pause when a master hangs: three times what is promised, as the machine may be busy."""
+"""Maximum seconds of a pause when a master hangs: three times the promise, as the machine may be busy."""
 
 
 async def hangs(flowing: Traffic, server: topologies.Server, what: str) -> None:

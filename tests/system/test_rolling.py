@@ -89,7 +89,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 
 class Reader:
-    """A user, and what it was told."""
+    """A user and the received frames."""
 
     def __init__(self, client: Client) -> None:
         self.client = client

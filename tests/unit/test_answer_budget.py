@@ -1,4 +1,4 @@
-"""The budget of answers under way: what is reserved, who waits, who is refused, and that all of it comes back."""
+"""The budget of answers under way: reservations, waits and refusals, and that all of it is returned."""
 
 from __future__ import annotations
 

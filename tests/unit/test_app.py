@@ -1,4 +1,4 @@
-"""Applications: what is declared, and what is refused with a sentence."""
+"""Applications: valid declarations, and the errors of invalid ones."""
 
 import sys
 from collections.abc import Callable

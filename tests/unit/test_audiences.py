@@ -1,4 +1,4 @@
-"""Audiences: who is admitted and who is sent to are the same people."""
+"""Audiences: the users that may read an item are those that receive its changes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Addresses of Redis: what they say, what is wrong with them, and that none shows its password."""
+"""Addresses of Redis: their parts, their errors, and that no message shows a password."""
 
 import pytest
 

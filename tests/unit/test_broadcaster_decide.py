@@ -1,4 +1,4 @@
-"""Who hears of a change, and what of it: each reader's feed, decided from changes alone."""
+"""The readers of a change, and their frames: each reader's feed, decided from changes only."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class World:
         return [frame for body, frame in self.feeds[key] if body.type == kind and holds(body.asks, claims or {})]
 
     def events(self) -> dict[str, list[str]]:
-        """Who heard what: name to events, for all who heard anything."""
+        """Return the events by reader, for all readers with any."""
         told = {name: [frame["event"] for frame in self.heard(name)] for name in self.names.values()}
         return {name: events for name, events in told.items() if events}
 
@@ -590,7 +590,7 @@ class TestClaims:
 
 
 class TestSight:
-    """What a membership opens and closes is told to its member."""
+    """A member receives the items that a membership opens and closes."""
 
     def world(self, readers: Any = None) -> World:
         world = World()

@@ -20,7 +20,7 @@ A, B = ("a", 1), ("b", 2)
 
 
 class FakeWire:
-    """A node: answers each command from a list, or as told."""
+    """A fake node: answers each command from a list, or by a function."""
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers_left = answers
@@ -149,7 +149,7 @@ def test_the_key_of_a_command_is_found(command: tuple[Any, ...]) -> None:
 
 
 class Node:
-    """A node that says who has all slots, and which epoch it knows of; silent without an epoch."""
+    """A fake node that names the master of all slots and its epoch. It is silent without an epoch."""
 
     def __init__(self, master: Address, epoch: int | None) -> None:
         self.master = master

@@ -1,4 +1,4 @@
-"""API keys: their form, their hash at rest, and who is refused."""
+"""API keys: their form, their hash at rest, and the refusals."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Nobody is dead because the registry was away; who is dead is found out."""
+"""A registry that was away makes no process dead, and dead processes are detected."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tidewire.redis.functions import SOURCE, STRIDES, WHOLE
-from tidewire.redis.keys import PartitionField
+from tidewire.redis.keys import LeaseField, PartitionField
 
 
 def test_both_sides_agree_on_the_fields_of_each_record() -> None:
@@ -27,6 +27,12 @@ def test_every_field_of_a_partition_that_lua_uses_is_documented() -> None:
     used = {name for arguments in calls for name in re.findall(r"'([a-z]+)'", arguments)}
     assert used == {"generation", "server", "fell", "alone", "feeds", "newest"}
     assert used <= set(PartitionField)
+
+
+def test_every_field_of_a_lease_that_lua_uses_is_documented() -> None:
+    calls = re.findall(r"'H(?:GET|MGET|SET|DEL)', (?:lease|keys\[3\])((?:, [^()]+?(?:\([^()]*\))?)+)\)", SOURCE)
+    used = {name for arguments in calls for name in re.findall(r"'([a-z]+)'", arguments)}
+    assert used == set(LeaseField)
 
 
 @pytest.mark.parametrize(

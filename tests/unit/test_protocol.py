@@ -1,4 +1,4 @@
-"""Frames: what is garbage is a RequestError, what is sound comes through as it was."""
+"""Frames: garbage is a RequestError, and valid frames come through unchanged."""
 
 import json
 from decimal import Decimal

@@ -258,7 +258,7 @@ class StoreMachine(RuleBasedStateMachine):
                 await self.backend.ensure_group(self.keys.changes(partition), group)
 
     async def worker(self, group: str, partition: int) -> PartitionLoop:
-        """The one who owns it, or a new one."""
+        """Return the owner, or a new one."""
         if (group, partition) in self.workers:
             return self.workers[group, partition]
         lease, home = self.keys.lease(partition, group), self.keys.home(partition)

@@ -1,4 +1,4 @@
-"""Ending what is under way, also where it forgets that it was told."""
+"""Ending tasks, also those that swallow a cancellation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def interrupted_soon() -> Iterator[None]:
 
 
 async def forgetful(told: list[str], times: int = 1) -> str:
-    """Work that overlooks being cancelled so many times."""
+    """Work that swallows that many cancellations."""
     for _ in range(times):
         try:
             await asyncio.sleep(60)

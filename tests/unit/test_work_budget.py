@@ -1,4 +1,4 @@
-"""The budget of work: what a user may begin, who waits, who is refused, and what is learned from the answers."""
+"""The budget of work: requests that begin, wait or are refused, and costs learned from answers."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def test_users_without_requests_are_forgotten() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 500), st.floats(0, 2)), min_size=1, max_size=40))
 def test_a_user_gets_no_more_work_done_than_the_rate_a_burst_and_one_request(steps: list[tuple[float, float]]) -> None:
-    """Requests one after another, of any cost, with any pauses: what is begun keeps to the rate in the long run."""
+    """Requests of any cost with any pauses: in the long run, the work that begins keeps to the rate."""
     clock = Clock()
     budget = WorkBudget(MS_PER_S, clock)
     work_ms = largest = 0.0

@@ -41,7 +41,7 @@ BROKEN = {
     ),
     "repeatable read": ("local from = after", "local from = '>'", WRONG),
 }
-"""Of each guard: the text it stands in, that text without it, and what is then seen."""
+"""By guard: the text with it, the text without it, and the violation that follows."""
 WHO = st.integers(0, 3)
 """One of the workers, or (3) the owner."""
 
@@ -72,7 +72,7 @@ class Workers(RuleBasedStateMachine):
 
     @rule(who=WHO, stop=st.sampled_from(STOPS), then=st.sampled_from(["pause", "kill", "expire", "renew"]))
     def go_on_until(self, who: int, stop: str, then: str) -> None:
-        """To that stop, where it comes; there it stays, or dies, or loses its lease, or hears that it did."""
+        """Run to that stop. There the worker stays, dies, loses its lease, or finds out that it did."""
         worker = self.worker(who)
         if any(worker.step() == stop for _ in range(30)):
             if then == "kill":

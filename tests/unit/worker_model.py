@@ -54,11 +54,11 @@ def users(partition: int, count: int) -> list[str]:
 
 USERS = users(0, 2) + users(1, 1) + users(2, 1)
 PASSING = [users(0, 4)[2:], users(1, 3)[2:], []]
-"""Of each partition, who may be among the readers of a change or not, each time that it is decided."""
+"""By partition, the users that may or may not be readers of a change each time that it is decided."""
 FEEDS = {user: KEYS.user_feed(user) for user in (*USERS, *PASSING[0], *PASSING[1])}
 CLOSED = KEYS.user_feed(users(1, 2)[1])
 EFFECTS = [[FEEDS[USERS[0]], FEEDS[USERS[1]]], [CLOSED, FEEDS[USERS[2]]], [FEEDS[USERS[3]]]]
-"""Of each entry at each destination."""
+"""By destination, the feeds of each entry."""
 LEASE_MS = 60_000
 """Leases end when the test says so."""
 
@@ -71,7 +71,7 @@ STOPS += ["after link_append", "before commit", "again commit", "after commit"]
 
 
 class Got(NamedTuple):
-    """What lies in a feed."""
+    """Return the contents of a feed."""
 
     number: int
     epoch: int
@@ -100,7 +100,7 @@ def in_any_order(calls: Iterable[Coroutine[Any, Any, Any]], chance: random.Rando
 
 
 def unless_fenced(call: Callable[[], Any]) -> None:
-    """A call whose answer nobody sees."""
+    """A call whose answer is lost."""
     try:
         call()
     except ResponseError as error:
@@ -345,7 +345,7 @@ class Model:
     # ── what must be true ───────────────────────────────────────────────────────────────────────────────────────────
 
     def look(self) -> tuple[dict[str, list[Got]], list[int]]:
-        """What each feed and the list hold, of one moment; on the way, that feeds are numbered and chained."""
+        """Return the contents of all feeds and the list at one moment. Checks that feeds are numbered and chained."""
         pipeline = self.server.pipeline(transaction=False)
         for key in FEEDS.values():
             pipeline.hget(KEYS.home_of(key).feeds, key)
@@ -389,7 +389,7 @@ class Model:
         assert done == list(range(len(done))), f"committed {done}: not each once, in order"
 
     def finish(self) -> None:
-        """A fresh worker does what is left; all others go on, before it reads or after it is done; look at the end."""
+        """Let a fresh worker finish, with all others continuing before it reads or after it is done; then check."""
         last = self.another()
         others = self.workers
         self.workers = [*others, last]

@@ -111,7 +111,7 @@ class World:
         return [replies[command.number] for command in commands if command]
 
     def read(self, command: Command, last: tuple[int, int]) -> Reply:
-        """What is done with an expensive read, beside the partition."""
+        """Answer an expensive read beside the partition."""
         self.detached += 1
         self.rounds = 0
         facts, account = dict[Fact, Value](), Account(self.limits, lambda: 0.0)
@@ -137,7 +137,7 @@ class World:
         return Reply(command.number, reading.result(view), None, account.cost_ms())
 
     def chore(self, **chores: Any) -> Decision:
-        """What is done in a batch without a command."""
+        """Decide a batch without a command."""
         decision = self.decided((), **chores)
         self.commit(decision)
         return decision

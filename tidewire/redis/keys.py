@@ -76,6 +76,19 @@ class PartitionField(StrEnum):
     """Broadcaster: "1" while a repair is in progress."""
 
 
+class LeaseField(StrEnum):
+    """The fields of a lease (`Keys.lease`). All belong to the Lua functions."""
+
+    OWNER = "owner"
+    """Id of the process that has the lease, or had it last."""
+    EXPIRES = "expires"
+    """When the lease ends unless it is renewed, in ms; "0" after a release."""
+    EPOCH = "epoch"
+    """Number of the ownership, which only grows. A former owner is refused by it."""
+    CALL = "call"
+    """Number of the last commit of this ownership. A repeated commit does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys of one stage."""

@@ -43,14 +43,22 @@ end
 -- "<expiry> <count>": until when it is kept at most, and how many entries refer to it. The body is removed with its last
 -- entry. The sweep removes it when it expires, because a feed that expires as a whole counts no entries down.
 --
+local function reference_of(held)
+  local expiry, count = string.match(held or '', '^(%d+) (%d+)$')
+  return expiry, tonumber(count)
+end
+local function reference_text(expiry, count) return expiry .. ' ' .. text(count) end
+
+-- Change the number of entries that refer to a body.
+--
 -- `may_end`: whether no further entries will refer to the body. A unit may be spread over several calls, and the first of them
 -- may find no open feed.
 local function reference_add(keys, id, change, may_end)
-  local expiry, count = string.match(redis.call('HGET', keys[REFERENCES], id) or '', '^(%d+) (%d+)$')
+  local expiry, count = reference_of(redis.call('HGET', keys[REFERENCES], id))
   if not expiry then return end -- the sweep has removed it: readers of the entry get a reset
-  count = tonumber(count) + change
+  count = count + change
   if count > 0 or not may_end then
-    redis.call('HSET', keys[REFERENCES], id, expiry .. ' ' .. text(count))
+    redis.call('HSET', keys[REFERENCES], id, reference_text(expiry, count))
   else
     redis.call('HDEL', keys[REFERENCES], id)
     redis.call('HDEL', keys[BODIES], id)
@@ -68,9 +76,9 @@ register('body_put', function(keys, args)
   local expiry = text(now_ms() + kept_ms)
   for i = 2, #args, BODY_FIELDS do
     local id, body = unpack(args, i, i + BODY_FIELDS - 1)
-    local held = redis.call('HGET', keys[REFERENCES], id)
-    redis.call('HSET', keys[REFERENCES], id, expiry .. ' ' .. (held and string.match(held, '(%d+)$') or '0'))
-    if not held then redis.call('HSET', keys[BODIES], id, body) end
+    local kept, count = reference_of(redis.call('HGET', keys[REFERENCES], id))
+    redis.call('HSET', keys[REFERENCES], id, reference_text(expiry, count or 0))
+    if not kept then redis.call('HSET', keys[BODIES], id, body) end
   end
   return 'OK'
 end, 'allow-oom')
@@ -270,7 +278,7 @@ register('feeds_sweep', function(keys, args)
     if cursor == '' then return '' end
     local found, over = redis.call('HSCAN', hash, cursor, 'COUNT', '500'), {}
     for i = 1, #found[2], 2 do
-      if tonumber(expiry_in(found[2][i + 1])) <= now then over[#over + 1] = found[2][i] end
+      if tonumber((expiry_in(found[2][i + 1]))) <= now then over[#over + 1] = found[2][i] end
     end
     for i = 1, #over, 500 do
       local some = {unpack(over, i, math.min(i + 499, #over))}
@@ -279,9 +287,8 @@ register('feeds_sweep', function(keys, args)
     end
     return found[1] == '0' and '' or found[1]
   end
-  local function expiry_of_reference(value) return string.match(value, '^%d+') end
   return {
     sweep(keys[FEEDS], feeds_cursor, expiry_of),
-    sweep(keys[REFERENCES], bodies_cursor, expiry_of_reference, keys[BODIES]),
+    sweep(keys[REFERENCES], bodies_cursor, reference_of, keys[BODIES]),
   }
 end, 'allow-oom')

@@ -16,6 +16,15 @@ local function server()
   return server_id
 end
 
+-- The field `fell` with one more loss. It keeps the newest ones.
+local MAX_LOSSES_BYTES = 500
+local function losses_with(held, generation, last)
+  local ms, seq = string.match(last, '^(%d+)-(%d+)$')
+  local losses = (held and held .. ' ' or '') .. generation .. ' ' .. ms .. ' ' .. seq
+  while #losses > MAX_LOSSES_BYTES do losses = string.match(losses, '^%d+ %d+ %d+ (.*)$') end
+  return losses
+end
+
 -- The partition's generation. keys[1] is the partition, keys[2] its change stream.
 --
 -- A server that was promoted or restarted may lack the newest writes. Its replication id differs from the one that the
@@ -30,11 +39,8 @@ local function generation(keys)
     return held[1] or '0'
   end
   local minted = text(math.max((tonumber(held[1]) or 0) + 1, now_ms()))
-  local ms, seq = string.match(last_id(keys[2]), '^(%d+)-(%d+)$')
-  local fell = redis.call('HGET', keys[1], 'fell')
-  fell = (fell and fell .. ' ' or '') .. minted .. ' ' .. ms .. ' ' .. seq
-  while #fell > 500 do fell = string.match(fell, '^%d+ %d+ %d+ (.*)$') end
-  redis.call('HSET', keys[1], 'generation', minted, 'server', id, 'fell', fell)
+  local losses = losses_with(redis.call('HGET', keys[1], 'fell'), minted, last_id(keys[2]))
+  redis.call('HSET', keys[1], 'generation', minted, 'server', id, 'fell', losses)
   -- On a cluster, one master can lose writes while the others keep theirs. Its feeds may lack entries that no source sends
   -- again, so they are reset. The indexer reads the field `alone`, and repairs the entries that lie here.
   local cluster = redis.pcall('INFO', 'cluster')

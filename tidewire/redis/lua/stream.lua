@@ -58,6 +58,13 @@ local function bytes_of(stream, length)
   return type(size) == 'number' and size or 0
 end
 
+-- What a sender's last call did, as it is stored: its number, and how many records were added.
+local function sent_of(held)
+  local number, added = string.match(held or '', '^(%d+) (%d+)$')
+  return tonumber(number), tonumber(added)
+end
+local function sent_text(number, added) return text(number) .. ' ' .. text(added) end
+
 -- Add records to a stream as far as there is room. Returns how many were added.
 -- keys: stream, the sender's last call. args: call number, max entries, max bytes, ms for which the call is remembered; then
 -- the records.
@@ -68,8 +75,8 @@ register('enqueue', function(keys, args)
   local stream, sent = keys[1], keys[2]
   local number, max_entries, max_bytes, kept_ms = tonumber(args[1]), tonumber(args[2]), tonumber(args[3]), args[4]
   local first_record = 5
-  local last, taken = string.match(redis.call('GET', sent) or '', '^(%d+) (%d+)$')
-  if last and number <= tonumber(last) then return number == tonumber(last) and tonumber(taken) or 0 end
+  local last, taken = sent_of(redis.call('GET', sent))
+  if last and number <= last then return number == last and taken or 0 end
   local length, added = redis.call('XLEN', stream), 0
   local room, size = math.min(max_entries - length, #args - first_record + 1), bytes_of(stream, length)
   while added < room do
@@ -79,7 +86,7 @@ register('enqueue', function(keys, args)
     redis.call('XADD', stream, '*', 'r', record)
     added = added + 1
   end
-  redis.call('SET', sent, text(number) .. ' ' .. added, 'PX', kept_ms)
+  redis.call('SET', sent, sent_text(number, added), 'PX', kept_ms)
   return added
 end, 'allow-oom')
 
