@@ -47,7 +47,7 @@ test-pythons: ## the unit tests under each version of Python that is on this mac
 	done
 
 breaks: $(INSTALLED) ## take out one guard after another, and see that the checker of runs under faults notices
-	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k broken $(ARGS)
+	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k missing_guard $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, spelling, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)
@@ -58,7 +58,7 @@ check: $(INSTALLED) ## lint, format, types, spelling, import contracts
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 
-format: $(INSTALLED) ## put the code into shape, and mend what lint can mend by itself
+format: $(INSTALLED) ## format the code, and apply the fixes that lint knows
 	$(BIN)/ruff check --fix-only . $(SCRIPTS)
 	$(BIN)/ruff format . $(SCRIPTS)
 

@@ -104,7 +104,7 @@ async def test_one_creates_a_room_and_invites(new_up: Any, browser: Browser) -> 
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-async def test_the_page_fits_and_everybody_can_use_it(
+async def test_the_page_fits_and_is_accessible(
     new_up: Any, browser: Browser, modules: Path, size: tuple[int, int], tmp_path: Path
 ) -> None:
     up = new_up()

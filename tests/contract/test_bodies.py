@@ -59,7 +59,7 @@ async def test_every_reader_gets_a_large_body_whole_and_it_is_stored_once_a_part
         await stack.aclose()
 
 
-async def test_a_large_body_is_in_what_a_reader_missed(open_stage: Open, stack: AsyncExitStack) -> None:
+async def test_a_large_body_is_among_the_missed_entries(open_stage: Open, stack: AsyncExitStack) -> None:
     async with open_stage() as stage:
         writer, *_ = await members(stage, stack, "r")
         key = await stage.key("u1")

@@ -208,7 +208,7 @@ async def test_more_than_a_feed_keeps_is_reset_as_trimmed(open_stage: Open) -> N
 
 
 @pytest.mark.real
-async def test_a_feed_is_bounded_in_bytes_and_what_is_still_there_is_resumed(server: str) -> None:
+async def test_a_feed_is_bounded_in_bytes_and_resumes_within_its_bound(server: str) -> None:
     max_bytes, sizes = 200_000, [10_000] * 40
     async with testing.run(
         make_app(),

@@ -75,7 +75,7 @@ async def hold(backend: Backend, leases: list[bytes]) -> None:
 
 
 @pytest.mark.real
-async def test_an_index_is_mended_where_changes_were_trimmed_before_it_had_read_them(server: str) -> None:
+async def test_an_index_is_repaired_after_changes_were_trimmed_unread(server: str) -> None:
     """The store goes beyond its length cap while no indexer works; then one works again."""
     keys = Keys("shelf", 2)
     settings: Any = {
@@ -121,9 +121,7 @@ async def test_an_index_is_mended_where_changes_were_trimmed_before_it_had_read_
 
 
 @pytest.mark.real
-async def test_an_index_is_mended_where_its_server_has_fallen_back(
-    cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_index_is_repaired_after_its_server_fell_back(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of several masters loses what it had taken last: an entry that came, and that another one went."""
     monkeypatch.setattr("tidewire.services.store.indexer.LOOK_S", 0.2)
     keys = Keys("fallen", 4)
@@ -234,7 +232,7 @@ async def entries(backend: Backend, attributes: tuple[str, str], value: str) -> 
 
 
 @pytest.mark.real
-async def test_an_index_is_filled_behind_what_a_predecessor_may_have_sent(server: str) -> None:
+async def test_an_index_is_filled_behind_late_effects_of_a_predecessor(server: str) -> None:
     """It was cancelled between its links and its commit, as when it hands over: the link takes nothing older."""
     keys, old = Keys("behind", 1), shop(by_owner=BY_OWNER)
     books = [("books", {"id": f"b{n}", "owner": "ann", "color": "red", "n": n}) for n in range(300)]
@@ -288,7 +286,7 @@ async def test_an_entry_that_no_item_has_is_removed_also_after_another_applicati
 
 @pytest.mark.real
 @pytest.mark.parametrize("fallen", [1, 0], ids=["another one", "the source itself"])
-async def test_only_what_lay_in_a_partition_that_fell_back_is_repaired(server: str, fallen: int) -> None:
+async def test_only_entries_in_a_partition_that_fell_back_are_repaired(server: str, fallen: int) -> None:
     """Of a source in partition 0, with entries in both. Where the source fell back itself, all are looked at."""
     keys, app = Keys(f"only-{fallen}", 2), shop(by_owner=BY_OWNER)
     ids = [name for name in (f"b{n}" for n in range(200)) if keys.partition_of(name) == 0][:6]

@@ -40,7 +40,7 @@ async def say(client: Client, id_: Any, text: str = "") -> None:
     await client.put("messages", {"room": "r", "id": id_, "text": text})
 
 
-async def test_a_view_is_what_is_there_and_then_what_becomes_of_it(stage: Stage) -> None:
+async def test_a_view_shows_present_items_and_then_follows_them(stage: Stage) -> None:
     alice, bob = await room(stage, "alice", "bob")
     await say(alice, 2, "there")
     views = bob.live("messages", room="r")
@@ -136,7 +136,7 @@ async def test_it_begins_empty_after_a_reset_and_is_filled_again(open_stage: Ope
         await until(views, lambda view: list(view) == [1, 2])
 
 
-async def test_a_view_of_what_a_topic_tells_follows_it_first(stage: Stage) -> None:
+async def test_a_view_of_a_table_behind_a_topic_follows_the_topic_first(stage: Stage) -> None:
     alice, bob = [await stage.client(name) for name in ("alice", "bob")]
     await alice.put("tiles", {"id": "t", "cell": "c1"})
     views = bob.live("tiles", id="t", topic="cell:c1")

@@ -66,7 +66,7 @@ async def settled(stage: Stage) -> None:
     await eventually(nothing_waits)
 
 
-async def test_a_full_stream_is_overloaded_and_what_waited_too_long_is_not_done(open_stage: Open) -> None:
+async def test_a_full_stream_is_overloaded_and_expired_commands_are_not_done(open_stage: Open) -> None:
     async with (
         open_stage(commands_max=3, request_timeout_s=0.7, lease_ms=LEASE_MS) as stage,
         AsyncExitStack() as inner,

@@ -179,7 +179,7 @@ def test_a_member_of_another_tenant_sees_no_post_of_the_room() -> None:
     assert "loss" in kinds("u02", [one for one in logs["u02"] if one is not enter])
 
 
-def test_a_reset_excuses_what_was_before_it_where_something_fell_back() -> None:
+def test_a_reset_excuses_earlier_losses_after_a_fallback() -> None:
     lost = frame(9, "INSERT", "messages", TWO, TWO, position="3-0-1009000-7")
     log = [*ann()[:3], lost, reset(5), *ann()[5:]]
     assert violations("ann", log, may_fall_back=True) == []
@@ -187,7 +187,7 @@ def test_a_reset_excuses_what_was_before_it_where_something_fell_back() -> None:
     assert "phantom" in violations("ann", [*log, lost], may_fall_back=True)
 
 
-def test_a_reader_who_was_told_nothing_for_long_after_a_reset_has_lost_something() -> None:
+def test_silence_long_after_a_reset_is_a_loss() -> None:
     late = history(change("members", ANN, ANN), *(change("messages", ONE, ONE | {"w": str(n)}) for n in range(40)))
     log = [frame(0, "INSERT", "members", ANN, ANN), reset(1)]
     report = Report()
@@ -257,7 +257,7 @@ def test_the_store_does_each_write_once_and_keeps_it() -> None:
     assert kinds(history(first, first._replace(request="b")), "a", "b") == ["disorder"]
 
 
-def test_two_connections_of_a_user_are_told_the_same() -> None:
+def test_two_connections_of_a_user_receive_the_same_frames() -> None:
     report = Report()
     check_connections([ReaderLog("ann", "1", ann()), ReaderLog("ann", "2", ann()[3:])], report)
     assert not report.violations

@@ -62,7 +62,7 @@ def broken(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Break]
 @pytest.mark.slow
 @breaks
 @pytest.mark.parametrize("broken", BREAKS, indirect=True)
-async def test_the_checker_finds_what_is_broken(broken: tuple[Path, Break], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_checker_notices_a_missing_guard(broken: tuple[Path, Break], monkeypatch: pytest.MonkeyPatch) -> None:
     code, one = broken
     for name, value in one.environment:
         monkeypatch.setenv(name, value)

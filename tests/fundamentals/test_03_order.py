@@ -5,7 +5,7 @@ import asyncio
 from tidewire.testing import Stage
 
 
-async def test_all_readers_see_the_same_order_whoever_writes(stage: Stage) -> None:
+async def test_all_readers_see_the_same_order(stage: Stage) -> None:
     alice, bob = await stage.client("alice"), await stage.client("bob")
     for client in (alice, bob):
         await client.put("members", {"room": "r", "user": client.user})

@@ -14,7 +14,7 @@ async def test_members_read_and_write_and_others_do_not(stage: Stage) -> None:
         await eve.put("messages", {"room": "r", "id": "m2"})
 
 
-async def test_a_new_member_sees_what_is_there_and_a_former_one_nothing(stage: Stage) -> None:
+async def test_a_new_member_sees_present_items_and_a_former_one_nothing(stage: Stage) -> None:
     alice, bob = await stage.client("alice"), await stage.client("bob")
     await alice.put("members", {"room": "r", "user": "alice"})
     await alice.put("messages", {"room": "r", "id": "m1", "text": "before bob came"})

@@ -139,7 +139,7 @@ class TestKeys:
             ({"room": "r1", "id": "é" * 513}, "1024 bytes"),
         ],
     )
-    def test_a_key_that_is_none_says_what_is_wrong(self, key: Any, says: str) -> None:
+    def test_the_error_of_an_invalid_key_names_the_fault(self, key: Any, says: str) -> None:
         with pytest.raises(BadRequest, match=says):
             self.messages.parse_key(key)
 

@@ -105,7 +105,7 @@ def test_the_users_admitted_are_the_users_sent_to(
 
 
 @given(EXPRESSIONS, ITEMS, KNOWN)
-def test_everyone_or_somebody_is_everyone_once(audience: Audience, item: Item, known: Known) -> None:
+def test_everyone_or_a_user_is_everyone_once(audience: Audience, item: Item, known: Known) -> None:
     assert (everyone | audience).recipients(item, known) == Recipients(open=True)
     assert (audience | everyone).recipients(item, known) == Recipients(open=True)
 
@@ -195,7 +195,7 @@ def test_a_condition_is_met_by_a_claim_of_that_very_value(stored: bool) -> None:
     assert not holds(condition, {})
 
 
-def test_a_topic_is_named_by_attributes_and_read_by_who_may_follow() -> None:
+def test_a_topic_is_named_by_attributes_and_read_by_followers() -> None:
     cells = topic("cell:{x}/{y}", followers=rooms.of("x"))
     audience = cells.of("column", "row")
     known = Known({"r1": {"alice": {}}})

@@ -174,7 +174,7 @@ class TestEvents:
             (["alice"], [], {"alice": ["LEAVE"]}),
         ],
     )
-    def test_each_reader_hears_what_it_is_to_him(self, world: World, old: Any, new: Any, events: Any) -> None:
+    def test_each_reader_gets_the_event_from_its_own_view(self, world: World, old: Any, new: Any, events: Any) -> None:
         before = None if old is None else mail(old, x=1)
         after = None if new is None else mail(new, x=2)
         world.tell(world.change("mail", before, after))
@@ -495,7 +495,7 @@ class TestBounds:
         changes = [((NOW, n), world.change("messages", None, {"room": f"r{n}", "id": 1})) for n in range(50)]
         assert decide(world.app, KEYS, {}, PARTITION, changes) == {Group("members", f"r{n}") for n in range(50)}
 
-    def test_all_groups_of_a_user_whose_peers_are_told_are_named_at_once(self) -> None:
+    def test_all_groups_of_a_user_with_peers_are_named_at_once(self) -> None:
         app = App("peers")
         rooms = app.membership("members", group="room", member="user")
         app.table("faces", key="user", readers=rooms.peers("user"))
@@ -627,7 +627,7 @@ class TestSight:
         assert [frame["event"] for frame in world.heard("alice")] == ["INSERT", "ENTER"]
         assert {"reason": "too_many", "table": "messages", "key": {"room": "r"}} in world.heard("alice", "reset")
 
-    def test_a_member_who_leaves_is_told_for_the_whole_group(self) -> None:
+    def test_a_member_who_leaves_gets_one_leave_for_the_whole_group(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"})
         self.join(world, {"room": "r", "user": "alice"}, None)
@@ -656,7 +656,7 @@ class TestSight:
             ("LEAVE", 1),
         ]
 
-    def test_peers_are_told_to_query_when_somebody_comes(self) -> None:
+    def test_peers_get_a_reset_when_a_member_joins(self) -> None:
         world = self.world()
         rooms = self.rooms
         world.app.connections(readers=rooms.peers("user"))

@@ -59,7 +59,7 @@ async def joins(backend: FakeBackend, group: Group, user: str, version: str | No
         await backend.commands.hset(versions, KEYS.group_field("members", group.group), version)
 
 
-def test_a_cache_is_bounded_by_members_and_evicts_what_was_used_longest_ago() -> None:
+def test_a_cache_is_bounded_by_members_and_evicts_the_least_recently_used() -> None:
     cache: GroupCache[dict[str, Any]] = GroupCache(len, 10)
     a, b, c = (group_in(0, n) for n in range(3))
     cache.put(a, {"1": {}, "2": {}, "3": {}})

@@ -53,7 +53,7 @@ def test_the_answer_carries_user_role_and_claims() -> None:
     assert principal == ("alice", "client", {"tenant": "t1"}, key.id, NOW + 1)
 
 
-def test_a_wrong_secret_and_an_unknown_id_are_told_alike() -> None:
+def test_a_wrong_secret_and_an_unknown_id_have_the_same_answer() -> None:
     key = ApiKey.new()
     messages = set()
     for credential in (None, stored(ApiKey.new())):

@@ -68,7 +68,7 @@ def test_a_cursor_ahead_of_the_feed_is_unknown(positions: list[str], ahead: int)
 
 
 @given(POSITIONS.filter(lambda positions: len(positions) > 1), st.data())
-def test_a_cursor_before_what_was_trimmed_says_so(positions: list[str], data: st.DataObject) -> None:
+def test_a_cursor_before_trimmed_entries_is_too_old(positions: list[str], data: st.DataObject) -> None:
     cursors, entries, state = chain(positions)
     trimmed = data.draw(st.integers(1, len(entries)))
     cursor = cursors[data.draw(st.integers(0, trimmed - 1))]

@@ -43,7 +43,7 @@ def test_a_run_that_fails_without_an_attacker_says_nothing_of_one() -> None:
     assert list(goals({"L2": case(failed_in="calm-0")}).values()) == ["NOISY"]
 
 
-def test_the_tables_name_failures_and_what_never_recovered() -> None:
+def test_the_tables_name_failures_and_missing_recoveries() -> None:
     shown = tables({"L2": case(failed_in="attack-1")})
     assert "1 timeout" in shown
     assert "0.0, never" in shown

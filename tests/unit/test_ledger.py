@@ -85,7 +85,7 @@ def test_a_parcel_is_not_too_large_and_never_empty() -> None:
         (b'{"table":"connections","item":{"user":"a","connection":"c"}}', "gateways"),
     ],
 )
-def test_a_faulty_line_says_what_is_wrong(raw: bytes, what: str) -> None:
+def test_the_error_of_a_faulty_line_names_the_fault(raw: bytes, what: str) -> None:
     book = ledger()
     book.take(line("a"))
     assert book.take(raw) is None

@@ -35,7 +35,7 @@ class TestLiveness:
         assert dead == [set()] * 8
         assert live[6] == {"a"}
 
-    def test_after_a_gap_in_contact_everybody_has_a_lease_to_come_back(self) -> None:
+    def test_after_a_gap_in_contact_each_process_has_a_lease_to_come_back(self) -> None:
         before = [(float(at), {"a": False}) for at in range(5)]
         live, dead = self.watch(*before, *((float(at), {"a": True}) for at in range(12, 18)))
         assert live[5:] == [{"a"}] * 3 + [set()] * 3

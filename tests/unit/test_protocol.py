@@ -295,7 +295,7 @@ def test_every_double_is_kept_as_python_and_c_write_it(value: float) -> None:
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=None))
-def test_what_is_kept_comes_back_as_it_was_sent(number: Decimal) -> None:
+def test_an_accepted_number_comes_back_unchanged(number: Decimal) -> None:
     """A number is refused, or the double that is kept is written as the same number with as many digits."""
     text = f"{number:e}"
     try:

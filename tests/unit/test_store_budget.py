@@ -105,7 +105,7 @@ class TestBudget:
             (Limits(evaluations=64), "evaluations"),
         ],
     )
-    def test_a_query_beyond_a_bound_is_too_large_and_told_the_bound_and_its_setting(
+    def test_a_query_beyond_a_bound_is_too_large_and_names_bound_and_setting(
         self, world: World, limits: Limits, bound: str
     ) -> None:
         fill(world, 100)
@@ -252,7 +252,7 @@ class TestKinds:
         assert world.do("job", "transact", role="service", operations=[self.papers("one")])
         assert world.kinds == {"papers": "s"}
 
-    def test_a_failed_condition_settles_nothing_for_what_comes_behind_it_in_the_batch(self, world: World) -> None:
+    def test_a_failed_condition_settles_nothing_for_later_commands(self, world: World) -> None:
         item = {"page": "p", "n": 1, "room": "r"}
         refused, done, wrong = world.run(
             world.command("job", "put", role="service", table="papers", item=item, if_={"present": True}),

@@ -207,7 +207,7 @@ class TestConditions:
                 world.do("alice", "delete", table="notes", key="n2")
                 world.hashes.clear()
 
-    def test_a_conflict_says_the_version_to_who_may_read(self, world: World) -> None:
+    def test_a_conflict_names_the_version_to_users_who_may_read(self, world: World) -> None:
         world.do("alice", "put", table="notes", item={"id": "n"})
         for action in ("update", "delete"):
             error = world.refused("alice", action, table="notes", key="n", if_={"version": 5})
@@ -219,7 +219,7 @@ class TestConditions:
         assert world.code("alice", "put", table="notes", item={"id": "n"}, if_={"version": 2}) == "conflict"
         world.do("alice", "put", table="notes", item={"id": "n"}, if_={"absent": True})
 
-    def test_if_is_asked_of_what_an_earlier_command_of_the_batch_did(self, world: World) -> None:
+    def test_if_sees_the_effects_of_earlier_commands_of_the_batch(self, world: World) -> None:
         replies = world.run(
             *(
                 world.command(who, "put", table="notes", item={"id": "n", "by": who}, if_={"absent": True})
@@ -301,7 +301,7 @@ class TestWriters:
 
 
 class TestReaders:
-    def test_absent_and_not_yours_are_told_alike(self, world: World) -> None:
+    def test_absent_and_not_yours_have_the_same_answer(self, world: World) -> None:
         world.do("alice", "put", table="mine", item={"owner": "alice", "id": 1})
         for action in ("get", "update", "delete"):
             errors = [world.refused("carol", action, table="mine", key={"owner": "alice", "id": id_}) for id_ in (1, 2)]
@@ -313,7 +313,7 @@ class TestReaders:
         assert world.do("carol", "query", table="messages", key="r")["items"] == []
         assert len(world.do("job", "query", table="messages", key="r", role="service")["items"]) == 1
 
-    def test_an_update_by_who_may_not_read_what_comes_of_it_shows_no_item(self, world: World) -> None:
+    def test_an_update_shows_no_item_to_a_user_who_may_not_read_the_result(self, world: World) -> None:
         world.do("alice", "put", table="letters", item={"id": 1, "to": "alice"})
         assert "item" not in world.do("alice", "update", table="letters", key=1, set={"to": "bob"})
 
@@ -348,7 +348,7 @@ class TestHidden:
             assert world.do("alice", "query", table="secrets", key=1, role=role)["items"][0]["item"] == item
         assert world.do("alice", "update", table="secrets", key=1, set={"x": 2})["item"] == {"id": 1, "x": 2}
 
-    def test_a_put_of_what_was_shown_keeps_what_was_not(self, world: World) -> None:
+    def test_a_put_of_the_shown_item_keeps_hidden_attributes(self, world: World) -> None:
         world.do("alice", "put", table="secrets", item={"id": 1, "x": 2})
         stored = world.do("job", "get", table="secrets", key=1, role="service")["item"]
         assert stored == {"id": 1, "x": 2, "secret": "s"}
@@ -635,7 +635,9 @@ FIRST_KIND = [
 @settings(max_examples=150 if LONG else 60, deadline=None)
 @given(COMMANDS)
 @example(FIRST_KIND)
-def test_a_batch_comes_to_what_its_commands_come_to_one_by_one(commands: list[tuple[str, str, dict[str, Any]]]) -> None:
+def test_a_batch_has_the_same_result_as_its_commands_one_by_one(
+    commands: list[tuple[str, str, dict[str, Any]]],
+) -> None:
     app = make_app()
     together, single = World(app), World(app)
     at_once = together.run(*(together.command(who, action, **fields) for who, action, fields in commands))

@@ -170,7 +170,7 @@ class TestRights:
         assert loans("carol", limit=1) == ([], None)
         assert loans("job", role="service") == ([0, 1, 2, 3, 4], None)
 
-    def test_a_query_that_looks_at_too_many_ends_with_what_it_has(
+    def test_a_query_that_examines_too_many_items_ends_early(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It goes on from there; without anything to go on from, it says so."""

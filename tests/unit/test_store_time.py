@@ -68,7 +68,7 @@ class TestExpiry:
         for condition in ({"present": True}, {"version": 1}, {"equals": {"n": 1}}):
             assert world.code("bob", "put", **put, if_=condition) == "conflict"
 
-    def test_the_sweep_removes_what_is_due_and_says_that_it_was_time(self, world: World) -> None:
+    def test_the_sweep_removes_expired_items_and_names_expiry_as_author(self, world: World) -> None:
         world.now = int(SOON_S * 1000)
         world.changes.clear()
         assert not world.chore(expire=True).more_to_expire
@@ -231,7 +231,7 @@ class TestTrimming:
         stream = Stream(10, (100, 0), (300, 4), {"broadcaster": 3, "indexer": 0})
         assert self.trims(world, stream, keep_since=(500, 0)) == [("MINID", "=", "300-4")]
 
-    def test_beyond_the_hard_limit_all_is_trimmed_and_what_it_costs_is_counted(self, world: World) -> None:
+    def test_beyond_the_hard_limit_all_is_trimmed_and_losses_are_counted(self, world: World) -> None:
         world.stream = Stream(10, (100, 0), (100, 0), {"broadcaster": 9, "indexer": 4})
         decision = world.chore(keep_since=(50, 0), keep_changes=4)
         assert world.trims == [("MAXLEN", "=", 4)]
@@ -244,7 +244,7 @@ class TestTrimming:
         assert world.trims == []
         assert decision.lost == {}
 
-    def test_beyond_the_bound_in_bytes_what_was_read_is_trimmed_step_by_step(self, world: World) -> None:
+    def test_beyond_the_bound_in_bytes_read_changes_are_trimmed_in_steps(self, world: World) -> None:
         world.stream = Stream(100, (100, 0), (900, 0), {"broadcaster": 5}, size_bytes=2000)
         decision = world.chore(keep_since=(50, 0), keep_bytes=1000)
         assert decision.more_to_trim, "the memory is looked at again"
@@ -268,12 +268,12 @@ class TestTrimming:
         assert 50 <= trim[2] < 100
         assert decision.lost == {"broadcaster": 100 - trim[2]}
 
-    def test_where_the_server_cannot_count_what_is_unread_nothing_is_taken_for_read(self, world: World) -> None:
+    def test_without_a_count_of_unread_changes_none_counts_as_read(self, world: World) -> None:
         world.stream = Stream(100, (100, 0), (100, 0), {"broadcaster": 0}, size_bytes=3000, counted=False)
         assert world.chore(keep_since=(50, 0), keep_bytes=1000).lost == {}
         assert world.trims == []
 
-    def test_a_trim_by_bytes_spares_what_the_same_commit_has_appended(self, world: World) -> None:
+    def test_a_trim_by_bytes_spares_changes_of_the_same_commit(self, world: World) -> None:
         world.stream = Stream(100, (100, 0), (900, 0), {"broadcaster": 0}, size_bytes=2000)
         world.run(world.command("alice", "put", table="notes", item={"id": "n"}), keep_since=(50, 0), keep_bytes=1000)
         assert world.trims == [("MAXLEN", "=", 100 - 50 // 4 + 1)]
@@ -388,7 +388,7 @@ class TestSchemas:
         error = world.refused("alice", "transact", operations=[{"action": "put", "table": table, "item": item}])
         assert place in error["message"]
 
-    def test_an_update_must_fit_too_and_what_fits_is_stored_as_it_was(self, world: World) -> None:
+    def test_an_update_must_fit_the_schema_and_is_stored_unchanged(self, world: World) -> None:
         item = {"id": "o", "owner": "alice", "note": "what the schema does not name"}
         world.do("alice", "put", table="orders", item=item)
         assert world.do("alice", "get", table="orders", key="o")["item"] == item
@@ -460,7 +460,7 @@ STEPS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(STEPS)
-def test_whatever_happens_versions_rise_and_what_is_over_is_gone(steps: list[tuple[Any, ...]]) -> None:
+def test_versions_rise_and_expired_items_are_gone(steps: list[tuple[Any, ...]]) -> None:
     world = World(make_app())
     world.stream = Stream(1, (0, 1), NEVER, {})
     held: dict[str, Item] = {}

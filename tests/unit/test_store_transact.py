@@ -105,7 +105,7 @@ class TestAll:
         assert change.transaction
         assert change.more is False
 
-    def test_each_operation_sees_what_those_before_it_did(self, world: World) -> None:
+    def test_each_operation_sees_the_effects_of_earlier_ones(self, world: World) -> None:
         operations = [
             put("members", {"room": "p", "user": "carol"}),
             put("messages", {"room": "p", "id": 1}),
@@ -113,7 +113,7 @@ class TestAll:
         assert world.code("carol", "transact", operations=operations[::-1]) == "forbidden"
         world.do("carol", "transact", operations=operations)
 
-    def test_the_commands_after_it_see_what_it_did(self, world: World) -> None:
+    def test_later_commands_see_its_effects(self, world: World) -> None:
         replies = world.run(
             world.command("alice", "transact", operations=[line(1, x=7), line(2)]),
             world.command("bob", "get", table="lines", key=ONE),
@@ -196,7 +196,7 @@ class TestNone:
         assert world.code("alice", "transact", operations=over) == "forbidden", "taken"
         assert world.code("bob", "transact", operations=over) == "forbidden", "given away"
 
-    def test_a_conflict_tells_the_version_to_who_may_read(self, world: World) -> None:
+    def test_a_conflict_of_an_operation_names_the_version_to_users_who_may_read(self, world: World) -> None:
         error = world.refused("alice", "transact", operations=[line(2), check("lines", ONE, {"version": 5})])
         assert error["details"] == {"version": 1, "operation": 1}
 

@@ -35,7 +35,7 @@ async def forgetful(told: list[str], times: int = 1) -> str:
     return "done"
 
 
-async def test_tasks_are_told_until_they_end() -> None:
+async def test_tasks_are_cancelled_until_they_end() -> None:
     told: list[str] = []
     tasks = [asyncio.create_task(forgetful(told)), asyncio.create_task(forgetful(told, 2))]
     await asyncio.sleep(0)
@@ -45,7 +45,7 @@ async def test_tasks_are_told_until_they_end() -> None:
 
 
 @pytest.mark.usefixtures("interrupted_soon")
-def test_an_interrupt_ends_what_has_overlooked_it() -> None:
+def test_an_interrupt_ends_work_that_swallowed_it() -> None:
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         run(forgetful(told))

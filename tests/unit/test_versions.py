@@ -84,7 +84,7 @@ async def meets(fleet: Fleet, versions: Versions, *names: str) -> bool:
     return False
 
 
-async def test_a_partition_is_declined_only_while_somebody_alive_knows_better(fleet: Fleet) -> None:
+async def test_a_partition_is_declined_only_while_a_live_worker_knows_its_tables(fleet: Fleet) -> None:
     old = await fleet.start("old", *SMALL)
     assert not await meets(fleet, old, "secrets"), "nobody does"
     new = await fleet.start("new", *SMALL, *OTHER)

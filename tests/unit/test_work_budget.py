@@ -67,7 +67,7 @@ async def test_cheap_requests_of_a_user_do_not_wait() -> None:
     assert not await waits(budget)
 
 
-async def test_what_is_under_way_counts_as_much_as_the_last_request_did() -> None:
+async def test_a_request_under_way_counts_as_much_as_the_last_one() -> None:
     budget = WorkBudget(MS_PER_S, Clock())
     await done(budget, BURST_MS / 4)
     under_way = [await asyncio.wait_for(begin(budget), 5) for _ in range(3)]
@@ -104,7 +104,7 @@ async def test_a_large_request_is_never_expected_to_be_cheap() -> None:
     waiting.cancel()
 
 
-async def test_what_was_not_begun_counts_nothing() -> None:
+async def test_a_request_that_did_not_begin_counts_nothing() -> None:
     budget = WorkBudget(MS_PER_S, Clock())
     await done(budget, BURST_MS)
     clock = budget._clock
@@ -114,7 +114,7 @@ async def test_what_was_not_begun_counts_nothing() -> None:
     assert not await waits(budget)
 
 
-async def test_what_is_sent_without_a_request_makes_the_next_one_wait() -> None:
+async def test_work_without_a_request_makes_the_next_one_wait() -> None:
     budget = WorkBudget(MS_PER_S, Clock())
     budget.charge("alice", 2 * BURST_MS)
     assert await waits(budget)
