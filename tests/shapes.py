@@ -1,6 +1,6 @@
 """Every malformed shape of every action: the request, its error code, and a word that the message must name.
 
-What a message names is what its reader needs to mend the request: the field or attribute, and where it stands.
+What a message names is what its reader needs to correct the request: the field or attribute, and where it stands.
 """
 
 from __future__ import annotations

@@ -112,11 +112,11 @@ async def test_an_index_is_repaired_after_changes_were_trimmed_unread(server: st
         assert len(await owned_by(client, "ann")) == 8, "nobody has followed"
         holding.cancel()
 
-        async def mended() -> bool:
+        async def repaired() -> bool:
             of_ann, of_bob = await owned_by(client, "ann"), await owned_by(client, "bob")
             return of_ann == ["new 0", "b5 5", "b7 7", "b3 33"] and of_bob == ["b0 0", "b2 2", "b4 4", "b6 6"]
 
-        await eventually(mended)
+        await eventually(repaired)
         await client.__aexit__()
 
 
