@@ -53,27 +53,20 @@ def append_change(view: View, author: Author, table: Table, key: ItemKey, new: I
             _check_kind(view, table, key.sort)
     version += 1
     event = "REMOVE" if new is None else "INSERT" if old is None else "MODIFY"
-    id_, now = view.next_id(), view.situation.now
-    change = Change(
+    id_ = _append(
+        view,
+        author,
         event=event,
         table=table.name,
         key=table.key_object(key),
         version=version,
         new=new,
         old=old,
-        at=now,
-        by=author.user,
-        connection=author.connection,
-        request=author.request,
-        trace=author.trace,
-        generation=view.situation.generation,
-        previous=view.last_id,
         opens=_opens(view, table, key, old, new) if isinstance(table, Membership) else None,
     )
-    written = ItemRecord(version, now, author.user, new)
+    written = ItemRecord(version, view.situation.now, author.user, new)
     packed = pack(written)
     view.account.add_bytes(len(packed))
-    view.effects.changes.append((id_, change))
     view.effects.items[key] = written
     view.effects.operations.append(RedisCommand("HSET", view.keys.items(key.table, key.partition), (key.field, packed)))
     if isinstance(table, Membership):
@@ -89,15 +82,15 @@ def append_change(view: View, author: Author, table: Table, key: ItemKey, new: I
 
 def append_message(view: View, author: Author, user: str, body: Any) -> None:
     """Append a message to a user: a change without a table, whose audience is that user."""
-    id_, now = view.next_id(), view.situation.now
+    _append(view, author, event="SEND", table="", key={"user": user}, version=0, new={"body": body}, old=None)
+
+
+def _append(view: View, author: Author, **of_the_change: Any) -> tuple[int, int]:
+    """Append a change with these fields, and those that tell when, by whom and after which change. Returns its id."""
+    id_ = view.next_id()
     change = Change(
-        event="SEND",
-        table="",
-        key={"user": user},
-        version=0,
-        new={"body": body},
-        old=None,
-        at=now,
+        **of_the_change,
+        at=view.situation.now,
         by=author.user,
         connection=author.connection,
         request=author.request,
@@ -106,6 +99,7 @@ def append_message(view: View, author: Author, user: str, body: Any) -> None:
         previous=view.last_id,
     )
     view.effects.changes.append((id_, change))
+    return id_
 
 
 def _opens(view: View, membership: Membership, key: ItemKey, old: Item | None, new: Item | None) -> list[Opened] | None:

@@ -51,6 +51,7 @@ def test_a_parser_makes_exceptions_of_error_replies() -> None:
         (PubSub, "connect"),
         (PubSub, "on_connect"),
         (PubSub, "execute_command"),
+        (PubSub, "_reconnect"),
     ],
 )
 def test_a_method_that_we_call_or_override_is_still_there(owner: type, method: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError
 
 
 def reconnect_when_closed(client: Redis) -> Redis:
@@ -37,10 +38,25 @@ def _noticing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
 class _Noticing(AbstractConnection):
     """Mixed into a class of connections."""
 
+    _connects = False
+
     @property
     def is_connected(self) -> bool:
         writer = self._writer
         return writer is not None and not writer.transport.is_closing()
+
+    async def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_connected:
+            return
+        if self._connects:
+            # redis-py would connect again for the next command of the handshake, and then wait for answers to commands
+            # that went to the lost connection.
+            raise ConnectionError("the connection was lost while it was being made")
+        self._connects = True
+        try:
+            await super().connect_check_health(*args, **kwargs)
+        finally:
+            self._connects = False
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         await super().disconnect(*args, **kwargs)

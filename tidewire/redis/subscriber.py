@@ -120,7 +120,7 @@ class Subscriber:
     async def _read(self, connection: _Connection) -> None:
         while True:
             try:
-                await connection.open()
+                await connection.connect()
                 if connection.astray:
                     await self._find(connection)
                 message = await connection.hear()
@@ -178,6 +178,9 @@ class _Connection(PubSub):
     """The connection to one node. It subscribes to all wanted channels whenever it connects.
 
     redis-py would subscribe to all channels in one command. A cluster needs one command for each slot.
+
+    The reader and callers of `want` use the connection at the same time. redis-py would let both reconnect at once, and
+    then both read from one socket. Here, one of them connects, and the others wait until it has.
     """
 
     connection: Any
@@ -188,6 +191,7 @@ class _Connection(PubSub):
         self.wanted: set[bytes] = set()
         self.astray: set[bytes] = set()  # wanted, but refused by this node
         self._opening = asyncio.Lock()
+        self._opener: asyncio.Task[Any] | None = None  # the task that connects at the moment
         self._pinged_at = 0.0
         self._received = True  # whether anything was received since the last ping
 
@@ -201,32 +205,51 @@ class _Connection(PubSub):
         if self._received and silent_s >= PING_S:
             self._pinged_at, self._received, silent_s = loop.time(), False, 0.0
             await self.execute_command("PING")
+        await self.connect()  # it may have been lost at the ping
         message: dict[str, Any] | None = await self.get_message(timeout=PING_S)
         # Checked after another read: a process that was itself stopped finds the answer there.
         if message is None and not self._received and silent_s > MAX_SILENCE_S:
-            assert self.connection
             self._received = True  # of the next connection
-            await self.connection.disconnect(nowait=True)
+            await self._reconnect(self.connection)
             raise ConnectionError(f"the server has not answered a ping for {MAX_SILENCE_S:g} s")
         self._received = self._received or message is not None
         return message
 
-    async def open(self) -> None:
+    async def connect(self) -> None:
         """Connect, unless it is connected."""
-        if self.connection is None:
-            async with self._opening:
-                if self.connection is None:
-                    await self.connect()  # type: ignore[no-untyped-call]
+        await self._open()
+
+    async def _open(self) -> bool:
+        """Connect and subscribe to all wanted channels. Returns False if it is connected."""
+        if self._opener is asyncio.current_task():
+            return False  # a command of `on_connect`
+        async with self._opening:
+            connection = self.connection
+            if connection is not None and connection.is_connected:
+                return False
+            self._opener = asyncio.current_task()
+            try:
+                await super().connect()  # type: ignore[no-untyped-call]
+                if connection is None:
                     await self._subscribe(self.wanted)  # redis-py calls on_connect from the second time on
+            finally:
+                self._opener = None
+            return True
+
+    async def _reconnect(self, conn: Any, *_: Any, **__: Any) -> None:
+        """Drop a connection after an error. The reader makes a new one, or the next command."""
+        if self._opener is asyncio.current_task():
+            await conn.disconnect(nowait=True)
+        else:
+            async with self._opening:
+                await conn.disconnect(nowait=True)
 
     async def on_connect(self, _: object) -> None:
         await self._subscribe(self.wanted)
 
     async def want(self, channel: bytes) -> None:
         self.wanted.add(channel)
-        if self.connection is None:
-            await self.open()
-        else:
+        if not await self._open():
             await self._subscribe((channel,))
 
     async def leave(self, channel: bytes) -> None:
