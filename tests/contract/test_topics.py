@@ -224,6 +224,11 @@ async def test_a_message_to_a_user_reaches_all_connections_and_is_resumed(stage:
         assert bodies == [{"hello": [1, None]}, "twice", "end"]
 
 
+async def test_a_message_to_a_user_without_connections_says_so(stage: Stage, stack: AsyncExitStack) -> None:
+    admin = await as_user(stage, stack, "admin", role="service")
+    assert await admin.do("send", user="never existed", body="hello?") == {"delivered": True, "connections": 0}
+
+
 async def test_a_message_to_a_connection_is_there_at_once_or_not_at_all(stage: Stage, stack: AsyncExitStack) -> None:
     admin = await as_user(stage, stack, "admin", role="service")
     key = await stage.key("alice")
