@@ -150,7 +150,8 @@ def still_running(pids: list[int]) -> list[int]:
 def new_up(tmp_path: Path) -> Iterator[Any]:
     """A function that starts `tidewire up` with arguments and environment variables; the fixture stops all of them.
 
-    With `begin=False` the caller starts it.
+    With `begin=False` the caller starts it. The test fails if a process has ended by itself, whatever else happened:
+    `up` restarts it, so that nothing else may show it.
     """
     started: list[Up] = []
 
@@ -169,3 +170,7 @@ def new_up(tmp_path: Path) -> Iterator[Any]:
             one.stop()
             for pid in still_running(below):
                 os.kill(pid, signal.SIGKILL)
+    for one in started:
+        log = one.log.read_text() if one.log.exists() else ""
+        signs = [sign for sign in ("task_died", "should not have happened") if sign in log]
+        assert not signs, f"a process ended by itself: {log}"

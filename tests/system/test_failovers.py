@@ -93,7 +93,6 @@ async def traffic(up: Up) -> AsyncIterator[Traffic]:
             stored = await everything(alice)
             await wait_until(lambda: flowing.view == stored, "the view is what the store has", 60)
             assert not tasks[1].done(), "nothing has ended the view"
-            assert "task_died" not in up.log.read_text(), "no process has ended by itself"
             resets = [len(client.welcomes) for client in (alice, bob)]
             print(
                 f"{flowing.acknowledged} writes acknowledged, {len(stored)} there, {len(flowing.failed)} failed, "
