@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tidewire.client.live_items import LiveItems
 from tidewire.errors import ConfigurationError, NotFound, RequestError, TidewireError
 from tidewire.tasks import end
-
-if TYPE_CHECKING:
-    from tidewire.client.client import Client
 
 Frame = dict[str, Any]
 
@@ -22,10 +19,25 @@ SETTLE_S = 0.5
 """Seconds that such a view waits for frames after its last attempt."""
 
 
+class Requests(Protocol):
+    """The requests of a client that its live views make."""
+
+    topics: dict[str, str]
+
+    async def follow(self, topic: str) -> str:
+        """Follow a topic, and return its cursor."""
+
+    async def query(self, table: str, key: Any, **options: Any) -> Frame:
+        """Read a page of items."""
+
+    async def get(self, table: str, key: Any) -> Frame:
+        """Read an item. Raises NotFound."""
+
+
 class Live:
     """One live view of a client: it loads the items, applies frames, and yields what the application sees."""
 
-    def __init__(self, client: Client, items: LiveItems, topic: str | None) -> None:
+    def __init__(self, client: Requests, items: LiveItems, topic: str | None) -> None:
         self.topic = topic
         self._client = client
         self._items = items
