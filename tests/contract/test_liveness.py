@@ -190,10 +190,14 @@ async def test_a_handshake_whose_partition_does_not_answer_is_refused_and_leaves
             return await call(self, home, name, *rest)
 
         monkeypatch.setattr(Functions, step, hangs)
-        with structlog.testing.capture_logs() as said:
+
+        async def by_websocket() -> int:
             async with wire(stage, key, cursor=cursor, welcome=False) as refused:
-                assert await refused.closed() == 1013
-            assert await get(f"{stage.http_url}/v1/feed?auth_key={key}&cursor={cursor}") == 503
+                return await refused.closed()
+
+        with structlog.testing.capture_logs() as said:
+            feed_url = f"{stage.http_url}/v1/feed?auth_key={key}&cursor={cursor}"
+            assert tuple(await asyncio.gather(by_websocket(), get(feed_url))) == (1013, 503)
         late = [entry for entry in said if entry["event"] == "handshake_timed_out"]
         assert len(late) == 2
         assert all(feed.decode() in entry["waited_for"] for entry in late)
@@ -218,14 +222,20 @@ async def test_a_handshake_that_no_authorizer_answers_is_503_or_1013(
         key = await stage.key("alice")
         monkeypatch.setattr(Authorizer, "_turn", silent)
         await asyncio.sleep(1.2)  # the turn under way ends within its second
-        with structlog.testing.capture_logs() as said:
+
+        async def by_handshake() -> int:
             with pytest.raises(websockets.InvalidStatus) as refused:
                 async with wire(stage, key):
                     pass
-            assert refused.value.response.status_code == 503
+            return refused.value.response.status_code
+
+        async def by_first_frame() -> int:
             async with wire(stage, welcome=False) as late:
                 await late.send({"action": "auth", "auth_key": key})
-                assert await late.closed() == 1013
-            assert await get(f"{stage.http_url}/v1/feed?auth_key={key}") == 503
+                return await late.closed()
+
+        with structlog.testing.capture_logs() as said:
+            feed_url = f"{stage.http_url}/v1/feed?auth_key={key}"
+            assert tuple(await asyncio.gather(by_handshake(), by_first_frame(), get(feed_url))) == (503, 1013, 503)
         steps = [entry["waited_for"] for entry in said if entry["event"] == "handshake_timed_out"]
         assert steps == ["a credential to be authorized"] * 3
