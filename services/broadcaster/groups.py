@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tidewire.app import BY_MEMBER, App
-from tidewire.model.records import ItemRecord, unpack
+from tidewire.model.records import ItemRecord, pack, unpack
 from tidewire.model.values import Scalar
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Arg
@@ -22,7 +23,10 @@ from .decide import Group, GroupsOf, Members
 MAX_MEMBERS_CACHED = 50_000
 """Maximum members, over all groups, in each cache of a partition. Beyond it, the least recently used group is evicted.
 
-There are two caches: one for groups of the partition itself, and one for groups of others."""
+A member whose item has n KiB counts n times. There are two caches: one for groups of the partition itself, and one for
+groups of others."""
+SAMPLE = 16
+"""Members of a group whose items are measured to estimate the size of all."""
 
 Need = Group | GroupsOf
 
@@ -37,13 +41,23 @@ class Snapshot(NamedTuple):
 V = TypeVar("V")
 
 
-class GroupCache(Mapping[Group, V], Generic[V]):
-    """A cache of groups by last use. `size` returns the size of a group."""
+def weight_of(members: Members) -> int:
+    """Return the number of members, or the estimated KiB of their items if that is more."""
+    if not members:
+        return 0
+    sample = list(islice(members.values(), 0, None, -(-len(members) // SAMPLE)))
+    size_bytes = sum(len(pack(item)) for item in sample)
+    return max(len(members), len(members) * size_bytes // (1024 * len(sample)))
 
-    def __init__(self, size: Callable[[V], int], most: int = MAX_MEMBERS_CACHED) -> None:
-        self._size = size
+
+class GroupCache(Mapping[Group, V], Generic[V]):
+    """A cache of groups by last use. `weight` returns the weight of a group, as `weight_of` does."""
+
+    def __init__(self, weight: Callable[[V], int], most: int = MAX_MEMBERS_CACHED) -> None:
+        self._weight = weight
         self._most = most
         self._groups: OrderedDict[Group, V] = OrderedDict()
+        self._weights: dict[Group, int] = {}
         self.held = 0
 
     def __getitem__(self, group: Group) -> V:
@@ -61,21 +75,19 @@ class GroupCache(Mapping[Group, V], Generic[V]):
         """Cache a group. The newest one stays, whatever its size."""
         self.drop(group)
         self._groups[group] = value
-        self.held += self._cost(value)
+        self._weights[group] = 1 + self._weight(value)
+        self.held += self._weights[group]
         while self.held > self._most and len(self._groups) > 1:
             self.drop(next(iter(self._groups)))
 
     def drop(self, group: Group) -> None:
-        before = self._groups.pop(group, None)
-        if before is not None:
-            self.held -= self._cost(before)
+        if self._groups.pop(group, None) is not None:
+            self.held -= self._weights.pop(group)
 
     def clear(self) -> None:
         self._groups.clear()
+        self._weights.clear()
         self.held = 0
-
-    def _cost(self, value: V) -> int:
-        return 1 + self._size(value)
 
 
 class Known(Mapping[Need, Any]):
@@ -107,8 +119,8 @@ class Groups:
         self._app = app
         self._backend = backend
         self._partition = partition
-        self._own: GroupCache[Members] = GroupCache(len)
-        self._others: GroupCache[Snapshot] = GroupCache(lambda snapshot: len(snapshot.members))
+        self._own: GroupCache[Members] = GroupCache(weight_of)
+        self._others: GroupCache[Snapshot] = GroupCache(lambda snapshot: weight_of(snapshot.members))
 
     def begin(self) -> Known:
         """Return what the next decision knows without fetching."""

@@ -13,7 +13,7 @@ from tidewire.model.records import Change, ItemRecord, pack, unpack
 from tidewire.redis.functions import Arg
 from tidewire.redis.keys import Keys
 from tidewire.services.broadcaster.decide import Group, Members
-from tidewire.services.broadcaster.groups import GroupCache, Groups
+from tidewire.services.broadcaster.groups import GroupCache, Groups, weight_of
 from tidewire.services.broadcaster.indexed import IndexWait, last_of_peers, peer_memberships
 from tidewire.services.broadcaster.repair import members_as_they_are
 from tidewire.testing import FakeBackend
@@ -72,6 +72,20 @@ def test_a_cache_is_bounded_by_members_and_evicts_the_least_recently_used() -> N
     assert (list(cache), cache.held) == ([c], 51), "the newest stays, however large"
     cache.clear()
     assert (len(cache), cache.held) == (0, 0)
+
+
+def test_a_group_with_large_items_weighs_as_much_as_their_kibibytes() -> None:
+    small = {str(number): {"user": str(number)} for number in range(40)}
+    large = {user: item | {"about": "x" * 10_240} for user, item in small.items()}
+    assert (weight_of({}), weight_of(small)) == (0, 40)
+    assert 400 <= weight_of(large) <= 410
+    assert 10 <= weight_of({"a": {"about": "x" * 10_240}}) <= 11
+    cache: GroupCache[Members] = GroupCache(weight_of, 500)
+    for number in range(3):
+        cache.put(group_in(0, number), large)
+    assert list(cache) == [group_in(0, 2)]
+    cache.drop(group_in(0, 2))
+    assert cache.held == 0
 
 
 def test_a_decision_costs_nothing_for_groups_that_it_does_not_need() -> None:
