@@ -33,6 +33,8 @@ class Wiring(NamedTuple):
     """Add the service's tasks to a process. Returns a `Listener` when `listens`."""
     listens: bool = False
     """Whether clients connect to it, so that it needs the websocket and HTTP ports."""
+    writes: bool = False
+    """Whether it confirms writes, so that it needs to know their durability."""
 
 
 # Each module is imported when its service is built: a process runs one service.
@@ -65,7 +67,7 @@ def _gateway(service: Service, app: App) -> Any:
 WIRING = {
     wiring.kind: wiring
     for wiring in (
-        Wiring("store", "Run a store: it appends every change to its stream.", _store),
+        Wiring("store", "Run a store: it appends every change to its stream.", _store, writes=True),
         Wiring(
             "broadcaster",
             "Run a broadcaster: it passes changes to the users entitled to them.",

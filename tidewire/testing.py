@@ -21,7 +21,7 @@ from tidewire.client import Client
 from tidewire.process.lifecycle import Service, listen
 from tidewire.process.settings import Settings
 from tidewire.redis import keyring
-from tidewire.redis.backend import BLOCK_MS, Backend, Entry, StreamEntries
+from tidewire.redis.backend import BLOCK_MS, Backend, StreamEntries, StreamEntry
 from tidewire.redis.keys import Keys
 from tidewire.services.wiring import WIRING
 
@@ -49,7 +49,7 @@ class FakeBackend(Backend):
     async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
         return await self._wait(lambda: self.read_now(streams, count, None))
 
-    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
+    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[StreamEntry]:
         return await self._wait(lambda: self.read_group_now(stream, group, consumer, count, None))
 
 

@@ -15,7 +15,7 @@ from tidewire.model.records import Authorization, Credential, Reply, stream_id, 
 from tidewire.process.bus import Answers
 from tidewire.process.lifecycle import Service
 from tidewire.redis import keyring
-from tidewire.redis.backend import Backend, Entry
+from tidewire.redis.backend import Backend, StreamEntry
 from tidewire.redis.keys import ConsumerGroup
 
 log = structlog.get_logger(__name__)
@@ -74,7 +74,7 @@ class Authorizer:
             except OutOfMemoryError as error:
                 log.warning("credentials_not_noted", error=str(error))
 
-    async def _abandoned(self) -> list[Entry]:
+    async def _abandoned(self) -> list[StreamEntry]:
         found: Any = await self._backend.commands.xautoclaim(
             self._stream, ConsumerGroup.AUTHORIZER, self._registry.id, ABANDONED_MS, "0-0", count=BATCH
         )
@@ -105,7 +105,7 @@ class Authorizer:
         await self._backend.commands.xtrim(self._stream, minid=f"{ms}-{seq}", approximate=False)
 
 
-def _questions(entries: list[Entry]) -> list[tuple[Authorization, ApiKey | None]]:
+def _questions(entries: list[StreamEntry]) -> list[tuple[Authorization, ApiKey | None]]:
     questions = []
     for _, fields in entries:
         try:

@@ -27,7 +27,7 @@ from tidewire.visibility import visibility
 
 from .events import PLAIN_TYPES, EventsByFeed, TransactionEvents, events_by_feed, events_of, single_events
 from .frames import ItemFrame, PlainFrame
-from .route import STEP_FEEDS, Call, Destinations, Router
+from .route import STEP_FEEDS, Destinations, LinkCall, Router
 
 log = structlog.get_logger(__name__)
 
@@ -58,8 +58,8 @@ class GroupsOf(msgspec.Struct, frozen=True, order=True):
     user: str
 
 
-Members = Mapping[str, Item]
-Known = Mapping[Group | GroupsOf, Any]
+GroupMembers = Mapping[str, Item]
+GroupFacts = Mapping[Group | GroupsOf, Any]
 """The members of groups, by user, as item; and the groups of users."""
 
 
@@ -77,7 +77,7 @@ class Routing:
     consumed: int = 0
     """Number of changes that were decided, from the first on."""
     operations: list[RedisCommand] = field(default_factory=list)
-    links: dict[Home, list[Call]] = field(default_factory=dict)
+    links: dict[Home, list[LinkCall]] = field(default_factory=dict)
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """Groups that changed, as they are after the batch."""
     failed: int = 0
@@ -91,7 +91,7 @@ Steps = Generator[None, bool | None, Routing | set[Group | GroupsOf]]
 def deciding(
     app: App,
     keys: Keys,
-    known: Known,
+    known: GroupFacts,
     partition: int,
     changes: Sequence[tuple[Id, Change | None]],
     feeds: Destinations | None = None,
@@ -122,7 +122,7 @@ def deciding(
 
 
 def decide(
-    app: App, keys: Keys, known: Known, partition: int, changes: Sequence[tuple[Id, Change | None]]
+    app: App, keys: Keys, known: GroupFacts, partition: int, changes: Sequence[tuple[Id, Change | None]]
 ) -> Routing | set[Group | GroupsOf]:
     """Do all steps of `deciding` at once."""
     steps = deciding(app, keys, known, partition, changes)
@@ -134,13 +134,13 @@ def decide(
             return result
 
 
-Unit = list[tuple[Id, Change]]
+ChangeUnit = list[tuple[Id, Change]]
 """The changes of one transaction, or one change that belongs to none."""
 
 
-def _units(changes: Sequence[tuple[Id, Change | None]]) -> Iterator[tuple[int, Unit]]:
+def _units(changes: Sequence[tuple[Id, Change | None]]) -> Iterator[tuple[int, ChangeUnit]]:
     """Yield the units of a batch, each with the number of entries up to its end. The last one may be incomplete."""
-    unit: Unit = []
+    unit: ChangeUnit = []
     for end, (id_, change) in enumerate(changes, 1):
         if change is None:
             continue
@@ -182,7 +182,7 @@ class _Delivery(NamedTuple):
 
 
 class _RoutingBuilder:
-    def __init__(self, app: App, keys: Keys, known: Known, feeds: Destinations) -> None:
+    def __init__(self, app: App, keys: Keys, known: GroupFacts, feeds: Destinations) -> None:
         self.app = app
         self.keys = keys
         self.known = known
@@ -298,16 +298,16 @@ class _RoutingBuilder:
 
     # ── what is known of groups ─────────────────────────────────────────────────────────────────────────────────────
 
-    def members(self, membership: str, group: Scalar) -> Members:
+    def members(self, membership: str, group: Scalar) -> GroupMembers:
         name = Group(membership, group)
         if name in self.decision.groups:
             return self.decision.groups[name]
         if name not in self.known:
             raise UnknownGroups(name)
-        members: Members = self.known[name]
+        members: GroupMembers = self.known[name]
         return members
 
-    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[Members]:
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> list[GroupMembers]:
         names = [Group(membership, group) for group in groups]
         if missing := [name for name in names if name not in self.known and name not in self.decision.groups]:
             raise UnknownGroups(*missing)
@@ -403,10 +403,10 @@ class _AsIf:
             return self._item
         return self._known.member(membership, group, user)
 
-    def members(self, membership: str, group: Scalar) -> Members:
+    def members(self, membership: str, group: Scalar) -> GroupMembers:
         return self._known.members(membership, group)
 
-    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> Iterable[Members]:
+    def members_of_all(self, membership: str, groups: Iterable[Scalar]) -> Iterable[GroupMembers]:
         return self._known.members_of_all(membership, groups)
 
     def any_member(self, membership: str, groups: Iterable[Scalar], user: str) -> bool:

@@ -18,7 +18,7 @@ from tidewire.model.values import Scalar
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Arg
 
-from .decide import Group, GroupsOf, Members
+from .decide import Group, GroupMembers, GroupsOf
 
 MAX_MEMBERS_CACHED = 50_000
 """Maximum members, over all groups, in each cache of a partition. Beyond it, the least recently used group is evicted.
@@ -35,13 +35,13 @@ class Snapshot(NamedTuple):
     """A group of another partition, with its version."""
 
     version: bytes
-    members: Members
+    members: GroupMembers
 
 
 V = TypeVar("V")
 
 
-def weight_of(members: Members) -> int:
+def weight_of(members: GroupMembers) -> int:
     """Return the number of members, or the estimated KiB of their items if that is more."""
     if not members:
         return 0
@@ -90,10 +90,10 @@ class GroupCache(Mapping[Group, V], Generic[V]):
         self.held = 0
 
 
-class Known(Mapping[Need, Any]):
+class KnownGroups(Mapping[Need, Any]):
     """The groups that one decision knows: those fetched for it, over the cached ones."""
 
-    def __init__(self, cached: Mapping[Group, Members]) -> None:
+    def __init__(self, cached: Mapping[Group, GroupMembers]) -> None:
         self.fetched: dict[Need, Any] = {}
         self._cached = cached
 
@@ -119,14 +119,14 @@ class Groups:
         self._app = app
         self._backend = backend
         self._partition = partition
-        self._own: GroupCache[Members] = GroupCache(weight_of)
+        self._own: GroupCache[GroupMembers] = GroupCache(weight_of)
         self._others: GroupCache[Snapshot] = GroupCache(lambda snapshot: weight_of(snapshot.members))
 
-    def begin(self) -> Known:
+    def begin(self) -> KnownGroups:
         """Return what the next decision knows without fetching."""
-        return Known(self._own)
+        return KnownGroups(self._own)
 
-    def keep(self, known: Known, changed: Mapping[Group, Members]) -> None:
+    def keep(self, known: KnownGroups, changed: Mapping[Group, GroupMembers]) -> None:
         """After a commit, cache the groups that were fetched for the decision, and those that it changed."""
         for need, value in known.fetched.items():
             if isinstance(need, Group) and self._is_here(need):
@@ -196,10 +196,10 @@ class Groups:
         """
         return "HGETALL", self._backend.keys.items(group.membership, group.group)
 
-    def _snapshot(self, group: Group, version: bytes | None, raw: Any) -> Members:
+    def _snapshot(self, group: Group, version: bytes | None, raw: Any) -> GroupMembers:
         table = self._app[group.membership]
         items = [ItemRecord(*unpack(record)).item for _, record in _pairs(raw)]
-        members: Members = {item[table.key[1]]: item for item in items if item is not None}
+        members: GroupMembers = {item[table.key[1]]: item for item in items if item is not None}
         if version is None:
             self._others.drop(group)
         else:

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 
 from tidewire.app import App
 from tidewire.audiences import Audience, Peers
-from tidewire.model.records import Change, unpack
+from tidewire.model.records import Change, Id, unpack
 from tidewire.redis.backend import Backend
 from tidewire.redis.keys import PartitionField
 
@@ -21,8 +21,6 @@ INDEX_LOOK_S, INDEX_PATIENCE_S = 0.01, 2.0
 """Seconds between two reads of the indexer's position, and the maximum wait for one batch."""
 
 BEHIND = Counter("tidewire_broadcaster_index_behind_total", "Times that a batch waited for the indexer in vain.")
-
-Id = tuple[int, int]
 
 
 def peer_memberships(app: App) -> frozenset[str]:

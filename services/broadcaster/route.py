@@ -90,7 +90,7 @@ class AppendUnits(NamedTuple):
     units: list[Unit]
 
 
-Call = StoreBodies | AppendUnits
+LinkCall = StoreBodies | AppendUnits
 
 
 class DestinationCalls:
@@ -113,8 +113,8 @@ class DestinationCalls:
         known |= bodies
         units.append(unit)
 
-    def all(self) -> list[Call]:
-        found: list[Call] = []
+    def all(self) -> list[LinkCall]:
+        found: list[LinkCall] = []
         for bodies, units in self._rounds:
             found += _stored(bodies)
             found.append(AppendUnits(units))
@@ -144,7 +144,7 @@ class Router:
         self.size_bytes = 0
         """Bytes that the appends write, including bodies that are stored once."""
 
-    def links(self) -> dict[Home, list[Call]]:
+    def links(self) -> dict[Home, list[LinkCall]]:
         return {self._keys.home(partition): calls.all() for partition, calls in self._calls.items()}
 
     def add(self, position: Position, appends: Mapping[int, list[Append]]) -> Generator[None, None, None]:

@@ -26,7 +26,7 @@ from .decide import Group, GroupsOf, Routing, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
 from .repair import Repair, applied
-from .route import AppendUnits, Call, DestinationCache, StoreBodies
+from .route import AppendUnits, DestinationCache, LinkCall, StoreBodies
 
 log = structlog.get_logger(__name__)
 
@@ -267,7 +267,7 @@ def build(service: Service, app: App) -> Worker:
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
     body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 
-    async def link(to: Home, source: str, epoch: int, call: Call | FeedReset) -> None:
+    async def link(to: Home, source: str, epoch: int, call: LinkCall | FeedReset) -> None:
         match call:
             case AppendUnits(units):
                 await backend.functions.link_append(to, source, epoch, bounds, units)

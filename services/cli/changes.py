@@ -12,8 +12,8 @@ import typer
 from redis.exceptions import RedisError
 
 from tidewire.errors import ConfigurationError
-from tidewire.model.records import Change, Position, stream_id, unpack
-from tidewire.redis.backend import Backend, Entry
+from tidewire.model.records import Change, Id, Position, stream_id, unpack
+from tidewire.redis.backend import Backend, StreamEntry
 from tidewire.tasks import end
 
 from . import change_formats, output, reach
@@ -22,8 +22,6 @@ PAGE = 100
 """Entries fetched at once from one partition. Each may hold two images of the largest size."""
 RETRY_S = 0.5
 LARGEST = 2**64 - 1
-
-Id = tuple[int, int]
 
 
 class Found(NamedTuple):
@@ -181,7 +179,7 @@ class _Reader:
         read = await self._backend.read({self._stream: f"{self.last[0]}-{self.last[1]}"}, PAGE)
         return await self._found([entry for _, entries in read for entry in entries])
 
-    async def _found(self, entries: list[Entry]) -> list[Found]:
+    async def _found(self, entries: list[StreamEntry]) -> list[Found]:
         if not entries:
             return []
         self.last = stream_id(entries[-1][0])

@@ -9,7 +9,7 @@ import typer
 
 from tidewire.errors import ConfigurationError
 
-from .options import DATA, Data, Json, Redis, Stage, option
+from .options import DATA, DataOption, JsonOption, RedisOption, StageOption, option
 
 if TYPE_CHECKING:
     from tidewire.redis.backend import Backend
@@ -27,10 +27,10 @@ def changes(
     ] = None,
     follow: Annotated[bool, option("--follow", "Continue with new changes, until Ctrl-C.")] = False,
     format_: Annotated[str, option("--format", "json, or dynamodb: records as DynamoDB Streams has them.")] = "json",
-    redis: Redis = None,
-    data: Data = DATA,
-    stage: Stage = None,
-    as_json: Json = False,
+    redis: RedisOption = None,
+    data: DataOption = DATA,
+    stage: StageOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a table's change records, the oldest first, one JSON object per line."""
     from .change_formats import FORMATS
@@ -47,9 +47,9 @@ def export(
     ] = None,
     output: Annotated[Path | None, option("--output", "File to write.", shown="standard output")] = None,
     resume: Annotated[bool, option("--resume", "Go on in that file after its last whole line.")] = False,
-    redis: Redis = None,
-    data: Data = DATA,
-    stage: Stage = None,
+    redis: RedisOption = None,
+    data: DataOption = DATA,
+    stage: StageOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
 ) -> None:
     """Write all items as JSON lines: table, item, version, at (ms since 1970), by."""
@@ -70,9 +70,9 @@ def import_(
         Path | None, typer.Argument(metavar="FILE", help="JSON lines.", show_default="standard input")
     ] = None,
     skip: Annotated[int, option("--skip", "Number of lines at the beginning that are done already.")] = 0,
-    redis: Redis = None,
-    data: Data = DATA,
-    stage: Stage = None,
+    redis: RedisOption = None,
+    data: DataOption = DATA,
+    stage: StageOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
 ) -> None:
     """Write the items of JSON lines, each with a table and an item, as `export` prints them. Needs a running store."""

@@ -79,7 +79,7 @@ def quoted(path: Path) -> str:
     return f'"{text}"'
 
 
-class PortTaken(Exception):
+class ServerPortTaken(Exception):
     """Another program has taken the server's port, after it was found to be free."""
 
 
@@ -111,7 +111,7 @@ class Embedded:
         """Wait until the server has loaded its data and answers.
 
         Raises:
-            PortTaken: it has ended because of its port. An Embedded of another port may start.
+            ServerPortTaken: it has ended because of its port. An Embedded of another port may start.
             ConfigurationError: it has ended for another reason.
         """
         from redis.asyncio import Redis
@@ -124,7 +124,7 @@ class Embedded:
                         return
                 if process.returncode is not None:
                     if not is_free(self.port):
-                        raise PortTaken
+                        raise ServerPortTaken
                     raise ConfigurationError(
                         f"the embedded server ended with {process.returncode}: see {self.folder / 'server.log'}"
                     )

@@ -5,10 +5,12 @@ Data goes to standard output, the rest to standard error. Exit codes: 0, 1 faile
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -18,30 +20,30 @@ from tidewire.errors import ConfigurationError, TidewireError, Unreachable
 from tidewire.process.settings import drop_service_links
 from tidewire.tasks import leaf
 
-from ..wiring import WIRING
+from ..wiring import WIRING, Wiring
 from . import output
 from .data_commands import changes, export, import_
 from .options import (
     DATA,
     MISCONFIGURED,
     SUPERVISED,
-    AdminPort,
+    AdminPortOption,
     AppArgument,
-    Data,
-    DrainSeconds,
-    Durability,
-    Host,
-    HttpPort,
-    Json,
-    Key,
-    LogFormat,
-    Origins,
-    Partitions,
-    Redis,
-    ServiceRedis,
-    Stage,
-    Url,
-    WsPort,
+    DataOption,
+    DrainSecondsOption,
+    DurabilityOption,
+    HostOption,
+    HttpPortOption,
+    JsonOption,
+    KeyOption,
+    LogFormatOption,
+    OriginsOption,
+    PartitionsOption,
+    RedisOption,
+    ServiceRedisOption,
+    StageOption,
+    UrlOption,
+    WsPortOption,
 )
 from .reach import with_redis
 
@@ -105,7 +107,7 @@ def up(
     reference: Annotated[
         str, typer.Argument(metavar="[APP]", help="The application: module:attribute.", show_default="the chat example")
     ] = "tidewire.examples.chat.app:app",
-    data: Data = DATA,
+    data: DataOption = DATA,
     redis: Annotated[
         str | None,
         typer.Option("--redis", envvar="TIDEWIRE_REDIS", help="Use this server.", show_default="an embedded one"),
@@ -116,16 +118,16 @@ def up(
         int, typer.Option(envvar="TIDEWIRE_BROADCASTERS", help="Processes of the broadcaster.")
     ] = 1,
     stores: Annotated[int, typer.Option(envvar="TIDEWIRE_STORES", help="Processes of the store.")] = 1,
-    stage: Stage = None,
-    partitions: Partitions = None,
-    host: Host = None,
-    ws_port: WsPort = None,
-    http_port: HttpPort = None,
-    admin_port: AdminPort = None,
-    origins: Origins = None,
-    durability: Durability = None,
-    drain_seconds: DrainSeconds = None,
-    log_format: LogFormat = None,
+    stage: StageOption = None,
+    partitions: PartitionsOption = None,
+    host: HostOption = None,
+    ws_port: WsPortOption = None,
+    http_port: HttpPortOption = None,
+    admin_port: AdminPortOption = None,
+    origins: OriginsOption = None,
+    durability: DurabilityOption = None,
+    drain_seconds: DrainSecondsOption = None,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run everything on this machine, until Ctrl-C."""
     from .up import up as run_up
@@ -149,72 +151,40 @@ def up(
     )
 
 
-def _add_listening_service(kind: str) -> None:
-    def command(
-        reference: AppArgument,
-        redis: ServiceRedis,
-        stage: Stage = None,
-        partitions: Partitions = None,
-        host: Host = None,
-        ws_port: WsPort = None,
-        http_port: HttpPort = None,
-        admin_port: AdminPort = None,
-        origins: Origins = None,
-        drain_seconds: DrainSeconds = None,
-        log_format: LogFormat = None,
-    ) -> None:
+def _options_of(wiring: Wiring) -> dict[str, Any]:
+    """Return the options of a service's command: none that the service would ignore."""
+    return {
+        "stage": StageOption,
+        "partitions": PartitionsOption,
+        **({"host": HostOption, "ws_port": WsPortOption, "http_port": HttpPortOption} if wiring.listens else {}),
+        "admin_port": AdminPortOption,
+        **({"origins": OriginsOption} if wiring.listens else {"host": HostOption}),
+        **({"durability": DurabilityOption} if wiring.writes else {}),
+        "drain_seconds": DrainSecondsOption,
+        "log_format": LogFormatOption,
+    }
+
+
+def _add_service(wiring: Wiring) -> None:
+    def command(reference: str, redis: str, **flags: Any) -> None:
         from .service import run
 
-        run(
-            kind,
-            reference,
-            redis=redis,
-            stage=stage,
-            partitions=partitions,
-            host=host,
-            ws_port=ws_port,
-            http_port=http_port,
-            admin_port=admin_port,
-            origins=origins,
-            drain_seconds=drain_seconds,
-            log_format=log_format,
-        )
+        run(wiring.kind, reference, redis=redis, **flags)
 
-    app.command(kind, help=WIRING[kind].help)(command)
-
-
-def _add_service(kind: str) -> None:
-    def command(
-        reference: AppArgument,
-        redis: ServiceRedis,
-        stage: Stage = None,
-        partitions: Partitions = None,
-        host: Host = None,
-        durability: Durability = None,
-        admin_port: AdminPort = None,
-        drain_seconds: DrainSeconds = None,
-        log_format: LogFormat = None,
-    ) -> None:
-        from .service import run
-
-        run(
-            kind,
-            reference,
-            redis=redis,
-            stage=stage,
-            partitions=partitions,
-            host=host,
-            durability=durability,
-            admin_port=admin_port,
-            drain_seconds=drain_seconds,
-            log_format=log_format,
-        )
-
-    app.command(kind, help=WIRING[kind].help)(command)
+    # Typer reads the options from the signature.
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    parameters = [
+        parameter("reference", annotation=AppArgument),
+        parameter("redis", annotation=ServiceRedisOption),
+        *(parameter(name, annotation=kind, default=None) for name, kind in _options_of(wiring).items()),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {declared.name: declared.annotation for declared in parameters}
+    app.command(wiring.kind, help=wiring.help)(command)
 
 
 for _wiring in WIRING.values():
-    (_add_listening_service if _wiring.listens else _add_service)(_wiring.kind)
+    _add_service(_wiring)
 
 
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,10 +198,10 @@ def keys_create(
     ttl: Annotated[
         str | None, typer.Option("--ttl", help="How long it is good: 90s, 15m, 12h, 30d.", show_default="for ever")
     ] = None,
-    redis: Redis = None,
-    data: Data = DATA,
-    stage: Stage = None,
-    as_json: Json = False,
+    redis: RedisOption = None,
+    data: DataOption = DATA,
+    stage: StageOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a key. It is shown this once."""
     from tidewire.redis import keyring
@@ -251,7 +221,9 @@ def keys_create(
 
 
 @keys.command("list")
-def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_json: Json = False) -> None:
+def keys_list(
+    redis: RedisOption = None, data: DataOption = DATA, stage: StageOption = None, as_json: JsonOption = False
+) -> None:
     """List all keys, without their secrets."""
     from datetime import UTC, datetime
 
@@ -277,7 +249,10 @@ def keys_list(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_js
 
 @keys.command("revoke")
 def keys_revoke(
-    id_: Annotated[str, typer.Argument(metavar="ID")], redis: Redis = None, data: Data = DATA, stage: Stage = None
+    id_: Annotated[str, typer.Argument(metavar="ID")],
+    redis: RedisOption = None,
+    data: DataOption = DATA,
+    stage: StageOption = None,
 ) -> None:
     """Revoke a key, and close its connections."""
     from tidewire.redis import keyring
@@ -310,9 +285,9 @@ def duration_s(text: str) -> float:
 def put(
     table: str,
     item: Annotated[str, typer.Argument(metavar="ITEM", help="A JSON object.")],
-    key: Key,
-    url: Url = "http://127.0.0.1:8081",
-    as_json: Json = False,
+    key: KeyOption,
+    url: UrlOption = "http://127.0.0.1:8081",
+    as_json: JsonOption = False,
 ) -> None:
     """Write an item."""
     _act(url, key, as_json, "put", table=table, item=_parsed(item, "ITEM"))
@@ -322,9 +297,9 @@ def put(
 def get(
     table: str,
     item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
-    key: Key,
-    url: Url = "http://127.0.0.1:8081",
-    as_json: Json = False,
+    key: KeyOption,
+    url: UrlOption = "http://127.0.0.1:8081",
+    as_json: JsonOption = False,
 ) -> None:
     """Read an item."""
     _act(url, key, as_json, "get", table=table, key=_parsed(item_key, "KEY"))
@@ -334,9 +309,9 @@ def get(
 def delete(
     table: str,
     item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
-    key: Key,
-    url: Url = "http://127.0.0.1:8081",
-    as_json: Json = False,
+    key: KeyOption,
+    url: UrlOption = "http://127.0.0.1:8081",
+    as_json: JsonOption = False,
 ) -> None:
     """Remove an item."""
     _act(url, key, as_json, "delete", table=table, key=_parsed(item_key, "KEY"))
@@ -346,8 +321,8 @@ def delete(
 def query(
     table: str,
     partition_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: the partition key.")],
-    key: Key,
-    url: Url = "http://127.0.0.1:8081",
+    key: KeyOption,
+    url: UrlOption = "http://127.0.0.1:8081",
     index: Annotated[
         str | None, typer.Option(help="An index of the table; KEY is then its partition attribute.")
     ] = None,
@@ -356,7 +331,7 @@ def query(
     prefix: Annotated[str | None, typer.Option(help="Only sort keys that begin so.")] = None,
     limit: Annotated[int, typer.Option(help="Most items.")] = 100,
     reverse: Annotated[bool, typer.Option("--reverse", help="The last ones first.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read the items of a partition key, or of an index, in order."""
     given = {
@@ -372,11 +347,11 @@ def query(
 
 @app.command()
 def listen(
-    key: Key,
+    key: KeyOption,
     url: Annotated[str, typer.Option("--url", envvar="TIDEWIRE_WS_URL", help="Websocket address of a gateway.")] = (
         "ws://127.0.0.1:8080"
     ),
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print every frame of the user's feed, one JSON object per line. Reconnects and resumes by itself."""
     import asyncio
@@ -414,7 +389,9 @@ def listen(
 
 
 @app.command()
-def status(redis: Redis = None, data: Data = DATA, stage: Stage = None, as_json: Json = False) -> None:
+def status(
+    redis: RedisOption = None, data: DataOption = DATA, stage: StageOption = None, as_json: JsonOption = False
+) -> None:
     """Show services, connections, and who owns which partition."""
     from .status import collect, show
 

@@ -19,29 +19,29 @@ def option(name: str, help_: str, *, shown: str | None = None) -> object:
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
 _ADDRESS = "Address: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
-Redis = Annotated[str | None, option("--redis", _ADDRESS, shown="the running `up` of --data")]
-ServiceRedis = Annotated[str, option("--redis", _ADDRESS, shown="required")]
-Data = Annotated[Path, option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
-Stage = Annotated[str | None, option("--stage", "Namespace: the prefix of every key.", shown="dev")]
-Partitions = Annotated[
+RedisOption = Annotated[str | None, option("--redis", _ADDRESS, shown="the running `up` of --data")]
+ServiceRedisOption = Annotated[str, option("--redis", _ADDRESS, shown="required")]
+DataOption = Annotated[Path, option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
+StageOption = Annotated[str | None, option("--stage", "Namespace: the prefix of every key.", shown="dev")]
+PartitionsOption = Annotated[
     int | None, option("--partitions", "Number of partitions, when the stage is created.", shown="8")
 ]
-Host = Annotated[str | None, option("--host", "Address to listen on.", shown="127.0.0.1")]
-WsPort = Annotated[int | None, option("--ws-port", "Port of the websockets.", shown="8080")]
-HttpPort = Annotated[int | None, option("--http-port", "Port of HTTP.", shown="8081")]
-AdminPort = Annotated[int | None, option("--admin-port", "Port of probes and metrics.", shown="8090")]
-Origins = Annotated[
+HostOption = Annotated[str | None, option("--host", "Address to listen on.", shown="127.0.0.1")]
+WsPortOption = Annotated[int | None, option("--ws-port", "Port of the websockets.", shown="8080")]
+HttpPortOption = Annotated[int | None, option("--http-port", "Port of HTTP.", shown="8081")]
+AdminPortOption = Annotated[int | None, option("--admin-port", "Port of probes and metrics.", shown="8090")]
+OriginsOption = Annotated[
     str | None, option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
 ]
-Durability = Annotated[
+DurabilityOption = Annotated[
     str | None,
     option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),
 ]
-DrainSeconds = Annotated[float | None, option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
-LogFormat = Annotated[str | None, option("--log-format", "console or json.", shown="console")]
-Url = Annotated[str, option("--url", "HTTP address of a gateway.")]
-Key = Annotated[str, option("--key", "The auth_key to act with.", shown="required")]
-Json = Annotated[
+DrainSecondsOption = Annotated[float | None, option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
+LogFormatOption = Annotated[str | None, option("--log-format", "console or json.", shown="console")]
+UrlOption = Annotated[str, option("--url", "HTTP address of a gateway.")]
+KeyOption = Annotated[str, option("--key", "The auth_key to act with.", shown="required")]
+JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs: one compact line for each result, never coloured.")
 ]
 DATA = Path(".tidewire")

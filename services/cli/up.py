@@ -31,7 +31,7 @@ from tidewire.redis.connect import connect
 from tidewire.redis.keys import ConsumerGroup, Keys
 
 from ..wiring import WIRING
-from .embedded import Embedded, PortTaken, announce, end_with_parent, locked, write_private
+from .embedded import Embedded, ServerPortTaken, announce, end_with_parent, locked, write_private
 from .options import ADMIN_SOCKET, MISCONFIGURED, SUPERVISED
 from .service import import_app, start
 from .status import owners
@@ -224,7 +224,7 @@ class _Up:
             server = Child("server", embedded.command(), environment, self.stopping)
             try:
                 await embedded.wait_until_ready(await server.start())
-            except PortTaken:
+            except ServerPortTaken:
                 log.info("port_taken", name=server.name, port=embedded.port)
                 continue
             except BaseException:

@@ -28,10 +28,10 @@ from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
 from tidewire.redis.walk import walk
 
 from .indexes import (
-    Entry,
     Filling,
     Followed,
     Index,
+    IndexEntry,
     Links,
     declared,
     entry_added,
@@ -80,7 +80,7 @@ class IndexerTenure:
         self._next_followed: Followed | None = None
         self._look_at = 0.0  # monotonic: when to read the destinations' generations again
         self._from: Id | None = None  # id of the newest change when this tenure began
-        self._strays: AsyncIterator[list[Entry]] | None = None
+        self._strays: AsyncIterator[list[IndexEntry]] | None = None
         self._steps = 0
         self._oldest: int | None = None  # time of the oldest change of the batch
 
@@ -209,7 +209,7 @@ class IndexerTenure:
             links.setdefault(entry.partition, []).append(Effect(position, number, entry.operations))
         return links
 
-    async def _carry(self, index: Index) -> list[Entry]:
+    async def _carry(self, index: Index) -> list[IndexEntry]:
         """Carry the next items into the index, or out of it."""
         filling = self._next[index]
         found = await walk(self._backend, self._partition, index.table, filling.place, FILL_BATCH)
@@ -228,7 +228,7 @@ class IndexerTenure:
         )
         return [entry for entry in entries if entry and filling.concerns(entry.partition)]
 
-    async def _weed(self, index: Index) -> list[Entry]:
+    async def _weed(self, index: Index) -> list[IndexEntry]:
         """Remove the next entries without an item."""
         if index.table in self._app.tables:
             self._strays = self._strays or self._entries_without_item(index)
@@ -238,7 +238,7 @@ class IndexerTenure:
         self._next[index] = self._next[index]._replace(sound=True)
         return []
 
-    async def _entries_without_item(self, index: Index) -> AsyncIterator[list[Entry]]:
+    async def _entries_without_item(self, index: Index) -> AsyncIterator[list[IndexEntry]]:
         """Find entries of this partition's items, in any partition, that those items no longer have.
 
         It returns some at a time, and none if they take long to find, so that changes go on.
@@ -269,7 +269,7 @@ class IndexerTenure:
             if name:
                 name.cancel()
 
-    async def _strays_of(self, index: Index, names: Iterable[bytes]) -> AsyncIterator[list[Entry]]:
+    async def _strays_of(self, index: Index, names: Iterable[bytes]) -> AsyncIterator[list[IndexEntry]]:
         """Read the item after its entry. If it gains the entry later, a later change adds it again."""
         table, keys = self._app[index.table], self._keys
         places = dict.fromkeys(names, 0)

@@ -81,31 +81,31 @@ def wanted(app: App, found: Mapping[Index, Filling]) -> dict[Index, Filling]:
     return result
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """The entry of one item in an index, and its place."""
 
     partition: int
     operations: tuple[RedisCommand, ...]
 
 
-def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> Entry | None:
+def entry_added(keys: Keys, index: Index, key: ItemKey, record: ItemRecord) -> IndexEntry | None:
     """Return the entry of an item, or None if the item is not in the index."""
     where = place_of(keys, index, key, record.item)
     if where is None:
         return None
     partition, items, order, field = where
-    return Entry(
+    return IndexEntry(
         partition, (RedisCommand("HSET", items, (field, pack(record))), RedisCommand("ZADD", order, ("0", field)))
     )
 
 
-def entry_removed(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> Entry | None:
+def entry_removed(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> IndexEntry | None:
     """Return what removes the entry of an item, or None if the item was not in the index."""
     where = place_of(keys, index, key, item)
     if where is None:
         return None
     partition, items, order, field = where
-    return Entry(partition, (RedisCommand("HDEL", items, (field,)), RedisCommand("ZREM", order, (field,))))
+    return IndexEntry(partition, (RedisCommand("HDEL", items, (field,)), RedisCommand("ZREM", order, (field,))))
 
 
 def place_of(keys: Keys, index: Index, key: ItemKey, item: Item | None) -> tuple[int, bytes, bytes, bytes] | None:

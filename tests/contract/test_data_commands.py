@@ -14,7 +14,7 @@ import pytest
 from tidewire.errors import ConfigurationError
 from tidewire.model.records import Change, Position
 from tidewire.redis.backend import Backend
-from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.functions import NumberedCall, StreamBounds
 from tidewire.services.cli import importer
 from tidewire.services.cli.changes import Found, print_changes, starts
 from tidewire.services.cli.exporter import export
@@ -147,7 +147,7 @@ async def test_rows_that_find_no_room_are_sent_again(
 ) -> None:
     enqueue, refused = stage.backend.functions.enqueue, list[bytes]()
 
-    async def crowded(stream: bytes, call: Call, bounds: StreamBounds, records: list[bytes]) -> int:
+    async def crowded(stream: bytes, call: NumberedCall, bounds: StreamBounds, records: list[bytes]) -> int:
         if len(refused) < 4:
             refused.append(stream)
             return 0
@@ -167,7 +167,7 @@ async def test_rows_that_find_no_room_are_sent_again(
 async def test_without_a_store_it_ends_and_says_so(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(stream: bytes, call: Call, bounds: StreamBounds, records: list[bytes]) -> int:
+    async def full(stream: bytes, call: NumberedCall, bounds: StreamBounds, records: list[bytes]) -> int:
         return 0
 
     monkeypatch.setattr(stage.backend.functions, "enqueue", full)

@@ -16,7 +16,7 @@ from tests import topologies
 from tests.helpers import free_port
 from tidewire import App, everyone, testing
 from tidewire.redis.connect import connect
-from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.functions import NumberedCall, StreamBounds
 from tidewire.redis.keys import Keys
 from tidewire.services.cli.status import collect
 from tidewire.testing import Stage
@@ -126,7 +126,7 @@ async def test_a_stream_of_commands_is_bounded_in_bytes(full: topologies.Server)
     async with await connect(f"redis://127.0.0.1:{full.port}", Keys("full", 2)) as backend:
         stream, bounds = backend.keys.commands(0), StreamBounds(10_000, 4 << 20)
         for number in range(1, 100):
-            call = Call(backend.keys.sent(stream, "gateway"), number)
+            call = NumberedCall(backend.keys.sent(stream, "gateway"), number)
             if not await backend.functions.enqueue(stream, call, bounds, [b"x" * 250_000]):
                 break
         used = int(await backend.commands.memory_usage(stream, samples=0) or 0)

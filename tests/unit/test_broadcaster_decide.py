@@ -31,8 +31,8 @@ from tidewire.services.broadcaster.route import (
     MAX_CALL_APPENDS,
     MAX_CALL_BYTES,
     AppendUnits,
-    Call,
     DestinationCache,
+    LinkCall,
     StoreBodies,
 )
 from tidewire.visibility import visibility
@@ -70,11 +70,11 @@ def make_app() -> App:
     return app
 
 
-def units_of(calls: Sequence[Call]) -> list[Unit]:
+def units_of(calls: Sequence[LinkCall]) -> list[Unit]:
     return [unit for call in calls if isinstance(call, AppendUnits) for unit in call.units]
 
 
-def bodies_of(calls: Sequence[Call]) -> dict[bytes, bytes]:
+def bodies_of(calls: Sequence[LinkCall]) -> dict[bytes, bytes]:
     return dict(body for call in calls if isinstance(call, StoreBodies) for body in call.bodies)
 
 

@@ -12,7 +12,7 @@ from tidewire.app import App
 from tidewire.model.records import Change, ItemRecord, pack, unpack
 from tidewire.redis.functions import Arg
 from tidewire.redis.keys import Keys
-from tidewire.services.broadcaster.decide import Group, Members
+from tidewire.services.broadcaster.decide import Group, GroupMembers
 from tidewire.services.broadcaster.groups import GroupCache, Groups, weight_of
 from tidewire.services.broadcaster.indexed import IndexWait, last_of_peers, peer_memberships
 from tidewire.services.broadcaster.repair import members_as_they_are
@@ -80,7 +80,7 @@ def test_a_group_with_large_items_weighs_as_much_as_their_kibibytes() -> None:
     assert (weight_of({}), weight_of(small)) == (0, 40)
     assert 400 <= weight_of(large) <= 410
     assert 10 <= weight_of({"a": {"about": "x" * 10_240}}) <= 11
-    cache: GroupCache[Members] = GroupCache(weight_of, 500)
+    cache: GroupCache[GroupMembers] = GroupCache(weight_of, 500)
     for number in range(3):
         cache.put(group_in(0, number), large)
     assert list(cache) == [group_in(0, 2)]
@@ -91,7 +91,7 @@ def test_a_group_with_large_items_weighs_as_much_as_their_kibibytes() -> None:
 def test_a_decision_costs_nothing_for_groups_that_it_does_not_need() -> None:
     """9,900 cached groups were copied for each batch, in 10.8 ms."""
     groups = Groups(make_app(), FakeBackend(fakeredis.FakeServer(), KEYS), 0)
-    many: dict[Group, Members] = {Group("members", n): {str(m): {} for m in range(4)} for n in range(9_900)}
+    many: dict[Group, GroupMembers] = {Group("members", n): {str(m): {} for m in range(4)} for n in range(9_900)}
     groups.keep(groups.begin(), many)
     begun = time.process_time()
     for _ in range(100):

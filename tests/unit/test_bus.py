@@ -16,7 +16,7 @@ from tidewire.errors import Overloaded, Timeout
 from tidewire.model.records import Reply, pack
 from tidewire.process import bus as module
 from tidewire.process.bus import Bus, Inbox
-from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.functions import NumberedCall, StreamBounds
 from tidewire.redis.keys import Keys
 from tidewire.testing import FakeBackend
 
@@ -71,7 +71,7 @@ class Refusing:
         self.keys = Keys("dev", 1)
         self.functions = self
 
-    async def enqueue(self, stream: bytes, call: Call, bounds: StreamBounds, records: Sequence[bytes]) -> int:
+    async def enqueue(self, stream: bytes, call: NumberedCall, bounds: StreamBounds, records: Sequence[bytes]) -> int:
         self.sizes.append(len(records))
         self.numbers.append(call.number)
         if self.error:
@@ -171,7 +171,7 @@ async def test_a_repeated_enqueue_has_the_first_ones_answer_on_a_full_stream_too
         sent = backend.keys.sent(stream, "gateway")
 
         async def enqueue(number: int, *records: bytes) -> int:
-            return await backend.functions.enqueue(stream, Call(sent, number), bounds, records)
+            return await backend.functions.enqueue(stream, NumberedCall(sent, number), bounds, records)
 
         assert await enqueue(1, b"a", b"b") == 2
         assert await enqueue(2, b"c", b"d") == 1

@@ -32,7 +32,7 @@ from tidewire.process.partition.loop import Outcome, PartitionLoop
 from tidewire.process.settings import Settings
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
-from tidewire.redis.functions import VERSION, Batch, Call, Functions, Stamp, StreamBounds
+from tidewire.redis.functions import VERSION, Batch, Functions, NumberedCall, Stamp, StreamBounds
 from tidewire.redis.keys import Keys
 from tidewire.services.store import chores, indexes, view
 from tidewire.services.store import decide as decide_module
@@ -309,7 +309,7 @@ class StoreMachine(RuleBasedStateMachine):
     def send(self) -> None:
         """Each time a call of its own: what comes twice reaches the store."""
         assert self.last
-        call = Call(self.keys.sent(self.last[0], "g"), next(self.sent))
+        call = NumberedCall(self.keys.sent(self.last[0], "g"), next(self.sent))
         self.loop.run(self.functions.enqueue(self.last[0], call, StreamBounds(10_000, 1 << 30), [self.last[1]]))
 
     @precondition(lambda self: self.last)

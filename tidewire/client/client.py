@@ -17,7 +17,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
 from tidewire.client.live import Live
-from tidewire.client.live_items import LiveItems
+from tidewire.client.live_items import Frame, LiveItems
 from tidewire.errors import (
     ConfigurationError,
     ConnectionClosed,
@@ -38,7 +38,6 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
 The pause doubles each time.
 """
 
-Frame = dict[str, Any]
 _decode = msgspec.json.Decoder().decode
 
 

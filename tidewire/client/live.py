@@ -7,11 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from tidewire.client.live_items import LiveItems
+from tidewire.client.live_items import Frame, LiveItems
 from tidewire.errors import ConfigurationError, NotFound, RequestError, TidewireError
 from tidewire.tasks import end
-
-Frame = dict[str, Any]
 
 MAX_LOADS = 5
 """Maximum times that a view of several pages is loaded so that all pages are of one moment."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
+from tidewire.model.records import Item
 from tidewire.model.values import Scalar, canonical, sort_bytes
 
 Frame = dict[str, Any]
-Item = dict[str, Any]
 PartitionPosition = tuple[int, int, int]
 """A position within its partition: generation, ms, seq."""
 

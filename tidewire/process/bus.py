@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from tidewire.errors import Overloaded, RequestError, Timeout, from_wire
 from tidewire.model.records import JSON, Reply, pack, stream_id, unpack
 from tidewire.redis.backend import Backend
-from tidewire.redis.functions import Call, StreamBounds
+from tidewire.redis.functions import NumberedCall, StreamBounds
 
 log = structlog.get_logger(__name__)
 
@@ -156,7 +156,7 @@ class Bus:
         self._passing.discard(stream)
 
     async def _enqueue(self, stream: bytes, records: list[tuple[bytes, int]]) -> None:
-        call = Call(self._backend.keys.sent(stream, self._sender), next(self._calls))
+        call = NumberedCall(self._backend.keys.sent(stream, self._sender), next(self._calls))
         try:
             taken = await self._backend.functions.enqueue(stream, call, self._bounds, [record for record, _ in records])
         except (RedisError, OSError) as error:

@@ -44,9 +44,9 @@ COMMANDS: dict[str, Any] = {
 """Options of redis-py for rare commands. A server that hangs delays one for less than 15 s."""
 LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
 """Options of redis-py for subscribers, which retry themselves."""
-Entry = tuple[bytes, dict[bytes, bytes]]
+StreamEntry = tuple[bytes, dict[bytes, bytes]]
 """An entry of a stream: id and fields."""
-StreamEntries = tuple[bytes, list[Entry]]
+StreamEntries = tuple[bytes, list[StreamEntry]]
 
 
 class Waiter:
@@ -124,7 +124,7 @@ class Backend:
         """Read streams with XREAD, waiting up to a second. Returns [] without entries."""
         return await self.read_now(streams, count, BLOCK_MS)
 
-    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[Entry]:
+    async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[StreamEntry]:
         """Read new entries for a competing consumer with XREADGROUP, waiting up to a second."""
         return await self.read_group_now(stream, group, consumer, count, BLOCK_MS)
 
@@ -136,7 +136,7 @@ class Backend:
 
     async def read_group_now(
         self, stream: bytes, group: str, consumer: str, count: int, block_ms: int | None
-    ) -> list[Entry]:
+    ) -> list[StreamEntry]:
         command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
         found = await self._read(command, {stream: ">"}, block_ms)
         return [entry for _, entries in found for entry in entries]
@@ -251,7 +251,7 @@ def _streams(found: Any) -> list[StreamEntries]:
     return [(name, _entries(entries)) for name, entries in pairs]
 
 
-def _entries(raw: Any) -> list[Entry]:
+def _entries(raw: Any) -> list[StreamEntry]:
     if raw and isinstance(raw[0], list) and raw[0] and isinstance(raw[0][0], tuple | list):
         raw = [entry for part in raw for entry in part]
     return [(id_, _fields(fields)) for id_, fields in raw]

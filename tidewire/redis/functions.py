@@ -193,7 +193,7 @@ class StreamBounds(NamedTuple):
     bytes: int
 
 
-class Call(NamedTuple):
+class NumberedCall(NamedTuple):
     """The identity of an `enqueue`, by which a repeat is recognized: a key of the sender, and a growing number."""
 
     sent: bytes
@@ -319,7 +319,7 @@ class Functions:
         batch = _batch(await self._call("commit", keys, *args, fcall=fcall))
         return confirmed >= wait.needed, batch
 
-    async def enqueue(self, stream: bytes, call: Call, bounds: StreamBounds, records: Sequence[bytes]) -> int:
+    async def enqueue(self, stream: bytes, call: NumberedCall, bounds: StreamBounds, records: Sequence[bytes]) -> int:
         """Add records as far as there is room, and return how many. A repeated call returns the answer of the first."""
         args: tuple[Arg, ...] = (call.number, *bounds, CALL_KEPT_MS, *records)
         return int(await self._call("enqueue", (stream, call.sent), *args))

@@ -30,7 +30,7 @@ class WalkPosition(NamedTuple):
 
 
 Found = tuple[WalkPosition, ItemKey, ItemRecord]
-Call = tuple[bytes | str | int, ...]
+CommandTuple = tuple[bytes | str | int, ...]
 
 
 async def walk(backend: Backend, partition: int, table: str, after: WalkPosition | None, count: int) -> list[Found]:
@@ -86,7 +86,7 @@ async def _in_order(backend: Backend, table: str, names: list[bytes], count: int
             wanted.append(name)
             size += items
     size_bytes = PAGE_BYTES // max(len(wanted), 1)
-    calls: list[Call] = []
+    calls: list[CommandTuple] = []
     for name in wanted:
         value = value_of(name)
         # Ask for `count` items, not for as many as were counted: an item may have been added since, before the others.
@@ -127,7 +127,7 @@ def _found(table: str, name: bytes, page: Iterable[tuple[bytes, bytes]]) -> list
     ]
 
 
-async def _ask(backend: Backend, calls: list[Call]) -> list[Any]:
+async def _ask(backend: Backend, calls: list[CommandTuple]) -> list[Any]:
     """Call in one round trip; on a cluster, one to each node."""
     if not calls:
         return []
@@ -140,7 +140,7 @@ async def _ask(backend: Backend, calls: list[Call]) -> list[Any]:
     return await _execute(backend, calls)
 
 
-async def _execute(backend: Backend, calls: list[Call]) -> list[Any]:
+async def _execute(backend: Backend, calls: list[CommandTuple]) -> list[Any]:
     async with backend.commands.pipeline(transaction=False) as pipeline:
         for call in calls:
             pipeline.execute_command(*call)
