@@ -27,11 +27,11 @@ install: $(INSTALLED) ## make the virtual environment .venv and install everythi
 up: $(INSTALLED) ## run everything on this machine: make up ARGS="--gateways 2"
 	@exec $(BIN)/tidewire up $(ARGS)
 
-test: check $(BROWSER_MODULES) ## all checks, then all tests, three at a time: make test ARGS="tests/unit -x"
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+test: check $(BROWSER_MODULES) ## all checks, then all tests, four at a time: make test ARGS="tests/unit -x"
+	@$(BIN)/python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
 
 coverage: $(INSTALLED) ## unit and contract tests, with the lines that none of them runs
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --cov --cov-report term:skip-covered tests/unit tests/contract
+	@$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --cov --cov-report term:skip-covered tests/unit tests/contract
 
 test-long: $(INSTALLED) $(BROWSER_MODULES) ## all tests in full: 100,000 writes, all of it on a cluster, more kills
 	@TIDEWIRE_TEST_LONG=1 $(BIN)/python -m pytest $(ARGS)
