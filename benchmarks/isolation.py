@@ -43,12 +43,12 @@ from tidewire.services.cli.embedded import end_with_parent, free_port, running
 from tidewire.services.cli.service import start
 
 CROWDS = 2
-"""Processes of users: what one event loop measures without being late itself."""
+"""Processes of users: so many that no event loop distorts the latencies that it measures."""
 WARM_UP_S = 2.0
 STARTING_S, SETTLE_S, ENDING_S = 90.0, 120.0, 60.0
 PROBER = "prober"
 RECOVERED_S, RECOVERY_S = 1.0, 30.0
-"""The system has recovered from an attack when a write is delivered within the first; it has the second to do so."""
+"""Latency of a write that counts as recovery from an attack, and the deadline for it, in seconds."""
 PROBES = 3
 ATTACKER_ENDS_S = 10.0
 LOOK_S = 0.25
@@ -126,7 +126,7 @@ async def stop(process: asyncio.subprocess.Process) -> None:
 
 
 async def members(stage: Backend, users: int) -> list[Member]:
-    """Half with box and feed in the attacked partition; each sends to the next one of the same half."""
+    """Place box and feed of half of the users in the attacked partition. Each writes to the next user of its half."""
     found = []
     for where, count in (("same", users // 2), ("other", users - users // 2)):
         attacked = where == "same"

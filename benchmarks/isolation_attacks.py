@@ -106,7 +106,7 @@ class Attacker:
         return answer
 
     async def raw(self, port: int, begin: bytes, drip: bytes = b"", every_s: float = 0.5) -> None:
-        """TCP connections, one after another: each says something, then little or nothing, until it is closed."""
+        """Open TCP connections one after another. Each sends a prefix, and then stalls until it is closed."""
         while self.going():
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)

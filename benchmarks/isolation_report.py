@@ -21,7 +21,7 @@ class Phase(NamedTuple):
 
 
 def quantile(values: Iterable[float], of: float) -> float | None:
-    """The smallest value that at least that part of all is not above."""
+    """Return a quantile, by the nearest rank."""
     ordered = sorted(values)
     return ordered[min(int(len(ordered) * of), len(ordered) - 1)] if ordered else None
 

@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
 
 def item() -> dict[str, Any]:
-    """A new one, of 200 bytes as JSON."""
+    """Return a new item of 200 bytes as JSON."""
     number = next(numbers)
     return {"list": f"list-{number % LISTS:03}", "id": f"i{number:09}", "author": "alice", "text": "x" * 138}
 
@@ -78,7 +78,7 @@ def measured(took_s: list[float], seconds: float) -> Measured:
 
 
 def bare_writes(keys: Keys) -> Iterator[tuple[bytes, bytes, bytes, bytes, bytes]]:
-    """(change stream, change, hash, field, item): each write as the store would come to it."""
+    """Return what the store sends for each write: (change stream, change, hash, field, item)."""
     now = int(time.time() * 1000)
     while True:
         new = item()
@@ -156,7 +156,7 @@ class Gateway:
         return measured(took_s, time.perf_counter() - begun)
 
     async def open(self, rate: float, seconds: float) -> Measured:
-        """At a steady rate, whatever is unanswered; each took as long as since it was meant to be sent."""
+        """Write at a steady rate, whatever is unanswered. Latency counts from the scheduled time of a write."""
         took_s: list[float] = []
         futures: list[asyncio.Future[Any]] = []
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether the service in this container answers a path of its admin port with 200: `healthcheck.py /readyz`."""
+"""Exit with 0 if the service in this container answers a path of its admin port with 200: `healthcheck.py /readyz`."""
 
 import http.client
 import os

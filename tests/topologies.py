@@ -20,7 +20,7 @@ from tidewire.services.cli.embedded import binary
 
 SLOTS = 16384
 BUS = 10000
-"""The nodes of a cluster talk to each other on the port that many above their own."""
+"""Offset of the port of the cluster bus from the port of a node."""
 
 CONFIG = """\
 bind 127.0.0.1
@@ -237,7 +237,7 @@ class Sentinels:
         before = self.master()
 
         def changed() -> bool:
-            # Said again and again: a replica that came back a moment ago is none to them yet, or not for long enough.
+            # Repeated, because the sentinels accept a replica only some time after its return.
             if self.master() is before:
                 self._watching[0].redis.execute_command("SENTINEL FAILOVER", "tidewire")
             return self.master() is not before

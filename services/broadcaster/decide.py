@@ -72,7 +72,7 @@ class UnknownGroups(Exception):
 
 @dataclass
 class Routing:
-    """What a batch sends and commits."""
+    """The effects of a batch: appends to feeds, and commands to commit."""
 
     consumed: int = 0
     """Number of changes that were decided, from the first on."""

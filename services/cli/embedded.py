@@ -159,12 +159,12 @@ def locked(data: Path) -> Iterator[None]:
 
 
 def announce(data: Path, information: dict[str, Any]) -> None:
-    """Write down how other commands reach this server."""
+    """Store the server's address for other commands."""
     write_private(data / "up.json", json.dumps(information))
 
 
 def running(data: Path) -> dict[str, Any]:
-    """Return what a running `up` wrote down. Raises ConfigurationError if none runs on that data."""
+    """Return what a running `up` has stored. Raises ConfigurationError if none runs on that data."""
     try:
         information: dict[str, Any] = json.loads((data / "up.json").read_text())
         os.kill(information["pid"], 0)

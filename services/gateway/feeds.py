@@ -179,7 +179,7 @@ class Feeds:
                 await self._subscriber.unsubscribe(feed.key)
 
     def recheck(self, user_feed: bytes) -> None:
-        """Have the connections of a user ask again which topics they may follow.
+        """Recheck the topics of all connections of a user.
 
         The user is named by its feed's key.
         """

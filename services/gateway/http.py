@@ -63,7 +63,7 @@ class _Events(StreamingResponse):
 
 
 Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
-"""Serves a connection from a cursor, and those of topics, to its end."""
+"""Serves a connection from the cursors of its feed and its topics, until it ends."""
 
 
 def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
@@ -89,7 +89,7 @@ def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
 def _answered(
     answer: Callable[[Request], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """What cannot be done is answered with the error's frame."""
+    """Turn the error of a request into an error response."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -171,7 +171,7 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
     trace = request.headers.get("traceparent")
-    if trace is not None and is_traceparent(trace):  # else it is as if there were none: Trace Context, section 3.2
+    if trace is not None and is_traceparent(trace):  # an invalid one is ignored: Trace Context, section 3.2
         frame.setdefault("traceparent", trace)
     parsed = parse_request(frame)
     admission = await core.admit(None, principal, parsed, size_bytes)

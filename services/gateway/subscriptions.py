@@ -27,7 +27,7 @@ from .peers import Mark
 MAX_TOPICS = 1000
 """Maximum topics that one connection follows by request."""
 WHOLE_FEED = 1 << 40
-"""More entries, and more bytes, than a feed has."""
+"""Limits of a read that exceed the maximum size of a feed."""
 REFUSED_CURSOR = Cursor("0", 0, "0")
 """A cursor that no feed accepts."""
 
@@ -219,7 +219,7 @@ class Subscriptions:
             subscription.cursor = frame.cursor
 
     def begin_again(self, subscription: Subscription, reset: Reset) -> tuple[dict[str, Any], Mark]:
-        """Move the subscription behind what it missed, and return the frame that says so."""
+        """Move the cursor past the lost entries, and return the frame of the reset."""
         topic, subscription.cursor = subscription.feed.topic, reset.cursor
         if topic is None:
             self.recheck()  # an entry that asked for it may be among the missed ones

@@ -11,7 +11,7 @@ from tidewire.errors import NotFound
 from tidewire.model.records import Principal
 
 ANY_CLAIM = "*"
-"""Instead of a claim's name: `readers` is a function, which may return an audience of any claim."""
+"""Stands for any claim: `readers` is a function, which may return an audience of any claim."""
 
 
 class Topics:

@@ -21,7 +21,7 @@ GUESS_BYTES_PER_MS = 16_384
 MAX_GUESS_MS = BURST_MS / 5
 """Maximum work that a user's first request of an action is guessed to make, so that a few may be under way at once."""
 LEARNED = 0.25
-"""Share of an answer in what its user's next request of that action is expected to cost, if it cost less."""
+"""Weight of the newest cost in the estimate for the user's next request of that action, if it was lower."""
 FORGET_S = 60.0
 """Seconds after which a user without requests is forgotten."""
 CHECK_S = 0.1
@@ -31,7 +31,7 @@ MAX_HTTP_WAIT_S = 2.0
 
 
 class _User:
-    """What is known of one user."""
+    """The spent and the pending work of one user."""
 
     def __init__(self, now: float) -> None:
         self.debt_ms = 0.0

@@ -25,8 +25,7 @@ MAX_BATCH_CPU_S = 0.025
 FACTS_PER_MS = 100
 READ_BYTES_PER_MS = 200_000
 WRITTEN_BYTES_PER_MS = 50_000
-"""What costs the machines about a millisecond beside deciding: facts and bytes that are fetched, and bytes of changes
-on their way to the sockets."""
+"""Facts, fetched bytes, and bytes of changes on their way to the sockets, that cost about 1 ms beside the decision."""
 CHECK_EVERY = 32
 """Evaluations of rules between two checks of the clock."""
 

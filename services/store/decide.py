@@ -59,7 +59,7 @@ class Detached(NamedTuple):
 
 @dataclass
 class Decision:
-    """What a batch commits, and what is replied after the commit."""
+    """The effects of a batch: commands to commit, and the replies after the commit."""
 
     consumed: int = 0
     operations: list[RedisCommand] = field(default_factory=list)

@@ -24,7 +24,7 @@ _stages = itertools.count(1)
 
 @pytest.fixture(params=["fakeredis", *(pytest.param(name, marks=pytest.mark.real) for name in ("real", "cluster"))])
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """A stage of 8 partitions on each of the three."""
+    """A stage of 8 partitions on each kind of server."""
     keys = Keys(f"b{next(_stages)}", 8)
     if request.param == "fakeredis":
         found: Backend = FakeBackend(fakeredis.FakeServer(), keys)

@@ -13,7 +13,7 @@ from tidewire.testing import Stage
 from .conftest import PATIENCE_S, eventually
 
 
-async def test_it_writes_reads_and_hears(stage: Stage) -> None:
+async def test_a_client_writes_reads_and_receives_changes(stage: Stage) -> None:
     alice = await stage.client("alice", claims={"tenant": "t"})
     assert (await alice.whoami())["claims"] == {"tenant": "t"}
     await alice.put("notes", {"id": "n", "owner": "alice"})

@@ -1,4 +1,4 @@
-"""Out of a stage and into another: what `changes`, `export` and `import` come to, on each of the three."""
+"""`changes`, `export` and `import`, from one stage into another, on each kind of server."""
 
 from __future__ import annotations
 

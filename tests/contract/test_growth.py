@@ -37,7 +37,7 @@ def items(group: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def expected() -> set[bytes]:
-    """Every key that there is a reason for."""
+    """Return the keys that may remain."""
     partitions = range(KEYS.partitions)
     stage = {KEYS.stage_settings(), KEYS.tables(), KEYS.sort_kinds(), KEYS.services(), KEYS.credentials()}
     stage |= {KEYS.authorizations(), KEYS.revocations(), KEYS.applications(), KEYS.dependents()}

@@ -122,7 +122,7 @@ async def test_an_index_is_repaired_after_changes_were_trimmed_unread(server: st
 
 @pytest.mark.real
 async def test_an_index_is_repaired_after_its_server_fell_back(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of several masters loses what it had taken last: an entry that came, and that another one went."""
+    """One of several masters loses its newest index writes: an insert and a delete."""
     monkeypatch.setattr("tidewire.services.store.indexer.LOOK_S", 0.2)
     keys = Keys("fallen", 4)
     backend = await connect(cluster, keys)

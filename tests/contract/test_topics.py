@@ -67,7 +67,7 @@ async def test_it_goes_on_from_its_own_cursor_after_a_reconnect_and_is_live_afte
         assert repeated[:2] == frames[2:]
 
 
-async def test_one_that_is_followed_already_stays_as_it_is(stage: Stage, stack: AsyncExitStack) -> None:
+async def test_following_a_topic_again_changes_nothing(stage: Stage, stack: AsyncExitStack) -> None:
     alice, writer = [await as_user(stage, stack, name) for name in ("alice", "carol")]
     await alice.do("follow", topic="cell:1")
     await tile(writer, "t", 1)

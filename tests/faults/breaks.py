@@ -38,7 +38,7 @@ class Break(NamedTuple):
 
 
 def again(kind: str, service: str | None, count: int, lasts_s: float = 0.0, every_s: float = 3.0) -> list[Fault]:
-    """The same fault at the one and the other of two processes."""
+    """Return faults of one kind that hit two processes in turn."""
     return [Fault(3.0 + number * every_s, kind, service, number % 2, lasts_s) for number in range(count)]
 
 

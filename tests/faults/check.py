@@ -16,7 +16,7 @@ LATE_MS = 20_000
 EVENTUAL_MS = 15_000
 """Milliseconds of membership before and after a change that entitle to it, wherever the group is."""
 LEAK_MS = 5_000
-"""Milliseconds after which a former member must receive nothing more: a lease, and some."""
+"""Milliseconds after which a former member must receive nothing more: a lease, and a margin."""
 
 
 class Violation(NamedTuple):
@@ -79,7 +79,7 @@ class Segment(NamedTuple):
 
     frames: list[Got]
     since_ms: float
-    """All that was written from then on is in it, if it is the last one; until the reset after it, if it is not."""
+    """The time from which on all writes must be in it: until the next reset, or until the end of the run."""
     is_first: bool
     is_last: bool
     begun_ms: float = 0.0
@@ -368,7 +368,7 @@ def check_connections(readers: Sequence[ReaderLog], report: Report) -> None:
 
 
 def check_steps(history: Sequence[Written], who: str, steps: Sequence[tuple[Any, str]], report: Report) -> None:
-    """No item of a live view goes back, but after it was empty."""
+    """Check that versions of items of a live view decrease only after it was empty."""
     places = {one.change.request: one.place for one in history if one.change.request}
     last: dict[Any, Place] = {}
     for key, request in steps:

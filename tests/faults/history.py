@@ -57,7 +57,7 @@ class Historian:
                 self._keep(partition, some)
 
     async def _compare(self, backend: Any, partition: int) -> None:
-        """Forget entries that the stream has lost: neighbours are there, and they are not."""
+        """Forget entries that the stream has lost: those missing between entries that it has."""
         stream, found = backend.keys.changes(partition), self._found[partition]
         there: set[Id] = set()
         low = "-"
@@ -80,7 +80,7 @@ class Historian:
             self._last[partition] = id_
 
     def check_whole(self, report: Report) -> None:
-        """Each change names the one before it: where that was trimmed unread, the comparison has no ground."""
+        """Check that each change's predecessor was read. If one was trimmed unread, no comparison is possible."""
         for partition, found in enumerate(self._found):
             for one in found.values():
                 previous = tuple(one.change.previous or (0, 0))

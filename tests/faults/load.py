@@ -137,7 +137,7 @@ class Load:
         self._writing = [asyncio.create_task(one) for one in coroutines]
 
     def fault(self) -> None:
-        """One has begun."""
+        """Note that a fault has begun."""
         self._fleeing.set()
 
     async def next_version(self, *, runs: bool) -> None:

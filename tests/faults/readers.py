@@ -63,7 +63,7 @@ class Reader:
                 for topic, cursor in self._topics.items():
                     if not cursor:
                         self._topics[topic] = await client.follow(topic)
-                # Of what it has not taken yet, the client knows more than this log.
+                # The client may have received frames that this log lacks.
                 self._cursor = self._cursor or client.welcomes[0]["cursor"]
                 self._topics = client.welcomes[0]["topics"] | self._topics
                 self.connected_ms = self.connected_ms or time.time() * 1000

@@ -12,7 +12,7 @@ PAUSE_S = (4.0, 7.0)
 STALL_S = (4.0, 10.0)
 """Bounds of the seconds that a server is stopped: from a lease to the time-out of a request."""
 CALM_S = 20.0
-"""Time without a fault, after each kind has happened once: what should be well again must be well by then."""
+"""Seconds without a fault after each kind has happened once. Recovery must be complete by their end."""
 
 
 class Fault(NamedTuple):
@@ -20,7 +20,7 @@ class Fault(NamedTuple):
 
     at_s: float  # since the beginning
     kind: str
-    service: str | None  # whom it befalls
+    service: str | None  # the affected service
     number: int  # which of them
     lasts_s: float  # 0 for what happens at once
 

@@ -377,7 +377,7 @@ class TestTransactions:
         assert alice == [("members", True), ("messages", True), ("members", True), ("messages", None)]
         assert bob == [("members", True), ("messages", None)]
 
-    def test_those_beside_it_are_not_of_it(self, world: World) -> None:
+    def test_changes_beside_a_transaction_do_not_belong_to_it(self, world: World) -> None:
         before, first, second, third, fourth, after = self.mails(world, *[["alice"]] * 6)
         one = self.transaction(world, first, second)
         other = self.transaction(world, third, fourth, name="t2")

@@ -102,7 +102,7 @@ async def test_a_server_that_takes_no_writes_is_reported_at_once_and_nothing_is_
             await ask(bus)
 
 
-async def test_a_server_that_is_away_may_have_done_it() -> None:
+async def test_an_unanswered_enqueue_may_have_been_done() -> None:
     async with sending(Refusing(ConnectionError("MISCONF is no answer of the server's here"))) as bus:
         with pytest.raises(Timeout, match="may or may not be done"):
             await ask(bus)

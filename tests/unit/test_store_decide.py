@@ -156,7 +156,7 @@ class TestWriting:
         assert world.code("alice", "put", table="notes", item={"id": "n", "x": "x" * 200}) == "too_large"
         assert world.code("alice", "update", table="notes", key="n", set={"y": "x" * 20}) == "too_large"
 
-    def test_a_limit_of_nought_is_none(self) -> None:
+    def test_a_limit_of_zero_means_no_limit(self) -> None:
         World(make_app(), item_bytes=0).do("alice", "put", table="notes", item={"id": "n", "x": "x" * 10**6})
 
     def test_positions_rise_even_when_the_clock_goes_back(self, world: World) -> None:

@@ -104,7 +104,7 @@ class Reader:
 
 
 class Model:
-    """What should be: one dict a table."""
+    """The expected state: one dict for each table."""
 
     def __init__(self) -> None:
         self.items: dict[tuple[str, str, str], Item] = {}

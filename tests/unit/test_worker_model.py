@@ -85,7 +85,7 @@ class Workers(RuleBasedStateMachine):
 
     @rule(who=WHO, then=WHO, steps=st.integers(1, 4))
     def take_over(self, who: int, then: int, steps: int) -> None:
-        """The lease ends while its owner is wherever it is; another one gets as far as its first read; then …"""
+        """The lease ends at any step of its owner. Another worker takes over, up to its first read; then …"""
         self.model.expire()
         for _ in range(20):
             if self.worker(who).step() == "before batch":

@@ -85,7 +85,7 @@ def stop(reason: str) -> Generator[str, None, None]:
 
 @types.coroutine
 def in_any_order(calls: Iterable[Coroutine[Any, Any, Any]], chance: random.Random) -> Generator[str, None, None]:
-    """All of them at a time, as under asyncio, each by single steps."""
+    """Run all coroutines concurrently, each in single steps."""
     pending = list(calls)
     try:
         while pending:

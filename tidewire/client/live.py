@@ -12,7 +12,7 @@ from tidewire.errors import ConfigurationError, NotFound, RequestError, Tidewire
 from tidewire.tasks import end
 
 MAX_LOADS = 5
-"""Maximum times that a view of several pages is loaded so that all pages are of one moment."""
+"""Maximum loads of a view until all of its pages have one position."""
 SETTLE_S = 0.5
 """Seconds that such a view waits for frames after its last attempt."""
 

@@ -34,7 +34,7 @@ DECLINED = Counter("tidewire_partitions_declined_total", "Partitions left to a w
 TOPIC = "topic:"
 """Prefix of the name of a family of topics. No table's name contains a colon."""
 ANY = "*"
-"""Instead of a membership: `readers` is a function, which may return an audience of any membership."""
+"""Stands for any membership: `readers` is a function, which may return an audience of any membership."""
 
 CHECK_S = 10.0
 """Seconds between two checks which applications are still in use."""
