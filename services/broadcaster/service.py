@@ -12,7 +12,7 @@ from prometheus_client import Counter, Histogram
 from redis.exceptions import RedisError
 
 from tidewire.app import App, Membership
-from tidewire.model.records import Change, Id, Position, pack, stream_id, unpack
+from tidewire.model.records import Change, Id, Position, id_text, pack, stream_id, unpack
 from tidewire.process.lifecycle import Service
 from tidewire.process.partition.gaps import unbroken
 from tidewire.process.partition.loop import Decoder, Incomplete, Outcome
@@ -162,8 +162,8 @@ class BroadcasterTenure:
 
     def _notes(self) -> list[RedisCommand]:
         """Return the commands that update these notes."""
-        partition, (ms, seq) = self._owned.home.partition, self._next_passed
-        notes = [RedisCommand("HSET", partition, (PartitionField.PASSED, f"{ms}-{seq}"))]
+        partition = self._owned.home.partition
+        notes = [RedisCommand("HSET", partition, (PartitionField.PASSED, id_text(self._next_passed)))]
         if self._next_unknown != self._unknown:
             notes.append(RedisCommand("HSET", partition, (PartitionField.UNKNOWN, pack(sorted(self._next_unknown)))))
         return notes

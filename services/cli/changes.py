@@ -12,7 +12,7 @@ import typer
 from redis.exceptions import RedisError
 
 from tidewire.errors import ConfigurationError
-from tidewire.model.records import Change, Id, Position, stream_id, unpack
+from tidewire.model.records import Change, Id, Position, id_text, stream_id, unpack
 from tidewire.redis.backend import Backend, StreamEntry
 from tidewire.tasks import end
 
@@ -168,7 +168,7 @@ class _Reader:
         until, more = stream_id(newest[0][0]), True
         while more and self.last < until:
             ms, seq = self.last
-            low = f"{ms}-{seq + 1}" if seq < LARGEST else f"{ms + 1}-0"
+            low = id_text((ms, seq + 1) if seq < LARGEST else (ms + 1, 0))
             entries: Any = await self._backend.commands.xrange(self._stream, low, f"{until[0]}-{until[1]}", PAGE)
             for found in await self._found(entries):
                 yield found

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tidewire.app import CONNECTIONS, Membership
+from tidewire.model.records import id_text
 from tidewire.model.values import ItemKey, Scalar, name_of
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import PartitionField
@@ -55,7 +56,7 @@ def trim(view: View) -> Trimmed:
     assert situation.keep_since is not None
     oldest = min(situation.keep_since, stream.read_by_all)
     if oldest > stream.first:
-        view.effects.operations.append(RedisCommand("XTRIM", changes, ("MINID", "=", f"{oldest[0]}-{oldest[1]}")))
+        view.effects.operations.append(RedisCommand("XTRIM", changes, ("MINID", "=", id_text(oldest))))
     keep, more = stream.length, False
     if situation.keep_bytes and stream.size_bytes > situation.keep_bytes:
         keep = kept_by_bytes(stream, situation.keep_bytes)

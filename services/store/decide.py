@@ -27,7 +27,7 @@ from tidewire.model.protocol import (
     digest_of,
     parse_request,
 )
-from tidewire.model.records import Command, FirstReply, Reply, pack
+from tidewire.model.records import Command, FirstReply, Reply, id_text, pack
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import Keys
 
@@ -279,7 +279,7 @@ class _DecisionBuilder:
         for number, (id_, change) in enumerate(effects.changes, 1):
             more = name is not None and number < len(effects.changes)
             record = pack(change._replace(transaction=name, more=more) if name is not None else change)
-            decision.operations.append(RedisCommand("XADD", stream, (f"{id_[0]}-{id_[1]}", "r", record)))
+            decision.operations.append(RedisCommand("XADD", stream, (id_text(id_), "r", record)))
             decision.size_bytes += 2 * len(record)
         decision.operations += effects.operations
         decision.changes += len(effects.changes)

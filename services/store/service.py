@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.app import App
 from tidewire.errors import ConfigurationError, Timeout
-from tidewire.model.records import Command, Declaration, Reply, pack, stream_id, unpack
+from tidewire.model.records import Command, Declaration, Reply, id_text, pack, stream_id, unpack
 from tidewire.process.bus import Answers
 from tidewire.process.lifecycle import Service
 from tidewire.process.partition.loop import Decoder, Outcome
@@ -139,7 +139,7 @@ class StoreTenure:
         if decided.consumed:
             ms, seq = batch.entries[decided.consumed - 1][0]
             # Acknowledged commands are useless. They are trimmed behind their only reader.
-            operations.append(RedisCommand("XTRIM", self._owned.stream, ("MINID", "=", f"{ms}-{seq + 1}")))
+            operations.append(RedisCommand("XTRIM", self._owned.stream, ("MINID", "=", id_text((ms, seq + 1)))))
         DECIDE_SECONDS.observe(time.perf_counter() - begun)
         if not operations:
             return None

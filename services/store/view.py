@@ -14,7 +14,7 @@ import structlog
 
 from tidewire.app import BY_MEMBER, App, Table
 from tidewire.errors import RequestError
-from tidewire.model.records import Change, Item, ItemRecord
+from tidewire.model.records import Change, Item, ItemRecord, id_text
 from tidewire.model.values import ItemKey, Scalar
 from tidewire.redis.functions import RedisCommand
 from tidewire.redis.keys import Keys
@@ -229,7 +229,7 @@ class View:
         return (self.situation.now, 0) if self.situation.now > ms else (ms, seq + 1)
 
     def position(self, id_: tuple[int, int]) -> str:
-        return f"{self._place}-{id_[0]}-{id_[1]}"
+        return f"{self._place}-{id_text(id_)}"
 
 
 def same(a: Any, b: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from tidewire.model.records import Change, stream_id, unpack
+from tidewire.model.records import Change, id_text, stream_id, unpack
 from tidewire.redis.backend import Backend
 
 from .check import Report
@@ -49,11 +49,11 @@ class Historian:
     async def read(self, backend: Backend) -> None:
         """Read new entries. If the last one has gone, as after a failover, compare the whole stream."""
         for partition, found in enumerate(self._found):
-            stream, last = backend.keys.changes(partition), _text(self._last[partition])
+            stream, last = backend.keys.changes(partition), id_text(self._last[partition])
             if found and not await backend.commands.xrange(stream, last, last):
                 await self._compare(backend, partition)
             some: Any
-            while some := await backend.commands.xrange(stream, f"({_text(self._last[partition])}", "+", READ_BATCH):
+            while some := await backend.commands.xrange(stream, f"({id_text(self._last[partition])}", "+", READ_BATCH):
                 self._keep(partition, some)
 
     async def _compare(self, backend: Any, partition: int) -> None:
@@ -88,10 +88,6 @@ class Historian:
                     report.add(
                         "history", f"partition {partition}", f"the change before {one.place} was not read in time"
                     )
-
-
-def _text(id_: Id) -> str:
-    return f"{id_[0]}-{id_[1]}"
 
 
 async def read_history(backend: Backend) -> list[Written]:

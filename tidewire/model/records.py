@@ -180,6 +180,11 @@ class Position(NamedTuple):
         return f"{self.partition}-{self.generation}-{self.ms}-{self.seq}"
 
 
+def id_text(id_: Id) -> str:
+    """Write an id as Redis does: (1795409459002, 3) is "1795409459002-3"."""
+    return f"{id_[0]}-{id_[1]}"
+
+
 def stream_id(raw: bytes | str) -> Id:
     """Parse an id: b"1795409459002-3" is (1795409459002, 3)."""
     ms, _, seq = (raw.decode() if isinstance(raw, bytes) else raw).partition("-")

@@ -22,6 +22,7 @@ from redis.exceptions import (
 )
 
 from tidewire.errors import ConfigurationError
+from tidewire.model.records import id_text
 from tidewire.redis.cluster_wire import ClusterWire
 from tidewire.redis.functions import Arg, Functions, Wait
 from tidewire.redis.keys import Keys
@@ -59,7 +60,7 @@ class Waiter:
 
     async def __call__(self, last: tuple[int, int]) -> None:
         """Wait until the stream has an entry after an id, at most a second."""
-        after = f"{last[0]}-{last[1]}"
+        after = id_text(last)
         if self._wire:
             await self._wire.calls([("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", self._stream, after)])
         else:

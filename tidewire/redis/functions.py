@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from tidewire.errors import Fenced
 from tidewire.model.feeds import FeedEntry, FeedState, entry_of
-from tidewire.model.records import Id, Position, stream_id
+from tidewire.model.records import Id, Position, id_text, stream_id
 from tidewire.redis.keys import Home
 
 PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service")
@@ -277,7 +277,7 @@ class Functions:
         Reading ends at `count` entries, or once they have `size_bytes`. A repeated call returns the same entries: those
         that it had read as new are pending by then.
         """
-        keys, start = (*owned.keys, owned.stream), f"{after[0]}-{after[1]}"
+        keys, start = (*owned.keys, owned.stream), id_text(after)
         return _batch(await self._call("batch", keys, *owned.fence, owned.group, start, count, size_bytes))
 
     async def commit(
@@ -297,10 +297,10 @@ class Functions:
         Returns:
             Whether `wait` was confirmed in time, and the batch. Without confirmation, the commit is done nevertheless.
         """
-        ids = [f"{ms}-{seq}" for ms, seq in acknowledged]
+        ids = [id_text(id_) for id_ in acknowledged]
         keys = [*owned.keys, owned.stream]
         index: dict[bytes, int] = {key: i for i, key in enumerate(keys, 1)}
-        start = f"{after[0]}-{after[1]}"
+        start = id_text(after)
         args: list[Arg] = [*owned.fence, owned.group, start, count, size_bytes, number, len(ids), *ids]
         _declare(operations, keys, index, args)
         if wait is None:

@@ -5,7 +5,7 @@ const FIRST_PAUSE_MS = 200;
 const LONGEST_PAUSE_MS = 5_000;
 const PROBE_MS = 20_000;
 const SILENCE_MS = 5_000;
-const MOST_TRIES = 6;
+const MAX_TRIES = 6;
 const WRITES = new Set(["put", "update", "delete"]);
 
 /** What the server answered instead of a result; `code` as on the wire. */
@@ -172,7 +172,7 @@ export class Connection {
   #answered({ id, type, result, code, message, retry, details }) {
     const request = this.#open.get(id);
     if (!request) return;
-    if (type === "error" && retry && request.tries < MOST_TRIES) {
+    if (type === "error" && retry && request.tries < MAX_TRIES) {
       const pauseMs = Math.min(FIRST_PAUSE_MS * 2 ** request.tries++, LONGEST_PAUSE_MS);
       setTimeout(() => this.#open.has(id) && this.#send(request.frame), details?.retry_after_ms ?? pauseMs);
       return;
