@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from tidewire.redis.keys import ServiceKind
+
 if TYPE_CHECKING:  # every command reads this table, and must start quickly
     import socket
     from contextlib import AbstractAsyncContextManager
@@ -26,7 +28,7 @@ class Listener(Protocol):
 class Wiring(NamedTuple):
     """One kind of service."""
 
-    kind: str
+    kind: ServiceKind
     help: str
     """The description of its command."""
     build: Callable[[Service, App], Any]
@@ -67,14 +69,14 @@ def _gateway(service: Service, app: App) -> Any:
 WIRING = {
     wiring.kind: wiring
     for wiring in (
-        Wiring("store", "Run a store: it appends every change to its stream.", _store, writes=True),
+        Wiring(ServiceKind.STORE, "Run a store: it appends every change to its stream.", _store, writes=True),
         Wiring(
-            "broadcaster",
+            ServiceKind.BROADCASTER,
             "Run a broadcaster: it passes changes to the users entitled to them.",
             _broadcaster,
         ),
-        Wiring("authorizer", "Run an authorizer: it checks credentials.", _authorizer),
-        Wiring("gateway", "Run a gateway: it serves websockets and HTTP.", _gateway, listens=True),
+        Wiring(ServiceKind.AUTHORIZER, "Run an authorizer: it checks credentials.", _authorizer),
+        Wiring(ServiceKind.GATEWAY, "Run a gateway: it serves websockets and HTTP.", _gateway, listens=True),
     )
 }
 """By kind, in the order in which `tidewire up` starts them."""

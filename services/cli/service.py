@@ -21,7 +21,7 @@ from tidewire.process.registry import all_services
 from tidewire.process.settings import Settings, load
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
-from tidewire.redis.keys import Keys
+from tidewire.redis.keys import Keys, ServiceKind
 
 from ..wiring import WIRING
 from .options import ADMIN_SOCKET
@@ -60,7 +60,7 @@ def start(main: Any) -> None:
 
 
 async def _run(kind: str, app: App, settings: Settings) -> None:
-    wiring = WIRING[kind]
+    wiring = WIRING[ServiceKind(kind)]
     keys = Keys(settings.stage, settings.partitions)
     async with contextlib.AsyncExitStack() as stack:
         backend = await stack.enter_async_context(await _connect(settings.redis, keys))
@@ -119,7 +119,7 @@ async def claim_ports(backend: Backend, settings: Settings) -> None:
         gateways = [
             service.info
             for service in (await all_services(backend)).values()
-            if service.kind == "gateway" and service.alive and service.info["host"] == platform.node()
+            if service.kind == ServiceKind.GATEWAY and service.alive and service.info["host"] == platform.node()
         ]
         if all(any(info.get(f"{what}_port") == port for info in gateways) for what, port in taken.items()):
             return

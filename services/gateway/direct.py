@@ -15,6 +15,7 @@ from tidewire.model.records import DirectMessage, Reply, unpack
 from tidewire.process.bus import Answers, Bus, Inbox
 from tidewire.process.registry import Registry
 from tidewire.redis.backend import Backend
+from tidewire.redis.keys import ServiceKind
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ class DirectMessages:
         if gateway == self._registry.id:
             self.deliver(connection, frame)
             return
-        if gateway not in self._registry.live("gateway"):
+        if gateway not in self._registry.live(ServiceKind.GATEWAY):
             _refuse(connection, frame)
         deadline = self._registry.now_ms() + MAX_WAIT_MS
         stream = self._backend.keys.direct(gateway)

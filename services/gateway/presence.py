@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from tidewire.app import CONNECTIONS
 from tidewire.errors import NotFound, RequestError
 from tidewire.process.registry import FORGET_AFTER_MS, Registration
+from tidewire.redis.keys import ServiceKind
 
 from .connection import Connection
 from .core import Core
@@ -123,9 +124,9 @@ class Presence:
         registry = self._core.registry
         while True:
             await asyncio.sleep(self._core.settings.lease_ms / 6000)
-            if registry.live("gateway")[:1] != [registry.id]:
+            if registry.live(ServiceKind.GATEWAY)[:1] != [registry.id]:
                 continue
-            for gateway in registry.dead("gateway"):
+            for gateway in registry.dead(ServiceKind.GATEWAY):
                 if self._swept.get(gateway.id, 0) < time.monotonic():
                     try:
                         await self._sweep(gateway)

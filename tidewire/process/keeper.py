@@ -22,6 +22,7 @@ from tidewire.process.liveness import Liveness
 from tidewire.process.registry import FORGET_AFTER_MS, BeatReply, Registry, listed
 from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Owned
+from tidewire.redis.keys import ServiceKind
 from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
@@ -209,7 +210,7 @@ class Keeper:
         self._tell(self._registry.take, reply)
         for service in verdict.dead:
             one = services[service]
-            if one.silent_ms > FORGET_AFTER_MS and one.kind != "gateway":
+            if one.silent_ms > FORGET_AFTER_MS and one.kind != ServiceKind.GATEWAY:
                 await self._kept.functions.service_forget(keys.services(), service)
 
     async def _unregister(self) -> None:

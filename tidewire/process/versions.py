@@ -26,6 +26,7 @@ from tidewire.errors import Declined
 from tidewire.model.records import pack, text, unpack
 from tidewire.process.registry import Registration, Registry
 from tidewire.redis.backend import Backend
+from tidewire.redis.keys import ServiceKind
 
 log = structlog.get_logger(__name__)
 
@@ -157,7 +158,7 @@ class Versions:
 
     def all_note_groups(self) -> bool:
         """Whether the release of every live store notes the version of a group with each membership's change."""
-        stores = [self._registry.services[id_] for id_ in self._registry.live("store")]
+        stores = [self._registry.services[id_] for id_ in self._registry.live(ServiceKind.STORE)]
         return bool(stores) and all("application" in store.info for store in stores)
 
     def _declined_by_others(self, group: str) -> dict[int, Names]:

@@ -46,6 +46,15 @@ class ConsumerGroup(StrEnum):
     """Reads the stage's authorizations."""
 
 
+class ServiceKind(StrEnum):
+    """The kinds of services, as the registry lists them."""
+
+    STORE = "store"
+    BROADCASTER = "broadcaster"
+    AUTHORIZER = "authorizer"
+    GATEWAY = "gateway"
+
+
 class PartitionField(StrEnum):
     """The fields of a partition's hash (`Keys.partition`). The first group belongs to the Lua functions."""
 
