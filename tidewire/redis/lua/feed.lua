@@ -20,6 +20,13 @@ local function tag_of(state) return string.sub(state, 27, 36) end
 local function total_of(state) return tonumber(string.sub(state, 37)) end
 local function state_of(epoch, expiry, tag, total) return epoch .. expiry .. tag .. text(total) end
 
+-- The total of an entry, and where its body begins.
+local function total_in(entry)
+  local total, body_at = string.match(entry, '^%x+ [%d-]+ (%d+)\n()')
+  return tonumber(total), body_at
+end
+local AT_SIGN = 64 -- the byte '@', with which a reference begins
+
 -- Begin a feed: remove its entries, and return a state with a new epoch. The epoch is above `begun` and at least the time, so
 -- no earlier cursor of the feed fits.
 local function feed_born(partition, feed, begun, now, expiry)
@@ -42,7 +49,6 @@ end
 -- A large body is stored once for all feeds of the partition, in the hash `bodies`. The hash `references` holds for each body
 -- "<expiry> <count>": until when it is kept at most, and how many entries refer to it. The body is removed with its last
 -- entry. The sweep removes it when it expires, because a feed that expires as a whole counts no entries down.
---
 local function reference_of(held)
   local expiry, count = string.match(held or '', '^(%d+) (%d+)$')
   return expiry, tonumber(count)
@@ -85,8 +91,8 @@ end, 'allow-oom')
 
 -- Read bodies. keys: those of the home. args: ids. Returns the bodies, false for each that is gone.
 register('body_get', function(keys, args)
-  local found = {}
-  for i = 1, #args do found[i] = redis.call('HGET', keys[BODIES], args[i]) end
+  local ids, found = args, {}
+  for i = 1, #ids do found[i] = redis.call('HGET', keys[BODIES], ids[i]) end
   return found
 end, 'no-writes')
 
@@ -102,13 +108,13 @@ local function feed_trim(keys, feed, total, max_entries, max_bytes, has_referenc
     local first_kept
     for i = 1, #entries - 1 do
       local entry = entries[i][2][2]
-      local upto, body_at = string.match(entry, '^%x+ [%d-]+ (%d+)\n()')
-      if too_many <= 0 and total - tonumber(upto) <= max_bytes then
+      local upto, body_at = total_in(entry)
+      if too_many <= 0 and total - upto <= max_bytes then
         first_kept = entries[i][1]
         break
       end
       too_many = too_many - 1
-      if has_references and string.byte(entry, body_at) == 64 then
+      if has_references and string.byte(entry, body_at) == AT_SIGN then
         reference_add(keys, string.sub(entry, body_at + 1), -1, true)
       end
     end
@@ -186,7 +192,7 @@ register('link_append', function(keys, args)
           if state then append(feed, state, position, rest, size) end
         end
       end
-      if string.byte(body) == 64 then reference_add(keys, sub(body, 2), appended - before, effect[4] == WHOLE) end
+      if string.byte(body) == AT_SIGN then reference_add(keys, sub(body, 2), appended - before, effect[4] == WHOLE) end
       at = at + APPEND_FIELDS
     end
     if not is_new then at = at + APPEND_FIELDS * count end
@@ -256,7 +262,7 @@ register('feed_read', function(keys, args)
   while left > 0 do
     local some = redis.call('XRANGE', feed, low, '+', 'COUNT', math.min(left, 50))
     for i = 1, #some do
-      local total = tonumber(string.match(some[i][2][2], '^%x+ [%d-]+ (%d+)\n'))
+      local total = total_in(some[i][2][2])
       if first and total - first > max_bytes then return feed_reply(feed, state, entries) end
       first = first or total
       entries[#entries + 1] = some[i]

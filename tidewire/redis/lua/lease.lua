@@ -1,6 +1,6 @@
 -- Take the lease of a partition, with a new epoch.
 -- keys: partition, changes, lease. args: owner, length in ms.
--- Returns {epoch, generation, owner, ms left, fell}; epoch 0 if another worker holds the lease.
+-- Returns {epoch, generation, owner, ms left, losses}; epoch 0 if another worker holds the lease.
 --
 -- An expiry that is further ahead than `length` comes from a clock that has been set back since, and counts as expired. The
 -- epoch is at least the time, so it grows even if the lease was lost with a failover.

@@ -73,9 +73,9 @@ end, 'allow-oom')
 --
 -- A repeated call finds that the link is past that change, and does nothing.
 register('link_reset', function(keys, args)
+  local source, epoch, new, ms, seq = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4]), tonumber(args[5])
   generation(keys)
   local partition, links = keys[1], keys[3]
-  local source, epoch, new, ms, seq = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4]), tonumber(args[5])
   local effect = {new, ms, seq, NOTHING}
   local known, taken = link_state(links, source)
   if epoch < known then return redis.error_reply(FENCED) end
@@ -94,11 +94,10 @@ end, 'allow-oom')
 -- An effect that was taken before is skipped, so a repeated call does nothing.
 local EFFECT_FIELDS = 5
 register('link_apply', function(keys, args)
-  local first_effect = 3
+  local source, epoch, first_effect = args[1], tonumber(args[2]), 3
   if not complete(args, first_effect, EFFECT_FIELDS, 1) then return redis.error_reply(INCOMPLETE) end
   generation(keys)
   local links = keys[3]
-  local source, epoch = args[1], tonumber(args[2])
   local known, taken = link_state(links, source)
   if epoch < known then return redis.error_reply(FENCED) end
   local at = first_effect
