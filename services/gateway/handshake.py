@@ -11,6 +11,13 @@ import msgspec
 from tidewire.errors import BadRequest, NotFound, PermissionDenied
 
 PATHS = ("/", "/v1")
+REASON_BYTES = 123
+"""Bytes of the reason in a close frame (RFC 6455, section 5.5): a control frame has 125, and the code takes two."""
+
+
+def close_reason(message: str) -> str:
+    """Return as much of a message as fits into a close frame. No character is cut."""
+    return message.encode()[:REASON_BYTES].decode(errors="ignore")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Gateway:
         except Unauthenticated as error:
             if not opening.handshake.browser:
                 return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
-            opening.refused = (4401, error.message)
+            opening.refused = (4401, handshake.close_reason(error.message))
         except RequestError as error:
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, error.message)
         return None
@@ -150,7 +150,7 @@ class Gateway:
         except TimeoutError:
             await ws.close(4408, "no credential in time")
         except (BadRequest, UnsupportedAction, Unauthenticated) as error:
-            await ws.close(4401, error.message[:120])
+            await ws.close(4401, handshake.close_reason(error.message))
         except RequestError as error:
             log.warning("not_authorized", error=error.message, id=request_id(frame))
             await ws.close(1013, "try again later")

@@ -50,6 +50,12 @@ async def test_the_first_credential_present_counts_even_when_it_is_wrong(stage: 
     assert await status(stage, key=WRONG, auth_key=await stage.key("alice")) == 401
 
 
+async def test_a_long_reason_of_a_refusal_is_cut_between_characters(stage: Stage) -> None:
+    async with wire(stage, welcome=False) as alice:
+        await alice.send({"action": "😀" * 60})
+        assert await alice.closed() == 4401
+
+
 async def test_another_path_is_404(stage: Stage) -> None:
     assert await status(stage, key=await stage.key("alice"), path="/v2") == 404
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewire.errors import BadRequest, NotFound, PermissionDenied, RequestError
-from tidewire.services.gateway.handshake import Handshake, origin_allowed, read
+from tidewire.services.gateway.handshake import REASON_BYTES, Handshake, close_reason, origin_allowed, read
 
 HOST = {"Host": "chat.example:8080"}
 
@@ -97,3 +97,11 @@ def test_any_path_is_read_or_refused(path: str) -> None:
 def test_a_bracket_in_an_address_is_refused_and_not_an_error(path: str, headers: dict[str, str]) -> None:
     with pytest.raises(RequestError):
         read(path, headers, ())
+
+
+@given(st.text())
+def test_a_close_reason_fits_into_its_frame_and_cuts_no_character(message: str) -> None:
+    reason = close_reason(message)
+    assert message.startswith(reason)
+    assert len(reason.encode()) <= REASON_BYTES
+    assert reason == message or len((reason + message[len(reason)]).encode()) > REASON_BYTES
