@@ -31,7 +31,7 @@ from tidewire.services.cli.embedded import free_port
 
 COMMAND = [sys.executable, "-m", "tidewire.services.cli.main"]
 DEPTH = 512
-HASHES_AT_A_TIME = 100
+HASHES_BATCH = 100
 FIGURES = ("import", "its floor", "same again", "export", "its floor ")
 
 
@@ -78,9 +78,9 @@ async def bare_export(url: str, items: int) -> float:
         for hash_, fields in hashes.items():
             await redis.hset(hash_, mapping=fields)  # type: ignore[arg-type]
         names, begun = list(hashes), time.perf_counter()
-        for first in range(0, len(names), HASHES_AT_A_TIME):
+        for first in range(0, len(names), HASHES_BATCH):
             async with redis.pipeline(transaction=False) as pipeline:
-                for name in names[first : first + HASHES_AT_A_TIME]:
+                for name in names[first : first + HASHES_BATCH]:
                     pipeline.hgetall(name)
                 await pipeline.execute()
         took_s = time.perf_counter() - begun

@@ -31,7 +31,7 @@ from tidewire.services.cli.embedded import Embedded
 from tidewire.services.cli.service import start
 from tidewire.services.cli.up import Child
 
-AT_A_TIME = 10
+CALLS_BATCH = 10
 """Calls under way."""
 BOUNDS = FeedBounds(1000, 1 << 22)
 GROUP, OWNER = "bench", "owner"
@@ -49,7 +49,7 @@ async def cost_us(backend: Backend, call: Call, seconds: float) -> float:
     await backend.commands.config_resetstat()
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
-        await asyncio.gather(*(call() for _ in range(AT_A_TIME)))
+        await asyncio.gather(*(call() for _ in range(CALLS_BATCH)))
     stats: Any = await backend.commands.info("commandstats")
     return float(stats["cmdstat_fcall"]["usec_per_call"])
 

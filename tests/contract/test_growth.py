@@ -16,7 +16,7 @@ from tidewire.testing import Stage
 from .conftest import eventually
 
 WRITES = 100_000 if LONG else 4_000
-AT_A_TIME = 50
+WRITES_BATCH = 50
 KEPT = "kept"
 KEYS = Keys("growth", 2)
 
@@ -31,8 +31,8 @@ def make_app() -> App:
 
 def items(group: str) -> list[tuple[str, dict[str, Any]]]:
     """What is written to one partition-key value, table by table."""
-    members = [("members", {"room": group, "user": f"u{n}"}) for n in range(AT_A_TIME // 2)]
-    lines = [("lines", {"page": group, "n": n, "owner": f"o{n}"}) for n in range(AT_A_TIME // 2 - 1)]
+    members = [("members", {"room": group, "user": f"u{n}"}) for n in range(WRITES_BATCH // 2)]
+    lines = [("lines", {"page": group, "n": n, "owner": f"o{n}"}) for n in range(WRITES_BATCH // 2 - 1)]
     return [*members, *lines, ("notes", {"id": group, "until": 4_000_000_000})]
 
 

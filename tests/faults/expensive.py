@@ -25,7 +25,7 @@ from .pace import SPRAWL, Pace
 
 NAME = "attacker"
 BOOK_ITEMS, BOOK_ITEM_BYTES = 25, 240_000
-AT_A_TIME = 50
+OPERATIONS_BATCH = 50
 """Requests under way while the data is written."""
 UNREAD_S = 4.0
 """Seconds that large answers are left unread."""
@@ -66,7 +66,7 @@ class Expensive:
 
     async def _write_all(self, client: Client, table: str, items: Iterable[Frame]) -> None:
         left = iter(items)
-        while some := list(itertools.islice(left, AT_A_TIME)):
+        while some := list(itertools.islice(left, OPERATIONS_BATCH)):
             await asyncio.gather(*(client.put(table, item) for item in some))
 
     async def run(self, stopping: asyncio.Event) -> None:
