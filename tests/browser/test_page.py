@@ -122,8 +122,8 @@ async def test_the_page_fits_and_is_accessible(
         await page.add_script_tag(path=modules / "axe-core" / "axe.min.js")
         found = await page.evaluate("axe.run()")
         serious = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
-        told = [(one["id"], one["help"], one["nodes"][0]["html"][:200]) for one in serious]
-        assert serious == [], f"axe-core, the menu is {state}: {told}"
+        shown = [(one["id"], one["help"], one["nodes"][0]["html"][:200]) for one in serious]
+        assert serious == [], f"axe-core, the menu is {state}: {shown}"
         await page.screenshot(path=tmp_path / f"{size[0]}-{state}.png")
 
 

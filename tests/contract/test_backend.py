@@ -39,26 +39,28 @@ class Listener:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.heard: dict[bytes, list[bytes | None]] = {}
-        self.subscriber = backend.subscriber(lambda channel, data: self.heard.setdefault(channel, []).append(data))
+        self.received: dict[bytes, list[bytes | None]] = {}
+        self.subscriber = backend.subscriber(lambda channel, data: self.received.setdefault(channel, []).append(data))
 
     async def publish(self, channel: bytes, *messages: bytes) -> None:
         command: Any = self.backend.commands.execute_command
         for message in messages:
             await command("SPUBLISH", channel, message)
 
-    async def told_all(self, *messages: bytes, of: Iterable[bytes]) -> None:
+    async def all_received(self, *messages: bytes, of: Iterable[bytes]) -> None:
         """Wait until exactly these messages of each channel have come."""
-        await wait_until(lambda: all(self.told(channel) == [*messages] for channel in of), f"{messages} are heard")
+        await wait_until(
+            lambda: all(self.messages_of(channel) == [*messages] for channel in of), f"{messages} have come"
+        )
 
     async def subscribed(self, times: int, of: Iterable[bytes]) -> None:
         await wait_until(lambda: all(self.confirmed(channel) >= times for channel in of), "all are subscribed to")
 
-    def told(self, channel: bytes) -> list[bytes]:
-        return [data for data in self.heard.get(channel, []) if data is not None]
+    def messages_of(self, channel: bytes) -> list[bytes]:
+        return [data for data in self.received.get(channel, []) if data is not None]
 
     def confirmed(self, channel: bytes) -> int:
-        return self.heard.get(channel, []).count(None)
+        return self.received.get(channel, []).count(None)
 
 
 @pytest.fixture
@@ -84,16 +86,16 @@ async def test_messages_of_a_channel_arrive_in_order_until_it_is_left(listener: 
     await listener.subscribed(1, of=wanted)
     for channel in wanted:
         await listener.publish(channel, b"1", b"2", b"3")
-    await listener.told_all(b"1", b"2", b"3", of=wanted)
+    await listener.all_received(b"1", b"2", b"3", of=wanted)
     await listener.subscriber.unsubscribe(left)
     for channel in wanted:
         await listener.publish(channel, b"4")
-    await listener.told_all(b"1", b"2", b"3", b"4", of=kept)
-    assert listener.told(left) == [b"1", b"2", b"3"]
+    await listener.all_received(b"1", b"2", b"3", b"4", of=kept)
+    assert listener.messages_of(left) == [b"1", b"2", b"3"]
     await listener.subscriber.subscribe(left)
     await listener.subscribed(2, of=[left])
     await listener.publish(left, b"5")
-    await listener.told_all(b"1", b"2", b"3", b"5", of=[left])
+    await listener.all_received(b"1", b"2", b"3", b"5", of=[left])
 
 
 @pytest.mark.parametrize("backend", ["real", "cluster"], indirect=True)
@@ -107,7 +109,7 @@ async def test_after_a_lost_connection_each_channel_is_confirmed_again(listener:
     await listener.subscribed(2, of=wanted)
     for channel in wanted:
         await listener.publish(channel, b"after")
-    await listener.told_all(b"after", of=wanted)
+    await listener.all_received(b"after", of=wanted)
 
 
 @pytest.mark.parametrize("backend", ["cluster"], indirect=True)
@@ -128,7 +130,7 @@ async def test_a_channel_follows_its_slot_to_another_node(listener: Listener) ->
         await listener.subscribed(2, of=[channel])
         assert listener.backend.node_of(channel) is not before
         await listener.publish(channel, b"after")
-        await listener.told_all(b"after", of=[channel])
+        await listener.all_received(b"after", of=[channel])
     finally:
         for node in (home, other, *primaries):
             await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[home.name])

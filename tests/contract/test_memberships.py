@@ -95,8 +95,8 @@ async def test_a_member_who_stays_misses_nothing_while_its_rights_are_looked_at(
             await writer.do("put", table="plates", item={"id": f"p{n}", "room": "r"})
             await alice.do("delete", table="members", key={"room": "other", "user": "alice"})
             await alice.do("put", table="members", item={"room": "other", "user": "alice"})
-        heard = [await alice.next(type="change", topic="room:r") for _ in range(20)]
-        assert sorted(frame["key"]["id"] for frame in heard) == sorted(f"p{n}" for n in range(20))
+        received = [await alice.next(type="change", topic="room:r") for _ in range(20)]
+        assert sorted(frame["key"]["id"] for frame in received) == sorted(f"p{n}" for n in range(20))
         await stack.aclose()
 
 

@@ -190,22 +190,22 @@ async def test_how_far_the_indexes_are_behind_is_in_the_metrics(
     async with open_stage(lease_ms=LEASE_MS) as stage, AsyncExitStack() as inner:
         alice = await as_user(stage, inner, "alice")
         partition = stage.backend.keys.partition_of("o")
-        gauge, told = LAG.labels(partition), list[float]()
+        gauge, values = LAG.labels(partition), list[float]()
         write = gauge.set
 
-        def told_to(value: float) -> None:
-            told.append(value)
+        def record(value: float) -> None:
+            values.append(value)
             write(value)
 
         async with withheld(stage, "indexer"):
             await alice.do("put", table="orders", item={"id": "o", "owner": "alice", "at": 1})
             await asyncio.sleep(0.3)
-            monkeypatch.setattr(gauge, "set", told_to)
+            monkeypatch.setattr(gauge, "set", record)
 
         async def caught_up() -> bool:
             found = await alice.do("query", table="orders", index="by_owner", key="alice")
-            return bool(found["items"]) and told[-1:] == [0]
+            return bool(found["items"]) and values[-1:] == [0]
 
         await eventually(caught_up)
-        assert 0.25 < max(told) < PATIENCE_S, "so far behind was the change that waited"
+        assert 0.25 < max(values) < PATIENCE_S, "so far behind was the change that waited"
         assert f'tidewire_index_lag{{partition="{partition}"}} 0.0' in generate_latest().decode()

@@ -16,7 +16,7 @@ async def tile(writer: Wire, id_: str, cell: Any, **more: Any) -> None:
     await writer.do("put", table="tiles", item={"id": id_, "cell": cell, **more})
 
 
-async def told(reader: Wire, count: int, **like: Any) -> list[Frame]:
+async def next_changes(reader: Wire, count: int, **like: Any) -> list[Frame]:
     like = {"table": "tiles"} | like
     return [await reader.next(type="change", **like) for _ in range(count)]
 
@@ -33,10 +33,10 @@ async def test_only_followers_of_a_topic_get_its_changes(stage: Stage, stack: As
     assert answer["topic"] == "cell:1"
     await bob.do("follow", topic="cell:2")
     await tile(carol, "t", 1)
-    (first,) = await told(alice, 1, topic="cell:1")
+    (first,) = await next_changes(alice, 1, topic="cell:1")
     assert (first["event"], first["new"], first["topic"]) == ("INSERT", {"id": "t", "cell": 1}, "cell:1")
     await tile(carol, "t", "2")
-    (left,), (entered,) = await told(alice, 1, topic="cell:1"), await told(bob, 1, topic="cell:2")
+    (left,), (entered,) = await next_changes(alice, 1, topic="cell:1"), await next_changes(bob, 1, topic="cell:2")
     assert (left["event"], left["key"], left.keys() & {"new", "old"}) == ("LEAVE", {"id": "t"}, set())
     assert (entered["event"], entered["new"]["cell"]) == ("ENTER", "2")
     assert entered["position"] == left["position"]
@@ -55,14 +55,14 @@ async def test_it_goes_on_from_its_own_cursor_after_a_reconnect_and_is_live_afte
     async with wire(stage, key, topics=f'{{"cell:1": "{cursor}"}}') as alice:
         assert alice.welcome["topics"]["cell:1"] == cursor
         await tile(writer, "t3", 1)
-        frames = await told(alice, 4, topic="cell:1")
+        frames = await next_changes(alice, 4, topic="cell:1")
         names = [frame["key"]["id"] for frame in frames]
         assert sorted(names) == ["t0", "t1", "t2", "t3"], "they are of several partitions"
         # Rewound while it is followed: the same again, in order, then what is new.
         again = await alice.do("follow", topic="cell:1", cursor=frames[1]["cursor"])
         assert again["cursor"] == frames[1]["cursor"]
         await tile(writer, "t4", 1)
-        repeated = await told(alice, 3, topic="cell:1")
+        repeated = await next_changes(alice, 3, topic="cell:1")
         assert [frame["key"]["id"] for frame in repeated] == [*names[2:], "t4"]
         assert repeated[:2] == frames[2:]
 
@@ -71,10 +71,10 @@ async def test_following_a_topic_again_changes_nothing(stage: Stage, stack: Asyn
     alice, writer = [await as_user(stage, stack, name) for name in ("alice", "carol")]
     await alice.do("follow", topic="cell:1")
     await tile(writer, "t", 1)
-    (frame,) = await told(alice, 1)
+    (frame,) = await next_changes(alice, 1)
     assert (await alice.do("follow", topic="cell:1"))["cursor"] == frame["cursor"]
     await tile(writer, "u", 1)
-    assert [frame["key"]["id"] for frame in await told(alice, 1)] == ["u"]
+    assert [frame["key"]["id"] for frame in await next_changes(alice, 1)] == ["u"]
     assert await silent(alice, table="tiles")
 
 
@@ -83,14 +83,14 @@ async def test_a_user_may_unfollow_a_topic_and_follow_it_again(stage: Stage, sta
     for reader in (alice, bob):
         await reader.do("follow", topic="cell:1")
     await tile(writer, "t", 1)
-    (frame,) = await told(alice, 1)
+    (frame,) = await next_changes(alice, 1)
     assert await alice.do("unfollow", topic="cell:1") == {"topic": "cell:1", "cursor": frame["cursor"]}
     await tile(writer, "u", 1)
-    await told(bob, 2)
+    await next_changes(bob, 2)
     assert await silent(alice, table="tiles")
     assert (await alice.refused("unfollow", topic="cell:1"))["code"] == "not_found"
     await alice.do("follow", topic="cell:1", cursor=frame["cursor"])
-    assert [frame["key"]["id"] for frame in await told(alice, 1)] == ["u"]
+    assert [frame["key"]["id"] for frame in await next_changes(alice, 1)] == ["u"]
 
 
 @pytest.mark.parametrize("cursor", ["nonsense", "1.2.abc", "1795409459002.7.0123456789"])
@@ -102,7 +102,7 @@ async def test_a_cursor_that_does_not_fit_gives_a_reset_of_that_topic(
     reset = await alice.next(type="reset")
     assert (reset["topic"], reset["reason"] in ("cursor_unknown", "cursor_expired")) == ("cell:1", True)
     await tile(writer, "t", 1)
-    await told(alice, 1, topic="cell:1")
+    await next_changes(alice, 1, topic="cell:1")
 
 
 async def test_topics_that_are_none_and_those_of_others_are_refused(stage: Stage, stack: AsyncExitStack) -> None:
@@ -152,9 +152,9 @@ async def test_a_claim_is_a_topic_of_each_value_and_a_narrowing_is_asked_of_each
     await writer.do("put", table="desks", item={"room": "r", "id": "d", "tenant": "t2"})
     await writer.do("put", table="notes", item={"id": "n", "owner": "carol"})
     one, two, none = readers.values()
-    assert (await told(one, 1, table="floors"))[0]["topic"] == 'claim:tenant:"t1"'
-    assert [frame["event"] for frame in await told(one, 2, table="desks")] == ["INSERT", "LEAVE"]
-    (entered,) = await told(two, 1, table="desks")
+    assert (await next_changes(one, 1, table="floors"))[0]["topic"] == 'claim:tenant:"t1"'
+    assert [frame["event"] for frame in await next_changes(one, 2, table="desks")] == ["INSERT", "LEAVE"]
+    (entered,) = await next_changes(two, 1, table="desks")
     assert (entered["event"], entered["new"]["tenant"], "old" in entered) == ("ENTER", "t2", False)
     for reader, table in ((two, "floors"), (none, "floors"), (none, "desks")):
         assert await silent(reader, table=table)
@@ -174,13 +174,13 @@ async def test_a_renewed_credential_with_other_claims_has_other_topics(stage: St
     writer = await as_user(stage, stack, "carol")
     await alice.do("auth", auth_key=await stage.key("alice", claims={"tenant": "t2"}))
 
-    async def heard() -> bool:
+    async def has_received() -> bool:
         # The topic goes live after the answer.
         await writer.do("put", table="floors", item={"id": "f", "tenant": "t2", "n": len(alice.frames)})
         await alice.do("ping")
         return any(frame.get("topic") == 'claim:tenant:"t2"' for frame in alice.frames)
 
-    await eventually(heard)
+    await eventually(has_received)
     await writer.do("put", table="floors", item={"id": "g", "tenant": "t1"})
     assert await silent(alice, topic='claim:tenant:"t1"')
 
@@ -195,7 +195,7 @@ async def test_peers_see_each_other_once_they_share_a_group(stage: Stage, stack:
         await reader.next(type="reset", table="faces")
     assert (await alice.do("get", table="faces", key="bob"))["item"]["smiles"], "who is told to query finds it"
     await bob.do("put", table="faces", item={"user": "bob", "smiles": False})
-    assert (await told(alice, 1, table="faces"))[0]["new"]["smiles"] is False
+    assert (await next_changes(alice, 1, table="faces"))[0]["new"]["smiles"] is False
     await alice.do("delete", table="members", key={"room": "r", "user": "bob"})
     await alice.next(type="reset", table="faces")
     assert (await alice.refused("get", table="faces", key="bob"))["code"] == "not_found"

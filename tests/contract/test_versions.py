@@ -89,15 +89,15 @@ async def own_something(*workers: Worker) -> None:
     await wait_until(lambda: all(worker.partitions for worker in workers), "each worker owns a partition")
 
 
-async def keys_heard(reader: Wire, table: str, last: str) -> list[str]:
+async def keys_received(reader: Wire, table: str, last: str) -> list[str]:
     """Return the frames of a table in the order of arrival, up to one with that id from each room."""
-    left, heard = set(ROOMS), []
+    left, received = set(ROOMS), []
     while left:
         frame = await reader.next(type="change", table=table)
-        heard.append(f"{frame['key']['room']} {frame['event']} {frame['key'].get('id')}")
+        received.append(f"{frame['key']['room']} {frame['event']} {frame['key'].get('id')}")
         if frame["key"].get("id") == last:
             left.discard(frame["key"]["room"])
-    return heard
+    return received
 
 
 @pytest.mark.parametrize(("membership", "table"), [("members", "secrets"), ("guests", "menus")])
@@ -116,14 +116,14 @@ async def test_an_index_that_only_another_version_knows_is_left_to_it(
         for room in ROOMS:
             await admin.do("put", table=membership, item={"room": room, "user": "removed"})
             await admin.do("put", table=table, item={"room": room, "id": "1"})
-        told = await keys_heard(removed, table, "1")
-        assert {line for line in told if "INSERT" in line or "ENTER" in line} != set(), told
+        received = await keys_received(removed, table, "1")
+        assert {line for line in received if "INSERT" in line or "ENTER" in line} != set(), received
         for room in ROOMS:
             await admin.do("put", table=membership, item={"room": room, "user": "added"})
             await admin.do("delete", table=membership, key={"room": room, "user": "removed"})
             await admin.do("put", table=table, item={"room": room, "id": "2"})
             await admin.do("put", table="notes", item={"room": room, "id": "end"})
-        await keys_heard(added, table, "2")
+        await keys_received(added, table, "2")
         await removed.do("ping")
         assert not [f for f in removed.frames if f.get("table") == table and f["key"].get("id") == "2"]
     async with rolling.backend() as backend:
@@ -147,7 +147,7 @@ async def test_an_index_that_no_live_store_knew_is_repaired_by_one_that_does(
             for room in ROOMS:
                 await admin.do("put", table=membership, item={"room": room, "user": "removed"})
                 await admin.do("put", table=table, item={"room": room, "id": "1"})
-            await keys_heard(removed, table, "1")
+            await keys_received(removed, table, "1")
         async with rolling.running("broadcaster", old):
             for room in ROOMS:
                 await admin.do("put", table=membership, item={"room": room, "user": "added"})
@@ -163,9 +163,9 @@ async def test_an_index_that_no_live_store_knew_is_repaired_by_one_that_does(
                 await reader.next(type="reset", topic=None, table=None)
             for room in ROOMS:
                 await admin.do("put", table=table, item={"room": room, "id": "2"})
-            await keys_heard(added, table, "2")
+            await keys_received(added, table, "2")
             await removed.do("ping")
-            heard: list[Any] = [f for f in removed.frames if f.get("table") == table]
-            assert not [f for f in heard if f["key"].get("id") == "2"]
+            received: list[Any] = [f for f in removed.frames if f.get("table") == table]
+            assert not [f for f in received if f["key"].get("id") == "2"]
             names = [await backend.commands.hget(backend.keys.partition(n), "unknown") for n in range(PARTITIONS)]
             assert not any(name and unpack(name) for name in names), "the marks are gone"

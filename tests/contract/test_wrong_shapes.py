@@ -26,7 +26,7 @@ async def untouched(wire: Wire) -> None:
     assert (done["version"], done["item"]) == (2, SEEDS[0][1] | {"count": 2})
 
 
-def told(wrong: Wrong, error: dict[str, Any]) -> str | None:
+def fault_of(wrong: Wrong, error: dict[str, Any]) -> str | None:
     """What is missing from an error."""
     kind = BY_CODE[wrong.code]
     if (error.get("type"), error.get("code"), error.get("retry")) != ("error", wrong.code, kind.retry):
@@ -47,7 +47,7 @@ async def test_all_of_them_over_one_websocket(open_stage: Open) -> None:
                 await alice.ws.send(text)
 
         sending = asyncio.create_task(send())
-        faults = [told(wrong, await alice.next(id=f"w{number}")) for number, wrong in enumerate(WRONG)]
+        faults = [fault_of(wrong, await alice.next(id=f"w{number}")) for number, wrong in enumerate(WRONG)]
         await sending
         assert [fault for fault in faults if fault] == []
         for _ in NO_JSON:
@@ -66,7 +66,7 @@ async def test_all_of_them_over_http(open_stage: Open) -> None:
             some = named[at : at + 20]
             answers = await asyncio.gather(*(post(stage, wrong.action, wrong.fields, auth_key=key) for wrong in some))
             for wrong, (status, error) in zip(some, answers, strict=True):
-                assert told(wrong, error) is None
+                assert fault_of(wrong, error) is None
                 assert status == BY_CODE[wrong.code].status
         await no_json(stage, key)
         await untouched(alice)

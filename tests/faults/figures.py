@@ -48,7 +48,7 @@ class Outcome:
     def kinds(self) -> set[str]:
         return {violation.kind for violation in self.violations}
 
-    def told(self) -> str:
+    def as_markdown(self) -> str:
         """All of it, for a terminal and for the documentation."""
         found = dict(Counter(one.kind for one in self.violations))
         return "\n\n".join(

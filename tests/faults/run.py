@@ -337,7 +337,7 @@ def main() -> int:
             locale=locale,
         )
     )
-    print(f"\n{outcome.told()}")
+    print(f"\n{outcome.as_markdown()}")
     return 1 if outcome.violations else 0
 
 

@@ -224,7 +224,7 @@ def test_a_reader_in_another_partition_was_a_member_about_then() -> None:
     changes = [change("members", ANN, ANN), *(change("things", {"id": "t"}, {"id": "t", "owner": "x"}),) * 20]
     note = change("notes", {"id": "n"}, NOTE)
     gone = change("members", ANN, None, ANN)
-    told = [frame(0, "INSERT", "members", ANN, ANN), frame(21, "INSERT", "notes", {"id": "n"}, NOTE)]
+    frames = [frame(0, "INSERT", "members", ANN, ANN), frame(21, "INSERT", "notes", {"id": "n"}, NOTE)]
 
     def kinds(after: list[Change], log: Log) -> list[str]:
         report = Report()
@@ -232,15 +232,15 @@ def test_a_reader_in_another_partition_was_a_member_about_then() -> None:
         check_reader(expect(all_of_it), ReaderLog("ann", "ann", log, BEGIN - 1), report, may_fall_back=False)
         return [one.kind for one in report.violations]
 
-    assert kinds([note], told) == []
-    assert kinds([note], told[:1]) == ["loss"]
-    assert kinds([note], [*told, told[1]]) == ["double"]
+    assert kinds([note], frames) == []
+    assert kinds([note], frames[:1]) == ["loss"]
+    assert kinds([note], [*frames, frames[1]]) == ["double"]
     left = frame(21, "REMOVE", "members", ANN, None, ANN)
     leaves = [frame(21, "LEAVE", table, ROOM) for table in MEMBERSHIPS["members"].shows]
     others = [change("things", {"id": "u"}, {"id": "u", "owner": "ann"})] * 8
     theirs = [frame(n, "INSERT", "things", {"id": "u"}, {"id": "u", "owner": "ann"}) for n in range(22, 30)]
     late = frame(30, "INSERT", "notes", {"id": "n"}, NOTE)
-    assert "leak" in kinds([gone, *others, note], [told[0], left, *leaves, *theirs, late])
+    assert "leak" in kinds([gone, *others, note], [frames[0], left, *leaves, *theirs, late])
 
 
 def test_the_store_does_each_write_once_and_keeps_it() -> None:

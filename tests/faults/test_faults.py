@@ -33,10 +33,10 @@ TRIES = 12
 @pytest.mark.parametrize("topology", ["embedded", "sentinel", "cluster"])
 async def test_nothing_is_lost_doubled_out_of_order_or_leaked(topology: str) -> None:
     outcome = await run(topology, 1, SECONDS, pace=EVERYTHING, locale=locales.if_possible())
-    print(outcome.told())
+    print(outcome.as_markdown())
     assert outcome.faults.total() > 3
     assert outcome.report.delivered > 1000
-    assert not [one for one in outcome.violations if one.kind not in TIMED], outcome.told()
+    assert not [one for one in outcome.violations if one.kind not in TIMED], outcome.as_markdown()
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -77,7 +77,7 @@ async def test_the_checker_notices_a_missing_guard(broken: tuple[Path, Break], m
             partitions=one.partitions,
             max_bytes=one.max_bytes,
         )
-        print(outcome.told())
+        print(outcome.as_markdown())
         if one.finds & outcome.kinds:
             return
     pytest.fail(f"nothing of {one.finds} was found in {TRIES} runs")

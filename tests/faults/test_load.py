@@ -172,6 +172,6 @@ def test_figures_are_tables_for_the_documentation() -> None:
     outcome.faults["kill store"] += 2
     outcome.readers_s = {"kill store": 1.25}
     outcome.report.add("loss", "ann", "a change")
-    told = outcome.told()
-    assert "| kill store | 2 | – | 1.2 |" in told
-    assert told.endswith("1 violations {'loss': 1}\n  loss: ann: a change")
+    text = outcome.as_markdown()
+    assert "| kill store | 2 | – | 1.2 |" in text
+    assert text.endswith("1 violations {'loss': 1}\n  loss: ann: a change")

@@ -240,12 +240,12 @@ async def test_a_replica_of_a_cluster_takes_the_place_of_its_master(new_up: Any)
             print(f"the master of the room failed over after {took_s:.1f} s")
             await flowing.goes_on()
             partition = binascii.crc_hqx(b"lobby", 0) % 8
-            told = (await up.status())["redis"][partition]
-            assert told["node"] == f"127.0.0.1:{servers.master_of(slot_of('lobby')).port}"
-            assert told["went_back"] > 0, "status tells of it"
+            of_partition = (await up.status())["redis"][partition]
+            assert of_partition["node"] == f"127.0.0.1:{servers.master_of(slot_of('lobby')).port}"
+            assert of_partition["went_back"] > 0, "status tells of it"
             metrics = await asyncio.to_thread(_metrics, await up.status())
             generations = re.findall(rf'tidewire_partition_generation{{partition="{partition}"}} (\S+)', metrics)
-            assert told["went_back"] in [int(float(one)) for one in generations], "and so do the metrics"
+            assert of_partition["went_back"] in [int(float(one)) for one in generations], "and so do the metrics"
             await in_a_thread(servers.come_back, killed.pop())
             took_s = await in_a_thread(lambda: killed.append(servers.fail_over(slot_of("bob"))))
             print(f"the master of bob's feed failed over after {took_s:.1f} s")

@@ -93,7 +93,7 @@ class Reader:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.heard: set[tuple[str, str, str]] = set()
+        self.frames_seen: set[tuple[str, str, str]] = set()
         """Table, room and id of each item that it saw."""
         self.resets = 0
         self._task = asyncio.create_task(self._read())
@@ -103,10 +103,10 @@ class Reader:
             if event["type"] == "reset":
                 self.resets += 1
             elif event.get("table") in TABLES and event.get("new"):
-                self.heard.add((event["table"], event["key"]["room"], event["key"]["id"]))
+                self.frames_seen.add((event["table"], event["key"]["room"], event["key"]["id"]))
 
     def ids(self, table: str) -> set[str]:
-        return {id_ for name, _, id_ in self.heard if name == table}
+        return {id_ for name, _, id_ in self.frames_seen if name == table}
 
 
 @contextlib.asynccontextmanager
@@ -141,7 +141,7 @@ async def swap(admin: Client) -> None:
 
 async def hears(reader: Reader, name: str, who: str) -> None:
     def complete() -> bool:
-        return all((table, room, name) in reader.heard for table in TABLES for room in ROOMS)
+        return all((table, room, name) in reader.frames_seen for table in TABLES for room in ROOMS)
 
     await wait_until(complete, f"{who} hears of {name!r} in each room and table", 90)
 

@@ -236,12 +236,12 @@ def test_a_service_that_cannot_start_explains_it_in_one_sentence(new_up: Any, tm
         patient = pool.submit(tidewire, "store", "good:app", "--redis", "redis://127.0.0.1:1", cwd=tmp_path)
         ended = list(pool.map(lambda case: tidewire(*case[0], cwd=tmp_path), cases))
     for (args, expected), done in zip(cases, ended, strict=True):
-        told = f"{' '.join(args)}: {done.returncode} {done.stdout!r} {done.stderr!r}"
-        assert done.returncode == 1, told
-        assert expected in done.stderr, told
-        assert "Traceback" not in done.stderr, told
-        assert done.stdout == "", told
-        assert len(done.stderr.strip().splitlines()) == 1, told
+        outcome = f"{' '.join(args)}: {done.returncode} {done.stdout!r} {done.stderr!r}"
+        assert done.returncode == 1, outcome
+        assert expected in done.stderr, outcome
+        assert "Traceback" not in done.stderr, outcome
+        assert done.stdout == "", outcome
+        assert len(done.stderr.strip().splitlines()) == 1, outcome
     done = patient.result()
     assert (done.returncode, done.stdout) == (1, "")
     warning, explanation = done.stderr.strip().splitlines()

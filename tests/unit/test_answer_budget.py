@@ -15,20 +15,20 @@ from tidewire.services.gateway import budget
 from tidewire.services.gateway.budget import PAGE_BYTES, SMALL_BYTES, AnswerBudget, max_bytes
 
 
-def asked(action: str, **fields: Any) -> int:
+def max_bytes_of(action: str, **fields: Any) -> int:
     return max_bytes(parse_request({"action": action, **fields}), 262_144)
 
 
 def test_the_most_that_an_answer_can_have_follows_from_its_request() -> None:
-    whole_page = asked("query", table="t", key="k", limit=1000)
+    whole_page = max_bytes_of("query", table="t", key="k", limit=1000)
     assert PAGE_BYTES < whole_page < 2 * PAGE_BYTES
-    assert asked("query", table="t", key="k", limit=1) == asked("get", table="t", key="k")
-    assert 262_144 <= asked("update", table="t", key="k") < 300_000
-    assert asked("put", table="t", item={"id": "k"}) == asked("ping") == SMALL_BYTES
+    assert max_bytes_of("query", table="t", key="k", limit=1) == max_bytes_of("get", table="t", key="k")
+    assert 262_144 <= max_bytes_of("update", table="t", key="k") < 300_000
+    assert max_bytes_of("put", table="t", item={"id": "k"}) == max_bytes_of("ping") == SMALL_BYTES
     put = {"action": "put", "table": "t", "item": {"id": "k"}}
     update = {"action": "update", "table": "t", "key": "k"}
-    assert asked("transact", operations=[put] * 3) < 2 * SMALL_BYTES
-    assert asked("transact", operations=[put, update, update]) > 2 * 262_144
+    assert max_bytes_of("transact", operations=[put] * 3) < 2 * SMALL_BYTES
+    assert max_bytes_of("transact", operations=[put, update, update]) > 2 * 262_144
 
 
 async def test_a_connection_waits_for_its_own_answers() -> None:

@@ -140,15 +140,15 @@ class World:
             assert entries in (KEYS.user_feed(name), KEYS.topic_feed(name.removeprefix("topic ")))
             self.feeds[entries].append((body, json.loads(body.rest)))
 
-    def heard(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
+    def frames_of(self, name: str, kind: str = "change", claims: Item | None = None) -> list[Frame]:
         """What a connection with these claims gets."""
         key = KEYS.topic_feed(name.removeprefix("topic ")) if name.startswith("topic ") else KEYS.user_feed(name)
         return [frame for body, frame in self.feeds[key] if body.type == kind and holds(body.asks, claims or {})]
 
     def events(self) -> dict[str, list[str]]:
         """Return the events by reader, for all readers with any."""
-        told = {name: [frame["event"] for frame in self.heard(name)] for name in self.names.values()}
-        return {name: events for name, events in told.items() if events}
+        by_reader = {name: [frame["event"] for frame in self.frames_of(name)] for name in self.names.values()}
+        return {name: events for name, events in by_reader.items() if events}
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ class TestEvents:
 
     def test_a_frame_is_as_in_the_contract(self, world: World) -> None:
         world.tell(world.change("mail", None, mail("alice")))
-        assert world.heard("alice") == [
+        assert world.frames_of("alice") == [
             {
                 "position": f"{PARTITION}-{GENERATION}-{NOW}-1",
                 "event": "INSERT",
@@ -198,7 +198,7 @@ class TestEvents:
 
     def test_an_entering_reader_gets_the_new_image_and_a_leaving_one_the_key(self, world: World) -> None:
         world.tell(world.change("mail", mail("alice", pin=1), mail("bob", pin=2), 5))
-        (left,), (entered,) = world.heard("alice"), world.heard("bob")
+        (left,), (entered,) = world.frames_of("alice"), world.frames_of("bob")
         assert left.keys() == {"position", "event", "table", "key", "version", "at", "by"}
         assert entered["new"] == mail("bob", pin=2)
         assert not entered.get("old")
@@ -211,7 +211,7 @@ class TestEvents:
     def test_images_are_there_as_the_stream_view_says(self, world: World, table: str, images: set[str]) -> None:
         one, two = mail("alice", x=1), mail("alice", x=2)
         world.tell(world.change(table, None, one), world.change(table, one, two, 2), world.change(table, two, None, 3))
-        frames = world.heard("alice")
+        frames = world.frames_of("alice")
         assert [frame["event"] for frame in frames] == ["INSERT", "MODIFY", "REMOVE"]
         for frame, old, new in zip(frames, (None, one, two), (one, two, None), strict=True):
             assert frame.keys() & {"new", "old"} == images
@@ -223,7 +223,7 @@ class TestEvents:
         decision = world.tell(
             world.change("hiding", None, one), world.change("hiding", one, two), world.change("hiding", two, None)
         )
-        assert world.heard("topic hiding")
+        assert world.frames_of("topic hiding")
         assert b"3cret" not in b"".join(append.body for append in appends_of(decision))
 
     def test_a_change_of_an_undeclared_table_is_counted_and_has_no_readers(self, world: World) -> None:
@@ -241,10 +241,10 @@ class TestEveryone:
     def test_a_public_item_enters_the_topic_and_a_private_one_leaves_it(self, world: World) -> None:
         private, public = mail("alice", public=False), mail("alice", public=True)
         world.tell(world.change("mixed", private, public))
-        assert [frame["event"] for frame in world.heard("topic mixed")] == ["ENTER"]
+        assert [frame["event"] for frame in world.frames_of("topic mixed")] == ["ENTER"]
         world.tell(world.change("mixed", public, private))
-        assert [frame["event"] for frame in world.heard("topic mixed")] == ["ENTER", "LEAVE"]
-        assert not world.heard("topic mixed")[-1].keys() & {"new", "old"}
+        assert [frame["event"] for frame in world.frames_of("topic mixed")] == ["ENTER", "LEAVE"]
+        assert not world.frames_of("topic mixed")[-1].keys() & {"new", "old"}
         assert "bob" not in world.events()
 
 
@@ -273,18 +273,18 @@ class TestMemberships:
         else:
             for change in changes:
                 world.tell(change)
-        heard = {
-            name: [(f["table"], f["event"], f["key"].get("id") or f["key"].get("user")) for f in world.heard(name)]
+        received = {
+            name: [(f["table"], f["event"], f["key"].get("id") or f["key"].get("user")) for f in world.frames_of(name)]
             for name in ("alice", "bob")
         }
-        assert heard["bob"] == [
+        assert received["bob"] == [
             ("members", "INSERT", "bob"),
             ("messages", "INSERT", 2),
             ("members", "REMOVE", "bob"),
             ("members", "LEAVE", None),
             ("messages", "LEAVE", None),
         ]
-        assert heard["alice"] == [
+        assert received["alice"] == [
             ("members", "INSERT", "alice"),
             ("messages", "INSERT", 1),
             ("members", "INSERT", "bob"),
@@ -306,7 +306,7 @@ class TestMemberships:
     def test_a_member_that_is_a_number_does_not_stop_the_partition(self, world: World) -> None:
         numbered = world.change("members", None, {"room": "r", "user": 5})
         world.tell(self.join(world, "alice"), numbered, self.say(world, 1))
-        assert [frame["table"] for frame in world.heard("alice")][-1] == "messages"
+        assert [frame["table"] for frame in world.frames_of("alice")][-1] == "messages"
 
 
 class TestMistakes:
@@ -330,8 +330,8 @@ class TestTransactions:
     def mails(self, world: World, *readers: Any) -> list[Change]:
         return [world.change("mail", None, {"id": f"m{n}", "to": to}) for n, to in enumerate(readers)]
 
-    def heard(self, world: World, name: str) -> list[tuple[str, str | None, bool | None]]:
-        return [(frame["key"]["id"], frame.get("transaction"), frame.get("more")) for frame in world.heard(name)]
+    def frames_of(self, world: World, name: str) -> list[tuple[str, str | None, bool | None]]:
+        return [(frame["key"]["id"], frame.get("transaction"), frame.get("more")) for frame in world.frames_of(name)]
 
     def test_each_reader_has_more_until_the_last_that_he_sees(self, world: World) -> None:
         world.tell(
@@ -339,14 +339,14 @@ class TestTransactions:
                 world, *self.mails(world, ["alice", "bob"], ["alice"], ["carol", "bob"], ["alice"], ["carol"])
             )
         )
-        assert self.heard(world, "alice") == [("m0", "t1", True), ("m1", "t1", True), ("m3", "t1", None)]
-        assert self.heard(world, "bob") == [("m0", "t1", True), ("m2", "t1", None)]
-        assert self.heard(world, "carol") == [("m2", "t1", True), ("m4", "t1", None)]
-        assert self.heard(world, "dave") == []
+        assert self.frames_of(world, "alice") == [("m0", "t1", True), ("m1", "t1", True), ("m3", "t1", None)]
+        assert self.frames_of(world, "bob") == [("m0", "t1", True), ("m2", "t1", None)]
+        assert self.frames_of(world, "carol") == [("m2", "t1", True), ("m4", "t1", None)]
+        assert self.frames_of(world, "dave") == []
 
     def test_a_reader_of_one_change_of_a_transaction_gets_no_other(self, world: World) -> None:
         world.tell(*self.transaction(world, *self.mails(world, ["bob"], ["alice"], ["bob"])))
-        assert self.heard(world, "alice") == [("m1", "t1", None)]
+        assert self.frames_of(world, "alice") == [("m1", "t1", None)]
 
     def test_entering_leaving_and_topic_frames_count_too(self, world: World) -> None:
         mine, others = mail("alice", public=False), mail("bob", public=True)
@@ -358,11 +358,11 @@ class TestTransactions:
                 world.change("mail", mail("bob"), mail("alice"), 2),
             )
         )
-        told = {
-            name: [(frame["event"], frame.get("more")) for frame in world.heard(name)]
+        by_reader = {
+            name: [(frame["event"], frame.get("more")) for frame in world.frames_of(name)]
             for name in ("alice", "bob", "topic mixed", "topic news")
         }
-        assert told == {
+        assert by_reader == {
             "alice": [("MODIFY", True), ("ENTER", None)],
             "bob": [("LEAVE", None)],
             "topic mixed": [("ENTER", None)],
@@ -373,7 +373,7 @@ class TestTransactions:
         members = [world.change("members", None, {"room": "r", "user": name}) for name in ("alice", "bob")]
         says = [world.change("messages", None, {"room": "r", "id": n}) for n in (1, 2)]
         world.tell(*self.transaction(world, members[0], says[0], members[1], says[1]))
-        alice, bob = ([(f["table"], f.get("more")) for f in world.heard(name)] for name in ("alice", "bob"))
+        alice, bob = ([(f["table"], f.get("more")) for f in world.frames_of(name)] for name in ("alice", "bob"))
         assert alice == [("members", True), ("messages", True), ("members", True), ("messages", None)]
         assert bob == [("members", True), ("messages", None)]
 
@@ -382,7 +382,7 @@ class TestTransactions:
         one = self.transaction(world, first, second)
         other = self.transaction(world, third, fourth, name="t2")
         world.tell(before, *one, *other, after)
-        assert [frame[1:] for frame in self.heard(world, "alice")] == [
+        assert [frame[1:] for frame in self.frames_of(world, "alice")] == [
             (None, None),
             ("t1", True),
             ("t1", None),
@@ -395,7 +395,7 @@ class TestTransactions:
         first, second, third, other = self.mails(world, *[["alice"]] * 4)
         changes = self.transaction(world, first, second, third)
         world.tell(None, changes[1], None, other)
-        assert self.heard(world, "alice") == [("m1", "t1", None), ("m3", None, None)]
+        assert self.frames_of(world, "alice") == [("m1", "t1", None), ("m3", None, None)]
 
     def test_a_batch_ends_before_a_transaction_that_is_not_whole(self, world: World) -> None:
         one, *changes, other = self.mails(world, *[["alice"]] * 5)
@@ -544,24 +544,24 @@ class TestClaims:
     def test_a_narrowing_is_asked_of_each_connection(self) -> None:
         world = self.app()
         world.tell(world.change("notes", None, self.note("t1", "a")))
-        assert [frame["event"] for frame in world.heard("alice", claims={"tenant": "t1"})][1:] == ["INSERT"]
-        assert [frame["event"] for frame in world.heard("alice", claims={"tenant": "t2"})][1:] == []
-        assert [frame["event"] for frame in world.heard("alice")][1:] == []
+        assert [frame["event"] for frame in world.frames_of("alice", claims={"tenant": "t1"})][1:] == ["INSERT"]
+        assert [frame["event"] for frame in world.frames_of("alice", claims={"tenant": "t2"})][1:] == []
+        assert [frame["event"] for frame in world.frames_of("alice")][1:] == []
 
     def test_an_item_that_moves_to_another_tenant_leaves_some_connections_and_enters_others(self) -> None:
         world = self.app()
         world.tell(world.change("notes", self.note("t1", "a"), self.note("t2", "b"), 2))
-        (left,) = world.heard("alice", claims={"tenant": "t1"})[1:]
-        (entered,) = world.heard("alice", claims={"tenant": "t2"})[1:]
+        (left,) = world.frames_of("alice", claims={"tenant": "t1"})[1:]
+        (entered,) = world.frames_of("alice", claims={"tenant": "t2"})[1:]
         assert (left["event"], left.keys() & {"new", "old"}) == ("LEAVE", set())
         assert (entered["event"], entered.get("old"), entered["new"]["text"]) == ("ENTER", None, "b")
-        assert world.heard("alice")[1:] == []
+        assert world.frames_of("alice")[1:] == []
 
     def test_a_claim_alone_is_a_topic_for_each_value(self) -> None:
         world = self.app()
         world.tell(world.change("open", self.note("t1", "a"), self.note("t2", "b"), 2))
-        told = {n: events for n, events in world.events().items() if n.startswith("topic")}
-        assert told == {'topic claim:tenant:"t1"': ["LEAVE"], 'topic claim:tenant:"t2"': ["ENTER"]}
+        by_reader = {n: events for n, events in world.events().items() if n.startswith("topic")}
+        assert by_reader == {'topic claim:tenant:"t1"': ["LEAVE"], 'topic claim:tenant:"t2"': ["ENTER"]}
 
     def test_the_last_frame_that_a_connection_sees_of_a_transaction_has_no_more(self) -> None:
         world = self.app()
@@ -574,9 +574,9 @@ class TestClaims:
         ]
         world.tell(*changes)
         for tenant in ("t1", "t2"):
-            heard = world.heard("alice", claims={"tenant": tenant})[1:]
-            assert [frame["key"]["id"] for frame in heard] == [f"n{n}" for n, t in enumerate(tenants) if t == tenant]
-            assert [frame.get("more", False) for frame in heard] == [True] * (len(heard) - 1) + [False]
+            frames = world.frames_of("alice", claims={"tenant": tenant})[1:]
+            assert [frame["key"]["id"] for frame in frames] == [f"n{n}" for n, t in enumerate(tenants) if t == tenant]
+            assert [frame.get("more", False) for frame in frames] == [True] * (len(frames) - 1) + [False]
 
     def test_an_item_goes_from_one_topic_to_another(self) -> None:
         cells = topic("cell:{id}", followers=everyone)
@@ -585,8 +585,8 @@ class TestClaims:
             world.change("tiles", None, self.note("t1", "a", cell=1)),
             world.change("tiles", self.note("t1", "a", cell=1), self.note("t1", "a", cell="2"), 2),
         )
-        told = {n: events for n, events in world.events().items() if "cell" in n}
-        assert told == {"topic cell:1": ["INSERT", "LEAVE"], "topic cell:2": ["ENTER"]}
+        by_reader = {n: events for n, events in world.events().items() if "cell" in n}
+        assert by_reader == {"topic cell:1": ["INSERT", "LEAVE"], "topic cell:2": ["ENTER"]}
 
 
 class TestSight:
@@ -613,25 +613,25 @@ class TestSight:
     def test_a_new_member_gets_the_items_that_are_there(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, {"room": "r", "id": 1})
-        own, *entered = world.heard("alice")
+        own, *entered = world.frames_of("alice")
         assert own["event"] == "INSERT"
         assert [(f["event"], f["table"], f["key"], f["new"], f["at"], f["by"]) for f in entered] == [
             ("ENTER", "messages", {"room": "r", "id": n}, {"room": "r", "id": n}, NOW - 5, "carol") for n in (2, 1)
         ]
         assert {frame["position"] for frame in entered} == {own["position"]}
-        assert world.heard("alice", "reset") == [{"reason": "too_many", "table": "elsewhere"}]
+        assert world.frames_of("alice", "reset") == [{"reason": "too_many", "table": "elsewhere"}]
 
     def test_too_many_items_are_replaced_by_a_reset(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"}, {"room": "r", "id": 2}, whole=False)
-        assert [frame["event"] for frame in world.heard("alice")] == ["INSERT", "ENTER"]
-        assert {"reason": "too_many", "table": "messages", "key": {"room": "r"}} in world.heard("alice", "reset")
+        assert [frame["event"] for frame in world.frames_of("alice")] == ["INSERT", "ENTER"]
+        assert {"reason": "too_many", "table": "messages", "key": {"room": "r"}} in world.frames_of("alice", "reset")
 
     def test_a_member_who_leaves_gets_one_leave_for_the_whole_group(self) -> None:
         world = self.world()
         self.join(world, None, {"room": "r", "user": "alice"})
         self.join(world, {"room": "r", "user": "alice"}, None)
-        left = [(f["table"], f["event"], f["key"]) for f in world.heard("alice")[1:]]
+        left = [(f["table"], f["event"], f["key"]) for f in world.frames_of("alice")[1:]]
         assert left == [
             ("members", "REMOVE", {"room": "r", "user": "alice"}),
             ("members", "LEAVE", {"room": "r"}),
@@ -644,14 +644,14 @@ class TestSight:
         guest, mod = ({"room": "r", "user": "alice", "role": role} for role in ("guest", "mod"))
         items = [{"room": "r", "id": 1, "author": "bob"}, {"room": "r", "id": 2, "author": "alice"}]
         self.join(world, None, guest, *items)
-        assert [frame["event"] for frame in world.heard("alice")] == ["INSERT"]
+        assert [frame["event"] for frame in world.frames_of("alice")] == ["INSERT"]
         self.join(world, guest, mod, *items)
-        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[1:]] == [
+        assert [(f["event"], f["key"].get("id")) for f in world.frames_of("alice")[1:]] == [
             ("MODIFY", None),
             ("ENTER", 1),
         ]
         self.join(world, mod, guest, *items)
-        assert [(f["event"], f["key"].get("id")) for f in world.heard("alice")[3:]] == [
+        assert [(f["event"], f["key"].get("id")) for f in world.frames_of("alice")[3:]] == [
             ("MODIFY", None),
             ("LEAVE", 1),
         ]
@@ -664,22 +664,22 @@ class TestSight:
         world.feeds.clear()
         self.join(world, None, {"room": "r", "user": "bob"})
         for name in ("alice", "bob"):
-            assert {"reason": "too_many", "table": "connections"} in world.heard(name, "reset")
+            assert {"reason": "too_many", "table": "connections"} in world.frames_of(name, "reset")
         world.tell(world.change("connections", None, {"user": "alice", "connection": "c1"}))
-        assert [frame["table"] for frame in world.heard("bob")][-1] == "connections"
+        assert [frame["table"] for frame in world.frames_of("bob")][-1] == "connections"
 
     def test_a_changed_membership_is_checked_against_followed_topics(self) -> None:
         world = self.world()
         world.app.topic("room:{room}", followers=self.rooms.of("room"))
         self.join(world, None, {"room": "r", "user": "alice"})
-        assert not world.heard("alice", "recheck")
+        assert not world.frames_of("alice", "recheck")
         self.join(world, {"room": "r", "user": "alice"}, None)
-        assert world.heard("alice", "recheck") == [{}]
+        assert world.frames_of("alice", "recheck") == [{}]
 
 
 def test_a_message_goes_to_its_user_alone(world: World) -> None:
     world.tell(Change("SEND", "", {"user": "bob"}, 0, {"body": [1, "x"]}, None, NOW, "admin", None, None))
-    assert world.heard("bob", "message") == [{"from": "admin", "body": [1, "x"], "at": NOW}]
+    assert world.frames_of("bob", "message") == [{"from": "admin", "body": [1, "x"], "at": NOW}]
     assert world.events() == {}
 
 
@@ -751,7 +751,7 @@ def test_no_reader_gets_an_image_that_is_not_for_him(pair: tuple[str, Item | Non
     world = World()
     world.tell(world.change(table, old, new))
     for name in USERS:
-        for frame in world.heard(name):
+        for frame in world.frames_of(name):
             for image, item in (("old", old), ("new", new)):
                 if frame.get(image) is not None:
                     assert item

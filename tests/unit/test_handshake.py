@@ -14,13 +14,13 @@ from tidewire.services.gateway.handshake import REASON_BYTES, Handshake, close_r
 HOST = {"Host": "chat.example:8080"}
 
 
-def asked(path: str, headers: dict[str, str] | None = None) -> Handshake:
+def handshake_of(path: str, headers: dict[str, str] | None = None) -> Handshake:
     return read(path, HOST | (headers or {}), ())
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/?cursor=a", "/v1?x"])
 def test_websockets_are_served_at_the_root_and_at_v1(path: str) -> None:
-    asked(path)
+    handshake_of(path)
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v1/x", "/chat", "/v1/feed"])
@@ -31,16 +31,16 @@ def test_another_path_is_not_found(path: str) -> None:
 
 def test_the_first_credential_present_counts() -> None:
     headers = {"auth_key": "one", "Authorization": "Bearer two"}
-    assert asked("/?auth_key=three", headers).auth_key == "one"
-    assert asked("/?auth_key=three", {"Authorization": "bearer  two "}).auth_key == "two"
-    assert asked("/?auth_key=three", {"Authorization": "Basic two"}).auth_key == "three"
-    assert asked("/?auth_key=three").auth_key == "three"
-    assert asked("/").auth_key is None, "it comes with the first frame"
+    assert handshake_of("/?auth_key=three", headers).auth_key == "one"
+    assert handshake_of("/?auth_key=three", {"Authorization": "bearer  two "}).auth_key == "two"
+    assert handshake_of("/?auth_key=three", {"Authorization": "Basic two"}).auth_key == "three"
+    assert handshake_of("/?auth_key=three").auth_key == "three"
+    assert handshake_of("/").auth_key is None, "it comes with the first frame"
 
 
 def test_cursor_and_topics_are_taken_from_the_query() -> None:
     topics = {"scores": "1.2.abc", "müll": "x"}
-    found = asked(f"/?cursor=1.2.abc&topics={quote(json.dumps(topics))}")
+    found = handshake_of(f"/?cursor=1.2.abc&topics={quote(json.dumps(topics))}")
     assert found.cursor == "1.2.abc"
     assert found.topics == topics
 
@@ -81,7 +81,7 @@ def test_origins_are_the_listed_ones_or_the_same_host_name(
 
 
 def test_a_client_without_an_origin_is_not_a_browser() -> None:
-    assert not asked("/").browser
+    assert not handshake_of("/").browser
 
 
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]\\"), max_size=60))

@@ -372,13 +372,13 @@ class TestHidden:
         ],
     )
     def test_an_update_is_answered_alike_whatever_a_hidden_attribute_is(self, world: World, parts: Any) -> None:
-        told = []
+        answers = []
         for secret in ("s", "t", 1, {"a": 1}, None):
             fresh = World(world.app)
             fresh.do("job", "put", table="secrets", item={"id": 1, "secret": secret}, role="service")
             (reply,) = fresh.run(fresh.command("alice", "update", table="secrets", key=1, **parts))
-            told.append((reply.error, (reply.result or {}).get("version")))
-        assert all(one == told[0] for one in told)
+            answers.append((reply.error, (reply.result or {}).get("version")))
+        assert all(one == answers[0] for one in answers)
 
     def test_a_client_does_not_write_a_hidden_attribute(self, world: World) -> None:
         (reply,) = world.run(world.command("alice", "put", table="secrets", item={"id": 1, "secret": "mine"}))

@@ -39,7 +39,7 @@ def world() -> World:
     return World(make_app())
 
 
-def told(world: World) -> list[tuple[str, str, int]]:
+def events_of(world: World) -> list[tuple[str, str, int]]:
     return [(change.event, change.by, change.version) for _, change in world.changes]
 
 
@@ -89,7 +89,7 @@ class TestExpiry:
         (reply,) = world.run(put, expire=together)
         assert world.batches == before + 1
         assert reply.result["version"] == 3
-        assert told(world) == [("REMOVE", "tidewire:expiry", 2), ("INSERT", "bob", 3)]
+        assert events_of(world) == [("REMOVE", "tidewire:expiry", 2), ("INSERT", "bob", 3)]
         assert reply.result["position"] == world.changes[-1][0]
         world.chore(expire=True)
         assert len(world.changes) == 2
@@ -104,7 +104,7 @@ class TestExpiry:
         world.now += 200_000
         world.chore(expire=True)
         assert self.ns(world) == [2, 3]
-        assert told(world)[-1][0] == "REMOVE"
+        assert events_of(world)[-1][0] == "REMOVE"
 
     @pytest.mark.parametrize("until", ["2020-01-01", None, True, [1], {"at": 1}])
     def test_an_expiry_that_is_not_a_number_is_ignored(self, world: World, until: Any) -> None:
@@ -147,7 +147,7 @@ class TestExpiry:
         assert [float(at) for at in world.scores[KEYS.expiries(0)].values()] == [SOON_S + 100]
         world.now += 100_000
         world.chore(expire=True)
-        assert told(world)[-1] == ("REMOVE", "tidewire:expiry", 2)
+        assert events_of(world)[-1] == ("REMOVE", "tidewire:expiry", 2)
 
     # Of the second, (now / 1000) * 1000 is more than now.
     @pytest.mark.parametrize("now", [NOW, 2_150_000_000_004])
@@ -156,7 +156,7 @@ class TestExpiry:
         world.do("alice", "put", table="notes", item={"id": 1, "until": now / 1000})
         world.now = now
         world.chore(expire=True)
-        assert told(world)[-1] == ("REMOVE", "tidewire:expiry", 2)
+        assert events_of(world)[-1] == ("REMOVE", "tidewire:expiry", 2)
 
 
 class TestVersions:

@@ -191,11 +191,11 @@ def test_a_connection_being_opened_to_a_hung_server_is_given_up_with_the_others(
         made = Wire(
             lambda: Connection(host="127.0.0.1", port=next(ports), protocol=2, driver_info=None, retry=None, db=3)
         )
-        asked = asyncio.create_task(made.calls([("SET", "a", "1")]))
+        calling = asyncio.create_task(made.calls([("SET", "a", "1")]))
         await asyncio.sleep(0.1)
-        assert not asked.done()
+        assert not calling.done()
         made.lose("another master is named")
-        assert await asyncio.wait_for(asked, wire.MAX_OPENING_S) == [b"OK"]
+        assert await asyncio.wait_for(calling, wire.MAX_OPENING_S) == [b"OK"]
         await made.aclose()
         for server in servers:
             server.close()

@@ -152,13 +152,13 @@ class World:
             found = decide(self.app, KEYS, facts, commands[: chosen.limit], situation, accounts, chosen.detached)
             if isinstance(found, Decision):
                 return found
-            asked = {fact for needed in found.values() for fact in needed}
+            wanted = {fact for needed in found.values() for fact in needed}
             for number, needed in found.items():
                 if number != CHORES:
                     accounts[number].ask(len(needed))
             before, chosen = chosen, cut(accounts, detachable, found, chosen)
-            assert asked - facts.keys() or chosen != before, "what was given is not asked for again"
-            facts |= {fact: self.fetch(fact) for fact in asked}
+            assert wanted - facts.keys() or chosen != before, "what was given is not asked for again"
+            facts |= {fact: self.fetch(fact) for fact in wanted}
         raise AssertionError("the facts are never enough")
 
     def fetch(self, fact: Fact) -> Value:  # noqa: PLR0911 - one for each kind of fact
