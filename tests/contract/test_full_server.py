@@ -15,6 +15,7 @@ import websockets
 from tests import topologies
 from tests.helpers import free_port
 from tidewire import App, everyone, testing
+from tidewire.redis import keyring
 from tidewire.redis.connect import connect
 from tidewire.redis.functions import NumberedCall, StreamBounds
 from tidewire.redis.keys import Keys
@@ -69,6 +70,28 @@ async def test_sign_in_works_at_maxmemory(full: topologies.Server) -> None:
             assert await alice.do("ping") == {}
         async with await connect(f"redis://127.0.0.1:{full.port}", Keys("full", 2)):
             pass  # a service that starts again finds what it needs
+
+
+async def test_services_start_at_maxmemory_and_deletes_are_done(full: topologies.Server) -> None:
+    async with stage_on(full) as stage:
+        key = await stage.key("alice")
+        async with wire(stage, key) as alice:
+            await alice.do("put", table="scores", item={"id": "s"})
+    full.redis.config_set("maxmemory", 1)
+    async with stage_on(full) as stage, wire(stage, key) as alice:
+        assert (await alice.refused("put", table="scores", item={"id": "t"}))["code"] == "overloaded"
+        await alice.do("delete", table="scores", key="s")
+        assert (await alice.refused("get", table="scores", key="s"))["code"] == "not_found"
+
+
+async def test_a_key_is_revoked_at_maxmemory(full: topologies.Server) -> None:
+    async with stage_on(full) as stage:
+        key = await stage.key("alice")
+        async with wire(stage, key) as alice:
+            full.redis.config_set("maxmemory", 1)
+            assert await keyring.revoke(stage.backend, key.split("_")[1])
+            assert await alice.closed() == 4401
+        assert await refusal(stage, key) == 401
 
 
 async def test_a_server_that_cannot_save_is_reported_at_once(full: topologies.Server, tmp_path: Path) -> None:

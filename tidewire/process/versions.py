@@ -87,9 +87,15 @@ class Versions:
         return {"application": self.digest} | ({"declines": declines} if declines else {})
 
     async def publish(self) -> None:
-        """Write to the stage what this application declares, before the first item or change is read."""
-        commands, keys = self._backend.commands, self._backend.keys
-        await commands.hset(keys.dependents(), mapping={name: pack(on) for name, on in self._dependents.items()})
+        """Write to the stage what this application declares, before the first item or change is read.
+
+        Nothing is written if the stage knows it: a server that is full refuses it, and a service must start there.
+        """
+        commands, dependents = self._backend.commands, self._backend.keys.dependents()
+        stored = await commands.hgetall(dependents)
+        packed: dict[Any, Any] = {name: pack(on) for name, on in self._dependents.items()}
+        if new := {name: raw for name, raw in packed.items() if stored.get(name.encode()) != raw}:
+            await commands.hset(dependents, mapping=new)
         await self._look()
 
     async def run(self) -> None:

@@ -20,7 +20,7 @@ from tidewire.model.feeds import FeedEntry, FeedState, entry_of
 from tidewire.model.records import Id, Position, id_text, stream_id
 from tidewire.redis.keys import Home
 
-PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service")
+PARTS = ("base", "generation", "lease", "stream", "link", "feed", "page", "service", "credential")
 """Files of lua/ in the order in which they are joined: Lua knows a local function only below its definition."""
 
 _TEXT = "\n".join(files("tidewire.redis.lua").joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in PARTS)
@@ -248,6 +248,14 @@ class Functions:
             if "FENCED" in str(error):
                 raise Fenced(f"{name}: another worker owns this partition") from None
             raise
+
+    # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def credential_revoke(
+        self, credentials: bytes, revocations: bytes, id_: str, record: bytes, max_entries: int
+    ) -> None:
+        """Store the record of a revoked credential, and announce the revocation. Also done at maxmemory."""
+        await self._call("credential_revoke", (credentials, revocations), id_, record, max_entries)
 
     # ── leases ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -64,9 +64,8 @@ async def revoke(backend: Backend, id_: str) -> bool:
         return False
     credential = Credential(*unpack(raw))
     revoked = credential._replace(revoked_at=credential.revoked_at or int(time.time() * 1000))
-    # Refuse first, then announce: the announcement closes connections that were authorized in between.
-    await backend.commands.hset(backend.keys.credentials(), id_, pack(revoked))
-    await backend.commands.xadd(
-        backend.keys.revocations(), {"credential": id_}, maxlen=REVOCATIONS_KEPT, approximate=True
+    keys = backend.keys
+    await backend.functions.credential_revoke(
+        keys.credentials(), keys.revocations(), id_, pack(revoked), REVOCATIONS_KEPT
     )
     return True
