@@ -134,3 +134,13 @@ def from_wire(frame: dict[str, Any]) -> RequestError:
     error = kind(str(frame.get("message", "")))
     error.details = dict(frame.get("details") or {})
     return error
+
+
+def item_too_large(size: int, limit: int) -> TooLarge:
+    """Return the error for an item that exceeds its limit in bytes."""
+    return TooLarge(
+        f"the item has {size} bytes as JSON, and at most {limit} are allowed (TIDEWIRE_LIMIT_ITEM_BYTES): split it, or "
+        "store large parts elsewhere",
+        limit=limit,
+        size=size,
+    )

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from tidewire.app import CONNECTIONS, App
-from tidewire.errors import PermissionDenied, TooLarge, UnsupportedAction
+from tidewire.errors import PermissionDenied, UnsupportedAction, item_too_large
 from tidewire.model.protocol import (
     Auth,
     Follow,
@@ -201,7 +201,7 @@ class Core:
         limit = self.settings.limit_item_bytes
         size = len(encode_json(item)) if limit else 0
         if size > limit:
-            raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+            raise item_too_large(size, limit)
 
     # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────────
 

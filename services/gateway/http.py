@@ -193,7 +193,8 @@ async def _body(request: Request, limit: int) -> tuple[dict[str, Any], int]:
     async for chunk in request.stream():
         data += chunk
         if limit and len(data) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes", limit=limit)
+            message = f"the body has more than {limit} bytes (TIDEWIRE_LIMIT_FRAME_BYTES): send less at a time"
+            raise TooLarge(message, limit=limit)
     try:
         text = bytes(data or b"{}").decode()
     except UnicodeDecodeError:

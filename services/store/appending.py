@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from tidewire.app import CONNECTIONS, Membership, Table
-from tidewire.errors import BadRequest, TooLarge
+from tidewire.errors import BadRequest, item_too_large
 from tidewire.model.records import Change, Item, ItemRecord, Opened, pack
 from tidewire.model.values import ItemKey, Scalar, name_of
 from tidewire.redis.functions import RedisCommand
@@ -203,7 +203,7 @@ def _check_size(view: View, item: Item) -> None:
     limit = view.situation.item_bytes
     size = len(msgspec.json.encode(item)) if limit else 0
     if size > limit:
-        raise TooLarge(f"the item has {size} bytes as JSON; at most {limit} are allowed", limit=limit, size=size)
+        raise item_too_large(size, limit)
 
 
 def _check_kind(view: View, table: Table, sort: Scalar) -> None:

@@ -210,5 +210,8 @@ def _refusal(read: Read, error: RequestError) -> Reply:
     return Reply(read.command.number, None, wire_error(error))
 
 
-BUSY = Overloaded("too many expensive reads wait for their turn: try again shortly, or narrow them")
+BUSY = Overloaded(
+    f"{MAX_QUEUED} expensive reads of this store, or {MAX_QUEUED_OF_USER} of this user, wait for their turn: try again "
+    "shortly, or narrow them"
+)
 LEAVING = Overloaded("this server is leaving: try again")

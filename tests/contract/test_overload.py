@@ -95,6 +95,7 @@ async def test_a_full_stream_is_overloaded_and_expired_commands_are_not_done(ope
             ):
                 error = await alice.refused(action, **fields)
                 assert (error["code"], error["retry"]) == ("overloaded", True)
+                assert "3 commands (TIDEWIRE_COMMANDS_MAX)" in error["message"]
             status, error = await post(stage, "transact", {"operations": operations}, auth_key=key)
             assert (status, error["code"], error["retry"]) == (503, "overloaded", True)
             assert await alice.do("ping") == {}, "the connection lives"

@@ -154,7 +154,9 @@ class TestWriting:
         world = World(make_app(), item_bytes=100)
         world.do("alice", "put", table="notes", item={"id": "n", "x": "x" * 80})
         assert world.code("alice", "put", table="notes", item={"id": "n", "x": "x" * 200}) == "too_large"
-        assert world.code("alice", "update", table="notes", key="n", set={"y": "x" * 20}) == "too_large"
+        error = world.refused("alice", "update", table="notes", key="n", set={"y": "x" * 20})
+        assert (error["code"], error["details"]["limit"]) == ("too_large", 100)
+        assert "TIDEWIRE_LIMIT_ITEM_BYTES" in error["message"]
 
     def test_a_limit_of_zero_means_no_limit(self) -> None:
         World(make_app(), item_bytes=0).do("alice", "put", table="notes", item={"id": "n", "x": "x" * 10**6})

@@ -78,6 +78,13 @@ class Inbox:
             self._untrimmed_bytes, self._trimmed_at = 0, time.monotonic()
 
 
+def _full(bounds: StreamBounds) -> str:
+    return (
+        f"{bounds.entries} commands (TIDEWIRE_COMMANDS_MAX) or {bounds.bytes} bytes of them (TIDEWIRE_COMMANDS_BYTES) "
+        "wait for this partition, and nothing was done: try again shortly. `tidewire status` tells if a store works"
+    )
+
+
 class Bus:
     """The requesting side.
 
@@ -126,7 +133,9 @@ class Bus:
             Overloaded: too many requests wait already. Nothing was sent.
         """
         if len(self._waiting) >= self._most_waiting:
-            raise Overloaded("too many requests are waiting for an answer: try again shortly")
+            raise Overloaded(
+                f"{self._most_waiting} requests of this process wait for an answer, and nothing was done: try again"
+            )
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[JSON] = loop.create_future()
@@ -165,7 +174,7 @@ class Bus:
                 self._fail(number, _not_sent(error))
             return
         for _, number in records[taken:]:
-            self._fail(number, Overloaded("too many requests wait for this partition: try again shortly"))
+            self._fail(number, Overloaded(_full(self._bounds)))
 
     async def receive(self) -> None:
         """Receive answers, until cancelled."""
