@@ -17,7 +17,7 @@ from tests.helpers import free_port
 from tidewire import App, everyone, testing
 from tidewire.redis import keyring
 from tidewire.redis.connect import connect
-from tidewire.redis.functions import NumberedCall, StreamBounds
+from tidewire.redis.functions import SOURCE, VERSION, NumberedCall, StreamBounds
 from tidewire.redis.keys import Keys
 from tidewire.services.cli.status import collect
 from tidewire.testing import Stage
@@ -180,3 +180,11 @@ async def test_large_unread_answers_do_not_disturb_other_users(full: topologies.
             peak = max(peak, full.redis.info("memory")["used_memory"] - before)
         assert answered == 40, "the others' writes are answered"
         assert peak < 64 << 20
+
+
+def test_two_releases_of_the_functions_run_on_one_server(full: topologies.Server) -> None:
+    other = "f" * len(VERSION)
+    for source in (SOURCE, SOURCE.replace(VERSION, other)):
+        full.redis.function_load(source, replace=True)
+    for version in (VERSION, other):
+        assert full.redis.fcall(f"service_forget_{version}", 1, "services", "nobody") == 0

@@ -41,3 +41,12 @@ def test_every_field_of_a_lease_that_lua_uses_is_documented() -> None:
 def test_a_function_reads_its_arguments_by_name(function: tuple[str, str]) -> None:
     name, body = function
     assert not re.search(r"args\[[a-z_]+ \+ \d+\]", body), f"{name}: name the arguments of a record by unpack"
+
+
+def test_every_function_that_writes_also_runs_at_maxmemory() -> None:
+    functions = re.findall(r"^register\('(\w+)', function\(keys, args\)\n(.*?)^end, '([\w-]+)'\)", SOURCE, re.M | re.S)
+    assert len(functions) == len(re.findall(r"^register\(", SOURCE, re.M))
+    for name, body, flag in functions:
+        assert flag in ("allow-oom", "no-writes"), name
+        if flag == "no-writes":
+            assert not re.search(r"'(?:[HX]?(?:SET|DEL|ADD|ACK|TRIM)|P?EXPIRE\w*|SPUBLISH)'", body), name
