@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import fakeredis
-from redis.asyncio import Redis
 
 from tidewire.app import App
 from tidewire.client import Client
@@ -32,8 +31,7 @@ class FakeBackend(Backend):
     """A backend on a fake server. Several on one server share its data."""
 
     def __init__(self, server: fakeredis.FakeServer, keys: Keys) -> None:
-        clients: list[Redis] = [fakeredis.FakeAsyncRedis(server=server) for _ in range(2)]
-        super().__init__(clients[0], clients[1], keys)
+        super().__init__(fakeredis.FakeAsyncRedis(server=server), keys)
 
     def another(self) -> None:
         """Return None: a fake server wakes blocked readers on the event loop of the writer, so it needs one thread."""

@@ -133,11 +133,8 @@ def _lines(table: Table, found: list[Found], now: int) -> tuple[bytes, int]:
 async def _total(backend: Backend, tables: Mapping[str, Table]) -> int:
     """Partition-key values of all tables."""
     keys = backend.keys
-    async with backend.commands.pipeline(transaction=False) as pipeline:
-        for partition in range(keys.partitions):
-            for name in tables:
-                pipeline.zcard(keys.values(partition, name))
-        return sum(await pipeline.execute())
+    values = [keys.values(partition, name) for partition in range(keys.partitions) for name in tables]
+    return sum(await backend.calls([("ZCARD", key) for key in values]))
 
 
 # ── the file ────────────────────────────────────────────────────────────────────────────────────────────────────────

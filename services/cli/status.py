@@ -23,10 +23,8 @@ async def owners(backend: Backend, group: str) -> dict[int, str | None]:
     """Return each partition's owner while its lease runs, or None."""
     keys = backend.keys
     now = await backend.now_ms()
-    async with backend.commands.pipeline(transaction=False) as pipeline:
-        for partition in range(keys.partitions):
-            pipeline.hmget(keys.lease(partition, group), LeaseField.OWNER, LeaseField.EXPIRES)
-        leases = await pipeline.execute()
+    names = (keys.lease(partition, group) for partition in range(keys.partitions))
+    leases = await backend.calls([("HMGET", name, LeaseField.OWNER, LeaseField.EXPIRES) for name in names])
     return {
         partition: owner.decode() if owner and int(expires or 0) > now else None
         for partition, (owner, expires) in enumerate(leases)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
 
 import structlog
 from prometheus_client import Gauge
@@ -274,10 +275,8 @@ class IndexerTenure:
         table, keys = self._app[index.table], self._keys
         places = dict.fromkeys(names, 0)
         while places:
-            async with self._backend.commands.pipeline(transaction=False) as pipeline:
-                for name, place in places.items():
-                    pipeline.hscan(name, place, count=ENTRIES_BATCH)
-                pages = list(zip(places, await pipeline.execute(), strict=True))
+            scans = (self._backend.commands.hscan(name, place, count=ENTRIES_BATCH) for name, place in places.items())
+            pages: list[Any] = list(zip(places, await asyncio.gather(*scans), strict=True))
             entries = [
                 (name, field, table.key_of(item), item)
                 for name, (_, page) in pages

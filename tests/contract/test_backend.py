@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, cast
+from typing import Any
 
 import fakeredis
 import pytest
 from redis.asyncio.cluster import RedisCluster
+from redis.crc import key_slot
 
 from tests.helpers import wait_until
 from tidewire.errors import ConfigurationError
@@ -113,27 +114,28 @@ async def test_after_a_lost_connection_each_channel_is_confirmed_again(listener:
 
 
 @pytest.mark.parametrize("backend", ["cluster"], indirect=True)
-async def test_a_channel_follows_its_slot_to_another_node(listener: Listener) -> None:
-    cluster = cast(RedisCluster, listener.backend.commands)
+async def test_a_channel_follows_its_slot_to_another_node(listener: Listener, cluster: str) -> None:
     channel = b"moving:{%s}" % listener.backend.keys.stage.encode()
-    slot = cluster.keyslot(channel)
+    slot = key_slot(channel)
     await listener.subscriber.subscribe(channel)
     await listener.subscribed(1, of=[channel])
     before = listener.backend.node_of(channel)
-    primaries = cluster.get_primaries()
-    home = cluster.nodes_manager.get_node_from_slot(slot)
-    other = next(node for node in primaries if node != home)
-    ids = {node.name: await node.execute_command("CLUSTER MYID") for node in primaries}
-    try:
-        for node in (other, home, *primaries):
-            await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[other.name])
-        await listener.subscribed(2, of=[channel])
-        assert listener.backend.node_of(channel) is not before
-        await listener.publish(channel, b"after")
-        await listener.all_received(b"after", of=[channel])
-    finally:
-        for node in (home, other, *primaries):
-            await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[home.name])
+    host, _, port = cluster.removeprefix("redis+cluster://").partition(",")[0].partition(":")
+    async with RedisCluster(host, int(port)) as client:
+        primaries = client.get_primaries()
+        home = client.nodes_manager.get_node_from_slot(slot)
+        other = next(node for node in primaries if node != home)
+        ids = {node.name: await node.execute_command("CLUSTER MYID") for node in primaries}
+        try:
+            for node in (other, home, *primaries):
+                await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[other.name])
+            await listener.subscribed(2, of=[channel])
+            assert listener.backend.node_of(channel) is not before
+            await listener.publish(channel, b"after")
+            await listener.all_received(b"after", of=[channel])
+        finally:
+            for node in (home, other, *primaries):
+                await node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[home.name])
 
 
 @pytest.fixture

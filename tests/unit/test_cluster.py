@@ -194,3 +194,30 @@ async def test_a_node_that_has_missed_a_failover_is_not_believed() -> None:
 def test_the_epoch_of_a_node_is_found() -> None:
     assert epoch_of(b"cluster_enabled:1\r\ncluster_current_epoch:12\r\ncluster_my_epoch:3\r\n") == 12
     assert epoch_of(b"cluster_enabled:1\r\n") == 0
+
+
+async def test_a_library_is_loaded_at_the_master_that_has_replaced_another_meanwhile() -> None:
+    wires: dict[Address, Any] = {A: FakeWire([ConnectionError("it hangs")]), B: FakeWire([b"tidewire"])}
+    slots = Slots()
+    slots.learn([(0, 16383, A)])
+
+    def replaced() -> None:
+        slots.learn([(0, 16383, B)])
+
+    wire = ClusterWire(slots, wires.__getitem__, replaced)
+    assert await wire.function_load("code") == b"tidewire"
+    assert (len(wires[A].got), len(wires[B].got)) == (1, 1)
+
+
+async def test_a_library_that_a_master_refuses_is_an_error() -> None:
+    wires: dict[Address, Any] = {A: FakeWire([b"tidewire"]), B: FakeWire([ResponseError("ERR syntax")])}
+    slots = Slots()
+    slots.learn([(0, 8191, A), (8192, 16383, B)])
+    with pytest.raises(ResponseError, match="syntax"):
+        await ClusterWire(slots, wires.__getitem__, lambda: None).function_load("code")
+
+
+async def test_a_library_is_tried_again_where_it_was_refused_for_a_moment(nodes: Any) -> None:
+    wire, wires, doubts = nodes(a=[ConnectionError("gone"), b"tidewire"])
+    assert await wire.function_load("code") == b"tidewire"
+    assert (len(wires[A].got), len(wires[B].got), len(doubts)) == (2, 0, 1)

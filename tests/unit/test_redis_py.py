@@ -6,11 +6,9 @@ import inspect
 from typing import Any
 
 import pytest
-from redis._parsers import AsyncCommandsParser
 from redis._parsers.base import BaseParser
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.client import PubSub
-from redis.asyncio.cluster import ClusterNode, NodesManager, RedisCluster
 from redis.asyncio.connection import AbstractConnection, Connection
 
 PARTS: list[tuple[type, str, str]] = [
@@ -18,11 +16,6 @@ PARTS: list[tuple[type, str, str]] = [
     (AbstractConnection, "_writer", "tidewire/redis/wire.py and masters.py take over, or abort, its transport"),
     (ConnectionPool, "_available_connections", "tidewire/redis/masters.py breaks all connections of a pool"),
     (ConnectionPool, "_in_use_connections", "tidewire/redis/masters.py breaks all connections of a pool"),
-    (ClusterNode, "_connections", "tidewire/redis/cluster.py breaks the connections to a replaced master"),
-    (NodesManager, "nodes_cache", "tidewire/redis/cluster.py hands a new topology over"),
-    (NodesManager, "slots_cache", "tidewire/redis/cluster.py hands a new topology over"),
-    (NodesManager, "default_node", "tidewire/redis/cluster.py replaces a default node that has failed"),
-    (NodesManager, "connection_kwargs", "tidewire/redis/cluster.py adds nodes"),
 ]
 
 
@@ -45,9 +38,6 @@ def test_a_parser_makes_exceptions_of_error_replies() -> None:
 @pytest.mark.parametrize(
     ("owner", "method"),
     [
-        (RedisCluster, "replace_default_node"),
-        (AsyncCommandsParser, "initialize"),
-        (AsyncCommandsParser, "get_keys"),
         (PubSub, "connect"),
         (PubSub, "on_connect"),
         (PubSub, "execute_command"),
@@ -56,6 +46,12 @@ def test_a_parser_makes_exceptions_of_error_replies() -> None:
 )
 def test_a_method_that_we_call_or_override_is_still_there(owner: type, method: str) -> None:
     assert callable(getattr(owner, method, None)), f"redis-py has changed: {owner.__name__}.{method}"
+
+
+def test_a_client_finds_the_type_of_an_answer_by_the_name_of_its_command() -> None:
+    callbacks: Any = Redis().response_callbacks
+    assert callbacks["TIME"]([b"1", b"2"]) == (1, 2), "tidewire/redis/client.py converts the answers of a wire"
+    assert "XINFO GROUPS" in callbacks
 
 
 def test_a_subscriber_knows_its_pool() -> None:

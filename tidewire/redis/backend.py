@@ -15,7 +15,7 @@ from typing import Any, cast
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.backoff import NoBackoff
 from redis.exceptions import (
     OutOfMemoryError,
     ResponseError,
@@ -23,6 +23,7 @@ from redis.exceptions import (
 
 from tidewire.errors import ConfigurationError
 from tidewire.model.records import id_text
+from tidewire.redis.client import WireClient
 from tidewire.redis.cluster_wire import ClusterWire
 from tidewire.redis.functions import Arg, Functions, Wait
 from tidewire.redis.keys import Keys
@@ -36,15 +37,8 @@ BLOCK_MS = 1000
 
 Shorter than `wire.MAX_SILENCE_S`, after which it would be dropped.
 """
-COMMANDS: dict[str, Any] = {
-    "socket_connect_timeout": 3,
-    "socket_timeout": 4,
-    "max_connections": 1000,
-    "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
-}
-"""Options of redis-py for rare commands. A server that hangs delays one for less than 15 s."""
-LISTENING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
-"""Options of redis-py for subscribers, which retry themselves."""
+CONNECTING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
+"""Options of redis-py for connections. Wires and subscribers retry themselves."""
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
 """An entry of a stream: id and fields."""
 StreamEntries = tuple[bytes, list[StreamEntry]]
@@ -74,23 +68,21 @@ class Waiter:
 class Backend:
     """One stage on Redis, as a process uses it. An async context manager.
 
-    Short commands share the `wire`. Each blocking read and each confirmed write has a connection of its own from a
-    pool. `commands` is redis-py's client, for rare commands. Without a wire, on fakeredis, it does everything.
+    Commands share the wire. Each blocking read and each confirmed write has a connection of its own. `commands` is
+    redis-py's client: over the wire it does rare commands, and without one, on fakeredis, all of them.
     """
 
     make_another: Callable[[], Backend] | None = None
 
-    def __init__(
-        self, commands: Redis, listening: Redis, keys: Keys, wire: Wire | None = None, fanned: ClusterWire | None = None
-    ) -> None:
-        self.commands = commands
-        self._listening = listening
-        self._wire: Wire | ClusterWire | None = wire or fanned
+    def __init__(self, client: Redis, keys: Keys, wire: Wire | ClusterWire | None = None) -> None:
+        self.commands = WireClient(wire, client.connection_pool) if wire else client
+        self._listening = client
+        self._wire = wire
         self._idle: list[Wire | ClusterWire] = []
         self._subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
         self._when_moved: list[Callable[[], None]] = []
         self.keys = keys
-        self.functions = Functions(self._wire or commands, self.confirmed)
+        self.functions = Functions(wire or client, self.confirmed)
 
     async def __aenter__(self) -> Backend:
         return self
@@ -102,13 +94,12 @@ class Backend:
 
     async def reach(self) -> None:
         """Connect; on a cluster, find its nodes."""
-        await self.commands.initialize()
+        await self.commands.ping()
 
     async def __aexit__(self, *_: object) -> None:
         for wire in (self._wire, *self._idle):
             if wire:
                 await wire.aclose()
-        await self.commands.aclose()
         await self._listening.aclose()
 
     async def calls(self, commands: Iterable[tuple[Arg, ...]]) -> list[Any]:

@@ -12,6 +12,7 @@ import hiredis
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     ClusterDownError,
     ConnectionError,
     MasterDownError,
@@ -79,8 +80,10 @@ def epoch_of(info: bytes) -> int:
 
 
 def key_of(command: Sequence[Any]) -> Any:
-    """Return the first key of a command."""
+    """Return the first key of a command; for one without keys, that of the node to ask."""
     match str(command[0]).upper():
+        case "INFO" | "PING" | "TIME":
+            return b""
         case "FCALL" | "FCALL_RO":
             return command[3]
         case "XREAD" | "XREADGROUP":
@@ -135,9 +138,28 @@ class ClusterWire:
         return (await self.calls((("FCALL", function, numkeys, *keys_and_args),)))[0]
 
     async def function_load(self, code: str, replace: bool = False) -> Any:
-        """Load a library at every master."""
-        loads = (self._wire(address).function_load(code, replace) for address in self._slots.masters())
-        return (await asyncio.gather(*loads))[0]
+        """Load a library at every master. One that hangs is waited for only until another takes its place."""
+        packed = [hiredis.pack_command(("FUNCTION", "LOAD", *(("REPLACE",) if replace else ()), code))]
+        loaded: dict[Address, Any] = {}
+        for number in itertools.count(1):
+            lost: BaseException | None = None
+            masters = list(self._slots.masters() - loaded.keys())
+            found = await asyncio.gather(*(self._wire(one).once(packed) for one in masters), return_exceptions=True)
+            for master, answers in zip(masters, found, strict=True):
+                if isinstance(answers, ConnectionError | TimeoutError | OSError):
+                    lost = answers
+                elif isinstance(answers, BaseException):
+                    raise answers
+                else:
+                    loaded[master] = answers[0]
+            if lost is None and self._slots.masters() <= loaded.keys():
+                return without_errors([*loaded.values()])[0]
+            if lost:
+                self._doubt()
+                if number == MAX_TRIES:
+                    raise lost
+                await pause(number)
+        raise AssertionError("the last try ends it")
 
     def lose(self, address: Address, why: str) -> None:
         """Break the connections to a node. Their calls are repeated at the nodes that have the slots then."""
@@ -162,6 +184,8 @@ class ClusterWire:
                 found = await self._wire(self._slots.master_of(slot)).once([packed[one] for one in todo])
                 for one, answer in zip(todo, found, strict=True):
                     answers[one] = await self._ask(answer, packed[one]) if _is_ask(answer) else answer
+            except AuthenticationError:
+                raise
             except (ConnectionError, TimeoutError, OSError):
                 self._doubt()
                 if number == MAX_TRIES:

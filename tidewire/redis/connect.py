@@ -13,7 +13,7 @@ from redis.exceptions import AuthenticationError, MovedError, NoPermissionError,
 
 from tidewire.errors import ConfigurationError, Unreachable
 from tidewire.redis.addresses import ClusterAddress, SentinelsAddress, check_login, redacted
-from tidewire.redis.backend import COMMANDS, LISTENING, Backend
+from tidewire.redis.backend import CONNECTING, Backend
 from tidewire.redis.cluster import ClusterBackend, NotACluster
 from tidewire.redis.connection import reconnect_when_closed
 from tidewire.redis.keys import Keys
@@ -50,9 +50,8 @@ def _backend_at(url: str, keys: Keys) -> Backend:
     check_login(url)
     try:
         _ = urlsplit(url).port
-        commands = reconnect_when_closed(Redis.from_url(url, **COMMANDS))
-        wire = Wire(commands.connection_pool.make_connection)
-        return Backend(commands, reconnect_when_closed(Redis.from_url(url, **LISTENING)), keys, wire)
+        client = reconnect_when_closed(Redis.from_url(url, **CONNECTING))
+        return Backend(client, keys, Wire(client.connection_pool.make_connection))
     except ValueError:  # its message may quote a part of the password
         raise ConfigurationError(
             f"--redis {redacted(url)!r} is not a valid address: write redis://user:password@host:port/database"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError
 
@@ -18,21 +17,9 @@ def reconnect_when_closed(client: Redis) -> Redis:
     no caller takes for a lost connection, so that the process would end.
     """
     pool = client.connection_pool
-    pool.connection_class = _noticing(pool.connection_class)
+    kind: type[AbstractConnection] = pool.connection_class
+    pool.connection_class = type(kind.__name__, (_Noticing, kind), {})
     return client
-
-
-def reconnect_when_closed_in_cluster(client: RedisCluster) -> None:
-    """Do the same for the connections of a cluster's client, before it connects."""
-    manager: Any = client.nodes_manager
-    kwargs = manager.connection_kwargs
-    kwargs["connection_class"] = _noticing(kwargs["connection_class"])
-    for node in manager.startup_nodes.values():
-        node.connection_class = kwargs["connection_class"]
-
-
-def _noticing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    return type(kind.__name__, (_Noticing, kind), {})
 
 
 class _Noticing(AbstractConnection):

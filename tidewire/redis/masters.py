@@ -39,10 +39,10 @@ class MasterWatch(Backend):
         self._doubted = asyncio.Event()
 
     async def reach(self) -> None:
-        await super().reach()
         if self._watching is None:
             await self._look()
             self._watching = asyncio.create_task(self._watch(), name="watch_masters")
+        await super().reach()
 
     async def __aexit__(self, *_: object) -> None:
         if self._watching:

@@ -11,7 +11,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
 from tidewire.redis.addresses import SentinelsAddress
-from tidewire.redis.backend import COMMANDS, LISTENING
+from tidewire.redis.backend import CONNECTING
 from tidewire.redis.cluster_wire import Address
 from tidewire.redis.connection import reconnect_when_closed
 from tidewire.redis.keys import Keys
@@ -39,14 +39,11 @@ class SentinelBackend(MasterWatch):
         self._sentinels: Any = Sentinel(address.nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
         self._service = address.service
 
-        def master(chosen: dict[str, Any]) -> Redis:
-            login = {"username": address.username, "password": address.password}
-            return reconnect_when_closed(self._sentinels.master_for(address.service, **login, **chosen))
-
-        commands = master(COMMANDS)
+        login: dict[str, Any] = {"username": address.username, "password": address.password}
+        client: Redis = self._sentinels.master_for(address.service, **login, **CONNECTING)
         self._master: Address | None = None
-        self._lines = Wire(commands.connection_pool.make_connection)
-        super().__init__(commands, master(LISTENING), keys, self._lines)
+        self._lines = Wire(reconnect_when_closed(client).connection_pool.make_connection)
+        super().__init__(client, keys, self._lines)
 
     async def __aexit__(self, *_: object) -> None:
         await super().__aexit__()
@@ -66,5 +63,4 @@ class SentinelBackend(MasterWatch):
             self._moved()
         self._master = found
         self._lines.lose("this is not the master that the sentinels name", unless_at=found)
-        for client in (self.commands, self._listening):
-            break_connections(client, unless_at=found)
+        break_connections(self._listening, unless_at=found)

@@ -132,16 +132,9 @@ async def _ask(backend: Backend, calls: list[CommandTuple]) -> list[Any]:
     if not calls:
         return []
     try:
-        return await _execute(backend, calls)
+        return await backend.calls(calls)
     except ResponseError as error:
         if "function not found" not in str(error).lower():
             raise
     await backend.functions.load()
-    return await _execute(backend, calls)
-
-
-async def _execute(backend: Backend, calls: list[CommandTuple]) -> list[Any]:
-    async with backend.commands.pipeline(transaction=False) as pipeline:
-        for call in calls:
-            pipeline.execute_command(*call)
-        return list(await pipeline.execute())
+    return await backend.calls(calls)

@@ -19,7 +19,7 @@ import hiredis
 from prometheus_client import Counter
 from redis._parsers.base import BaseParser
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, TimeoutError
+from redis.exceptions import AuthenticationError, ConnectionError, MasterDownError, ReadOnlyError, TimeoutError
 
 LOST = Counter("tidewire_redis_connections_lost_total", "Connections to Redis that ended, or were given up.")
 
@@ -59,6 +59,8 @@ class Wire:
         for number in range(MAX_TRIES):
             try:
                 return await self.once(packed)
+            except AuthenticationError:
+                raise
             except (ConnectionError, TimeoutError, OSError):
                 if number == MAX_TRIES - 1:
                     raise
