@@ -46,6 +46,11 @@ def make() -> App:
     # What the expensive client asks for: items of many groups under one index key, and large items of its own.
     app.table("papers", key="id", readers=in_room, writers=everyone, indexes={"by_shelf": ("shelf", "id")})
     app.table("pages", key=("book", "id"), readers=user("owner"), writers=user("owner"))
+
+    # An item that it shares with tens of thousands of invented names, and a room of thousands that it writes to.
+    app.table("lists", key="id", readers=user("names"), writers=user("owner"))
+    mobs = app.membership("mobs", group="mob", member="user", writers=user("user"))
+    app.table("rants", key=("mob", "id"), readers=mobs.of("mob"), writers=mobs.of("mob"))
     return app
 
 

@@ -21,7 +21,7 @@ MAX_BYTES = {
     "authorizer": 200 << 20,
     "redis": 1200 << 20,
 }
-"""The most memory that a process of each kind may have: resident for services, `used_memory` for Redis."""
+"""The most memory that a process of each kind may have: resident for services, `used_memory_peak` for Redis."""
 BEFORE_MS = 1_000
 """A pause that begins so shortly after a fault is put down to it, in ms."""
 

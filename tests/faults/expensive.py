@@ -21,7 +21,7 @@ from tidewire.client import Client
 from tidewire.redis import keyring
 from tidewire.redis.backend import Backend
 
-from .pace import SPRAWL, Pace
+from .pace import BULK, SPRAWL, Pace
 
 NAME = "attacker"
 BOOK_ITEMS, BOOK_ITEM_BYTES = 25, 240_000
@@ -62,6 +62,12 @@ class Expensive:
             text = "x" * BOOK_ITEM_BYTES
             for one in range(BOOK_ITEMS):
                 await client.put("pages", {"book": NAME, "id": f"{one:02}", "owner": NAME, "text": text})
+            names = [f"n{one}" for one in range(pace.names)]
+            await client.put("lists", {"id": NAME, "owner": NAME, "names": names})
+            mob = [{"mob": NAME, "user": name} for name in (NAME, *(f"m{one}" for one in range(pace.mob)))]
+            for first in range(0, len(mob), BULK):
+                some = mob[first : first + BULK]
+                await client.transact(*({"action": "put", "table": "mobs", "item": item} for item in some))
         return self
 
     async def _write_all(self, client: Client, table: str, items: Iterable[Frame]) -> None:
@@ -71,7 +77,10 @@ class Expensive:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Round after round, until stopped. A connection that ends is made again."""
-        for kind in itertools.cycle((self._index, self._unread, self._transactions, self._updates, self._peers)):
+        kinds = (
+            self._index, self._unread, self._transactions, self._updates, self._peers, self._names, self._rants
+        )  # fmt: skip
+        for kind in itertools.cycle(kinds):
             if stopping.is_set():
                 return
             with contextlib.suppress(OSError, EOFError, TimeoutError, websockets.WebSocketException):
@@ -112,6 +121,17 @@ class Expensive:
     async def _peers(self) -> None:
         """Get an item whose readers share a group with a user of a thousand groups."""
         await self._pipelined("peers", [{"action": "get", "table": "faces", "key": SPRAWL}] * 10)
+
+    async def _names(self) -> None:
+        """Update an item that is shared with tens of thousands of names."""
+        update = {"action": "update", "table": "lists", "key": {"id": NAME}, "add": {"count": 1}}
+        await self._pipelined("names", [update] * 3)
+
+    async def _rants(self) -> None:
+        """Write a hundred items to a room of thousands, in one transaction."""
+        items: list[Frame] = [{"mob": NAME, "id": f"{one:02}", "n": next(self._ids)} for one in range(BULK)]
+        operations = [{"action": "put", "table": "rants", "item": item} for item in items]
+        await self._pipelined("rants", [{"action": "transact", "operations": operations}])
 
     def _page(self, number: int) -> Frame:
         return {"book": NAME, "id": f"{number:02}"}

@@ -66,6 +66,10 @@ class Pace(NamedTuple):
     """Joins, and as many leaves, of a burst."""
     groups: int = 1000
     """Groups of the user that the expensive client asks about, and rooms of its index page."""
+    names: int = 30_000
+    """Invented names that the expensive client shares an item with."""
+    mob: int = 2000
+    """Members of the room that the expensive client writes to."""
     expensive_pause_s: float = 2.0
     """Time between two rounds of the expensive client."""
 

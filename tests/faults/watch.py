@@ -179,7 +179,7 @@ class Memory:
             for who, pid in self._pids():
                 self._note(who, resident_peak_bytes(pid))
             for client in self._redis():
-                self._note("redis", await asyncio.to_thread(used_memory_bytes, client))
+                self._note("redis", await asyncio.to_thread(used_memory_peak_bytes, client))
             await asyncio.sleep(MEMORY_PAUSE_S)
 
     def _note(self, who: str, size_bytes: int) -> None:
@@ -194,10 +194,10 @@ def resident_peak_bytes(pid: int) -> int:
     return 0
 
 
-def used_memory_bytes(client: Any) -> int:
-    """Return the memory that a server uses, in bytes; 0 when it does not answer."""
+def used_memory_peak_bytes(client: Any) -> int:
+    """Return the most memory that a server has used since its start, in bytes; 0 when it does not answer."""
     from redis.exceptions import RedisError
 
     with contextlib.suppress(RedisError, OSError):
-        return int(client.info("memory")["used_memory"])
+        return int(client.info("memory")["used_memory_peak"])
     return 0
