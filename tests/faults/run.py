@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -68,8 +69,9 @@ async def run(
     progress: bool = False,
     locale: Mapping[str, str] | None = None,
     max_bytes: Mapping[str, int] = MAX_BYTES,
+    logs: Path | None = None,
 ) -> Outcome:
-    """Do a whole run and return its outcome. `code` is a folder with another Tidewire."""
+    """Do a whole run and return its outcome. `code` is a folder with another Tidewire, `logs` one to keep logs in."""
     planned = schedule(topology, seed, seconds) if faults is None else faults
     outcome = Outcome(seed, topology, seconds)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -103,6 +105,11 @@ async def run(
             with contextlib.suppress(Exception):
                 await load.end()
             await system.end()
+            if logs:
+                _keep(Path(folder), logs)
+    if logs:
+        lines = (f"{window.since_ms:.0f} to {window.until_ms:.0f} ms: {window.kind}\n" for window in windows)
+        (logs / "faults.txt").write_text("".join(lines))
     may_fall_back = topology != "embedded"
     if not may_fall_back:
         watched.history.check_whole(outcome.report)
@@ -112,6 +119,12 @@ async def run(
     for service, death in system.deaths():
         outcome.report.add("death", service, death)
     return outcome
+
+
+def _keep(folder: Path, logs: Path) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.log"):
+        shutil.copy(path, logs)
 
 
 class _Watched:
@@ -316,6 +329,7 @@ def main() -> int:
     parser.add_argument("--topology", choices=sorted(AT), default="embedded")
     parser.add_argument("--parts", type=_listed, default=list(PARTS), help=f"parts of the load: {','.join(PARTS)}")
     parser.add_argument("--kinds", type=_listed, default=None, help="kinds of faults, for example kill,pause; or none")
+    parser.add_argument("--logs", type=Path, default=None, help="folder to keep the logs and times of faults in")
     given = parser.parse_args()
     seed = random.SystemRandom().randrange(1_000_000) if given.seed is None else given.seed
     try:
@@ -335,6 +349,7 @@ def main() -> int:
             faults=faults,
             progress=sys.stderr.isatty(),
             locale=locale,
+            logs=given.logs,
         )
     )
     print(f"\n{outcome.as_markdown()}")
