@@ -245,7 +245,7 @@ class IndexerTenure:
         It returns some at a time, and none if they take long to find, so that changes go on.
         """
         keys, names, filling = self._keys, list[bytes](), self._next[index]
-        scanning = aiter(self._backend.commands.scan_iter(keys.index_pattern(*index), count=1000))
+        scanning = aiter(self._backend.scan(keys.index_pattern(*index)))
         name: asyncio.Future[bytes] | None = None
         try:
             while True:

@@ -79,6 +79,12 @@ def channels(backend: Backend) -> list[bytes]:
     return [backend.keys.user_feed(f"user{number}") for number in range(40)]
 
 
+async def test_a_scan_finds_the_keys_of_all_nodes(backend: Backend) -> None:
+    names = {backend.keys.commands(partition) for partition in range(backend.keys.partitions)}
+    await backend.calls([("XADD", name, "*", "field", "value") for name in names])
+    assert {name async for name in backend.scan(backend.keys.stage.encode() + b":*:commands")} == names
+
+
 async def test_messages_of_a_channel_arrive_in_order_until_it_is_left(listener: Listener) -> None:
     wanted = channels(listener.backend)
     left, *kept = wanted

@@ -160,7 +160,8 @@ async def test_rows_that_find_no_room_are_sent_again(
     out = tmp_path / "out.jsonl"
     await export(stage.backend, (), out, resume=False)
     assert items(read(out)) == items(ITEMS)
-    left = await stage.backend.commands.keys(f"{stage.backend.keys.stage}:{{g-import-*")
+    pattern = f"{stage.backend.keys.stage}:{{g-import-*".encode()
+    left = [key async for key in stage.backend.scan(pattern)]
     assert not left, "its replies are removed at the end"
 
 

@@ -293,7 +293,7 @@ async def _index(backend: Backend, outcome: Outcome) -> None:
         for partition in range(keys.partitions):
             for _, _, record in await walk(backend, partition, "members", None, 1000):
                 note(table, record)
-        async for name in backend.commands.scan_iter(keys.index_pattern("members", attributes), count=1000):
+        async for name in backend.scan(keys.index_pattern("members", attributes)):
             for raw in await backend.commands.hvals(name):
                 note(index, ItemRecord(*unpack(raw)))
         return table == index

@@ -221,3 +221,8 @@ async def test_a_library_is_tried_again_where_it_was_refused_for_a_moment(nodes:
     wire, wires, doubts = nodes(a=[ConnectionError("gone"), b"tidewire"])
     assert await wire.function_load("code") == b"tidewire"
     assert (len(wires[A].got), len(wires[B].got), len(doubts)) == (2, 0, 1)
+
+
+def test_a_command_about_the_keys_of_one_node_is_refused() -> None:
+    with pytest.raises(ValueError, match="one node"):
+        key_of(("SCAN", 0))

@@ -37,6 +37,8 @@ BLOCK_MS = 1000
 
 Shorter than `wire.MAX_SILENCE_S`, after which it would be dropped.
 """
+SCAN_BATCH = 1000
+"""About how many keys a server looks at in one step of a scan."""
 CONNECTING: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 2, "retry": Retry(NoBackoff(), 0)}
 """Options of redis-py for connections. Wires and subscribers retry themselves."""
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
@@ -200,6 +202,11 @@ class Backend:
         """Return the server's time in ms since 1970; on a cluster, that of any node."""
         seconds, microseconds = await self.commands.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
+
+    async def scan(self, pattern: bytes) -> AsyncIterator[bytes]:
+        """Yield all keys that match a pattern, in no order. One that moves meanwhile may come twice, or not at all."""
+        async for key in self.commands.scan_iter(pattern, count=SCAN_BATCH):
+            yield key
 
     async def ensure_group(self, stream: bytes, group: str) -> None:
         """Create a consumer group, from the stream's beginning, unless it exists."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import hiredis
@@ -12,7 +13,8 @@ from redis.crc import key_slot
 from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError
 
 from tidewire.redis.addresses import ClusterAddress
-from tidewire.redis.backend import CONNECTING
+from tidewire.redis.backend import CONNECTING, SCAN_BATCH
+from tidewire.redis.client import WireClient
 from tidewire.redis.cluster_wire import Address, ClusterWire, Slots, epoch_of, ranges_of
 from tidewire.redis.connection import reconnect_when_closed
 from tidewire.redis.keys import Keys
@@ -50,6 +52,12 @@ class ClusterBackend(MasterWatch):
     async def find_node_of(self, channel: bytes) -> Redis:
         await self._look()
         return self.node_of(channel)
+
+    async def scan(self, pattern: bytes) -> AsyncIterator[bytes]:
+        for address in self._slots.masters():
+            node = WireClient(self._fanned.at(address), self._node(address).connection_pool)
+            async for key in node.scan_iter(pattern, count=SCAN_BATCH):
+                yield key
 
     def _node(self, address: Address) -> Redis:
         if address not in self._nodes:

@@ -80,10 +80,15 @@ def epoch_of(info: bytes) -> int:
 
 
 def key_of(command: Sequence[Any]) -> Any:
-    """Return the first key of a command; for one without keys, that of the node to ask."""
+    """Return the first key of a command. Any node may answer one without keys.
+
+    Raises ValueError for a command that concerns the keys of all nodes.
+    """
     match str(command[0]).upper():
         case "INFO" | "PING" | "TIME":
             return b""
+        case "SCAN" | "KEYS" as name:
+            raise ValueError(f"{name} sees the keys of one node: Backend.scan asks all of them")
         case "FCALL" | "FCALL_RO":
             return command[3]
         case "XREAD" | "XREADGROUP":
@@ -107,7 +112,7 @@ class ClusterWire:
 
     def another(self) -> ClusterWire:
         """Return another wire, whose commands do not wait for those of this one."""
-        return ClusterWire(self._slots, lambda address: self._wire(address).another(), self._doubt)
+        return ClusterWire(self._slots, lambda address: self.at(address).another(), self._doubt)
 
     async def calls(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Return the answers of all commands. Raises the first error when all are done."""
@@ -144,7 +149,7 @@ class ClusterWire:
         for number in itertools.count(1):
             lost: BaseException | None = None
             masters = list(self._slots.masters() - loaded.keys())
-            found = await asyncio.gather(*(self._wire(one).once(packed) for one in masters), return_exceptions=True)
+            found = await asyncio.gather(*(self.at(one).once(packed) for one in masters), return_exceptions=True)
             for master, answers in zip(masters, found, strict=True):
                 if isinstance(answers, ConnectionError | TimeoutError | OSError):
                     lost = answers
@@ -170,7 +175,8 @@ class ClusterWire:
         for wire in self._wires.values():
             await wire.aclose()
 
-    def _wire(self, address: Address) -> Wire:
+    def at(self, address: Address) -> Wire:
+        """Return the wire to one node, for commands that are not about a key."""
         if address not in self._wires:
             self._wires[address] = self._wire_to(address)
         return self._wires[address]
@@ -181,7 +187,7 @@ class ClusterWire:
         todo = list(range(len(packed)))
         for number in itertools.count(1):
             try:
-                found = await self._wire(self._slots.master_of(slot)).once([packed[one] for one in todo])
+                found = await self.at(self._slots.master_of(slot)).once([packed[one] for one in todo])
                 for one, answer in zip(todo, found, strict=True):
                     answers[one] = await self._ask(answer, packed[one]) if _is_ask(answer) else answer
             except AuthenticationError:
@@ -206,7 +212,7 @@ class ClusterWire:
 
     async def _ask(self, error: AskError, packed: bytes) -> Any:
         """Return the answer of the node that a slot is moving to, which has the key already."""
-        return (await self._wire((error.host, int(error.port))).once([ASKING, packed]))[1]
+        return (await self.at((error.host, int(error.port))).once([ASKING, packed]))[1]
 
 
 _ELSEWHERE_OR_LATER = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
