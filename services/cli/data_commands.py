@@ -9,14 +9,14 @@ import typer
 
 from tidewire.errors import ConfigurationError
 
-from .options import DATA, DataOption, JsonOption, RedisOption, StageOption, option
+from .options import DATA, DataOption, JsonOption, JsonReportOption, RedisOption, StageOption, TableArgument, option
 
 if TYPE_CHECKING:
     from tidewire.redis.backend import Backend
 
 
 def changes(
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="The table.")],
+    table: TableArgument,
     after: Annotated[
         list[str] | None,
         option(
@@ -50,7 +50,7 @@ def export(
     redis: RedisOption = None,
     data: DataOption = DATA,
     stage: StageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
+    as_json: JsonReportOption = False,
 ) -> None:
     """Write all items as JSON lines: table, item, version, at (ms since 1970), by."""
     from . import exporter
@@ -73,7 +73,7 @@ def import_(
     redis: RedisOption = None,
     data: DataOption = DATA,
     stage: StageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report the end as JSON, without a progress bar.")] = False,
+    as_json: JsonReportOption = False,
 ) -> None:
     """Write the items of JSON lines, each with a table and an item, as `export` prints them. Needs a running store."""
     import logging

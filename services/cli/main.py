@@ -25,6 +25,7 @@ from . import output
 from .data_commands import changes, export, import_
 from .options import (
     DATA,
+    HTTP_URL,
     MISCONFIGURED,
     SUPERVISED,
     AdminPortOption,
@@ -34,6 +35,7 @@ from .options import (
     DurabilityOption,
     HostOption,
     HttpPortOption,
+    ItemKeyArgument,
     JsonOption,
     KeyOption,
     LogFormatOption,
@@ -42,8 +44,10 @@ from .options import (
     RedisOption,
     ServiceRedisOption,
     StageOption,
+    TableArgument,
     UrlOption,
     WsPortOption,
+    option,
 )
 from .reach import with_redis
 
@@ -108,16 +112,11 @@ def up(
         str, typer.Argument(metavar="[APP]", help="The application: module:attribute.", show_default="the chat example")
     ] = "tidewire.examples.chat.app:app",
     data: DataOption = DATA,
-    redis: Annotated[
-        str | None,
-        typer.Option("--redis", envvar="TIDEWIRE_REDIS", help="Use this server.", show_default="an embedded one"),
-    ] = None,
-    gateways: Annotated[int, typer.Option(envvar="TIDEWIRE_GATEWAYS", help="Processes of the gateway.")] = 1,
-    authorizers: Annotated[int, typer.Option(envvar="TIDEWIRE_AUTHORIZERS", help="Processes of the authorizer.")] = 1,
-    broadcasters: Annotated[
-        int, typer.Option(envvar="TIDEWIRE_BROADCASTERS", help="Processes of the broadcaster.")
-    ] = 1,
-    stores: Annotated[int, typer.Option(envvar="TIDEWIRE_STORES", help="Processes of the store.")] = 1,
+    redis: Annotated[str | None, option("--redis", "Use this server.", shown="an embedded one")] = None,
+    gateways: Annotated[int, option("--gateways", "Processes of the gateway.")] = 1,
+    authorizers: Annotated[int, option("--authorizers", "Processes of the authorizer.")] = 1,
+    broadcasters: Annotated[int, option("--broadcasters", "Processes of the broadcaster.")] = 1,
+    stores: Annotated[int, option("--stores", "Processes of the store.")] = 1,
     stage: StageOption = None,
     partitions: PartitionsOption = None,
     host: HostOption = None,
@@ -192,11 +191,11 @@ for _wiring in WIRING.values():
 
 @keys.command("create")
 def keys_create(
-    user: Annotated[str, typer.Option("--user", help="Whom the key stands for.")],
-    role: Annotated[str, typer.Option("--role", help="client, or service: which may read and write all.")] = "client",
-    claim: Annotated[list[str] | None, typer.Option("--claim", metavar="K=V", help="A claim; may be repeated.")] = None,
+    user: Annotated[str, option("--user", "The user that the key stands for.")],
+    role: Annotated[str, option("--role", "client, or service, which may read and write everything.")] = "client",
+    claim: Annotated[list[str] | None, option("--claim", "A claim; may be repeated.", metavar="K=V")] = None,
     ttl: Annotated[
-        str | None, typer.Option("--ttl", help="How long it is good: 90s, 15m, 12h, 30d.", show_default="for ever")
+        str | None, option("--ttl", "How long the key is valid: 90s, 15m, 12h, 30d.", shown="forever")
     ] = None,
     redis: RedisOption = None,
     data: DataOption = DATA,
@@ -283,10 +282,10 @@ def duration_s(text: str) -> float:
 
 @app.command()
 def put(
-    table: str,
+    table: TableArgument,
     item: Annotated[str, typer.Argument(metavar="ITEM", help="A JSON object.")],
     key: KeyOption,
-    url: UrlOption = "http://127.0.0.1:8081",
+    url: UrlOption = HTTP_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Write an item."""
@@ -295,10 +294,10 @@ def put(
 
 @app.command()
 def get(
-    table: str,
-    item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
+    table: TableArgument,
+    item_key: ItemKeyArgument,
     key: KeyOption,
-    url: UrlOption = "http://127.0.0.1:8081",
+    url: UrlOption = HTTP_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Read an item."""
@@ -307,10 +306,10 @@ def get(
 
 @app.command()
 def delete(
-    table: str,
-    item_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")],
+    table: TableArgument,
+    item_key: ItemKeyArgument,
     key: KeyOption,
-    url: UrlOption = "http://127.0.0.1:8081",
+    url: UrlOption = HTTP_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Remove an item."""
@@ -319,18 +318,18 @@ def delete(
 
 @app.command()
 def query(
-    table: str,
+    table: TableArgument,
     partition_key: Annotated[str, typer.Argument(metavar="KEY", help="JSON: the partition key.")],
     key: KeyOption,
-    url: UrlOption = "http://127.0.0.1:8081",
+    url: UrlOption = HTTP_URL,
     index: Annotated[
-        str | None, typer.Option(help="An index of the table; KEY is then its partition attribute.")
+        str | None, option("--index", "An index of the table; KEY is then its partition attribute.")
     ] = None,
-    after: Annotated[str | None, typer.Option(help="JSON: only sort keys greater than this, as in `next`.")] = None,
-    before: Annotated[str | None, typer.Option(help="JSON: only sort keys less than this.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="Only sort keys that begin so.")] = None,
-    limit: Annotated[int, typer.Option(help="Most items.")] = 100,
-    reverse: Annotated[bool, typer.Option("--reverse", help="The last ones first.")] = False,
+    after: Annotated[str | None, option("--after", "JSON: only sort keys greater than this, as in `next`.")] = None,
+    before: Annotated[str | None, option("--before", "JSON: only sort keys less than this.")] = None,
+    prefix: Annotated[str | None, option("--prefix", "Only sort keys that begin with this.")] = None,
+    limit: Annotated[int, option("--limit", "Maximum number of items.")] = 100,
+    reverse: Annotated[bool, option("--reverse", "The last items first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read the items of a partition key, or of an index, in order."""

@@ -11,16 +11,19 @@ from typing import Annotated
 import typer
 
 
-def option(name: str, help_: str, *, shown: str | None = None) -> object:
+def option(name: str, help_: str, *, shown: str | None = None, metavar: str | None = None) -> object:
     """Declare an option with its environment variable. `shown` describes the default where the value does not."""
     variable = "TIDEWIRE_" + name.lstrip("-").replace("-", "_").upper()
-    return typer.Option(name, envvar=variable, help=help_, show_default=shown if shown is not None else True)
+    show_default = shown if shown is not None else True
+    return typer.Option(name, envvar=variable, help=help_, show_default=show_default, metavar=metavar)
 
 
 AppArgument = Annotated[str, typer.Argument(metavar="APP", help="The application: module:attribute.")]
+TableArgument = Annotated[str, typer.Argument(metavar="TABLE", help="The table.")]
+ItemKeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="JSON: an object of the key attributes.")]
 _ADDRESS = "Address: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
 RedisOption = Annotated[str | None, option("--redis", _ADDRESS, shown="the running `up` of --data")]
-ServiceRedisOption = Annotated[str, option("--redis", _ADDRESS, shown="required")]
+ServiceRedisOption = Annotated[str, option("--redis", _ADDRESS)]
 DataOption = Annotated[Path, option("--data", "Folder of `tidewire up`: its server's data, and how to reach it.")]
 StageOption = Annotated[str | None, option("--stage", "Namespace: the prefix of every key.", shown="dev")]
 PartitionsOption = Annotated[
@@ -40,10 +43,13 @@ DurabilityOption = Annotated[
 DrainSecondsOption = Annotated[float | None, option("--drain-seconds", "Most seconds that a drain takes.", shown="20")]
 LogFormatOption = Annotated[str | None, option("--log-format", "console or json.", shown="console")]
 UrlOption = Annotated[str, option("--url", "HTTP address of a gateway.")]
-KeyOption = Annotated[str, option("--key", "The auth_key to act with.", shown="required")]
+KeyOption = Annotated[str, option("--key", "The auth_key to act with.")]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON for programs: one compact line for each result, never coloured.")
+    bool, option("--json", "Print JSON for programs: one compact line for each result, never coloured.")
 ]
+JsonReportOption = Annotated[bool, option("--json", "Report the end as JSON, without a progress bar.")]
+HTTP_URL = "http://127.0.0.1:8081"
+"""Default of --url."""
 DATA = Path(".tidewire")
 """Default of --data."""
 
