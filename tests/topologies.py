@@ -149,14 +149,19 @@ class Cluster:
         server.start()
         _until("it follows", lambda: _follows(server.redis))
 
-    def hang(self, slot: int) -> None:
-        """Stop the master of a slot until a replica has taken its place, then let it go on. Its sockets stay open."""
+    def hang(self, slot: int, replaced: Callable[[], None] = lambda: None, stays_s: float = 0.0) -> None:
+        """Stop the master of a slot until a replica has taken its place, then let it go on. Its sockets stay open.
+
+        `replaced` is called when the replica has taken over. The old master hangs for `stays_s` more.
+        """
         hung = self.master_of(slot)
         hung.signal(signal.SIGSTOP)
         try:
             _until("a replica has taken over", lambda: self.master_of(slot, but=hung) is not hung)
             others = [server.redis for server in self.servers if server is not hung]
             _until("the cluster is whole", lambda: all(map(_is_ok, others)))
+            replaced()
+            time.sleep(stays_s)
         finally:
             hung.signal(signal.SIGCONT)
         _until("it follows", lambda: _follows(hung.redis))
@@ -220,17 +225,21 @@ class Sentinels:
         _until("it is a master", lambda: self.master().redis.role()[0] == "master")
         return killed
 
-    def hang(self) -> None:
-        """Stop the master until the replica has taken its place, then let it go on. Its sockets stay open."""
+    def hang(self, replaced: Callable[[], None] = lambda: None, stays_s: float = 0.0) -> None:
+        """Stop the master until the replica has taken its place, then let it go on. Its sockets stay open.
+
+        `replaced` is called when the replica has taken over. The old master hangs for `stays_s` more.
+        """
         hung = self.master()
         hung.signal(signal.SIGSTOP)
         try:
             _until("the replica has taken over", lambda: self.master() is not hung)
             _until("it is a master", lambda: self.master().redis.role()[0] == "master")
+            replaced()
+            time.sleep(stays_s)
         finally:
             hung.signal(signal.SIGCONT)
-        hung.redis.replicaof("127.0.0.1", self.master().port)  # the sentinels would see to it, in a while
-        _until("it follows", lambda: _follows(hung.redis))
+        self._bring_back(hung)
 
     def switch(self) -> None:
         """Let the two change places while both live, as an operator does before maintenance."""
@@ -249,8 +258,18 @@ class Sentinels:
         """Restart a server as a replica of the new master, and wait until it is one."""
         server.start()
         _until("it answers", server.redis.ping)
-        server.redis.replicaof("127.0.0.1", self.master().port)  # the sentinels would see to it, in a while
-        _until("it follows", lambda: _follows(server.redis))
+        self._bring_back(server)
+
+    def _bring_back(self, server: Server) -> None:
+        """Make a former master follow the new one. The sentinels would see to it, in a while."""
+
+        def follows() -> bool:
+            # Repeated, because a sentinel may just then tell it to follow another one.
+            if (master := self.master()) is not server and server.redis.role()[0] == "master":
+                server.redis.replicaof("127.0.0.1", master.port)
+            return _follows(server.redis)
+
+        _until("it follows", follows)
 
     def close(self) -> None:
         for server in (*self.servers, *self._watching):

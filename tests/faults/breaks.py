@@ -49,6 +49,13 @@ STAYING = ALL._replace(reads_s=(60.0, 90.0))
 PROBED = with_parts(["probes"], STAYING)
 """Each partition is probed, `connections` and memory are watched."""
 
+
+def attacked_by(*attacks: str, depth: int, mob: int = ALL.mob) -> Pace:
+    """A probed pace with an attacker that sends only these kinds of requests, one round after another."""
+    pace = STAYING._replace(attacks=attacks, attack_depth=depth, mob=mob, expensive_pause_s=0.0)
+    return with_parts(["probes", "expensive"], pace)
+
+
 BREAKS = {
     "a link takes again what it has taken": Break(
         "tidewire/redis/lua/feed.lua",
@@ -188,6 +195,77 @@ BREAKS = {
         again("hang_master", None, 6, every_s=8.0),
         {"death"},
         topology="cluster",
+    ),
+    "nobody looks whether a master was replaced": Break(
+        "tidewire/redis/masters.py",
+        "                await self._look()\n            await asyncio.sleep(0.1)",
+        "                pass\n            await asyncio.sleep(0.1)",
+        again("hang_master", None, 3, every_s=20.0),
+        {"pause"},
+        PROBED,
+        topology="cluster",
+        also=(
+            (
+                "tidewire/redis/subscriber.py",
+                "        if message is None and not self._received and silent_s > MAX_SILENCE_S:\n",
+                "        if False:\n",
+            ),
+        ),
+    ),
+    "a batch of a broadcaster ends by count alone, and gives nobody a turn": Break(
+        "services/broadcaster/service.py",
+        "            if step_s > STEP_S:  # a turn of the event loop costs more than most steps\n",
+        "            if False:\n",
+        [],
+        {"pause", "memory"},
+        attacked_by("names", depth=20),
+        also=(
+            (
+                "services/broadcaster/decide.py",
+                "self.router.appends >= MAX_BATCH_APPENDS or self.router.size_bytes >= MAX_BATCH_BYTES",
+                "False",
+            ),
+        ),
+        seconds=60.0,
+    ),
+    "a call appends without a bound": Break(
+        "services/broadcaster/route.py",
+        "MAX_CALL_APPENDS = 2000\n",
+        "MAX_CALL_APPENDS = 1 << 40\n",
+        [],
+        {"pause", "late"},
+        attacked_by("rants", depth=1, mob=10_000),
+        also=(("services/broadcaster/route.py", "MAX_CALL_BYTES = 1 << 20\n", "MAX_CALL_BYTES = 1 << 40\n"),),
+        seconds=90.0,
+    ),
+    "a user may make any amount of work": Break(
+        "services/gateway/work.py",
+        "        if user is None or not self._ms_per_s:\n            return FREE\n",
+        "        if True:\n            return FREE\n",
+        [],
+        {"late", "pause"},
+        attacked_by("index", "peers", "transactions", depth=30),
+        seconds=60.0,
+    ),
+    "answers that nobody reads are not bounded": Break(
+        "services/gateway/budget.py",
+        "            if limit and held and held + size_bytes > limit:\n",
+        "            if False:\n",
+        [],
+        {"memory"},
+        attacked_by("unread", depth=10),
+        max_bytes=MAX_BYTES | {"gateway": 200 << 20},
+        environment=(("TIDEWIRE_LIMIT_WORK_MS_PER_S", "0"),),
+        seconds=60.0,
+    ),
+    "a connection is not asked again whether it may follow its topics": Break(
+        "services/gateway/subscriptions.py",
+        "        if self._recheck_due:\n            return",
+        "        if True:\n            return",
+        [],
+        {"leak"},
+        with_parts(["flap"], STAYING._replace(flap_pause_s=(8.0, 12.0))),
+        seconds=60.0,
     ),
     "a change stream is bounded in entries alone": Break(
         "services/store/chores.py",

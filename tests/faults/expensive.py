@@ -77,14 +77,20 @@ class Expensive:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Round after round, until stopped. A connection that ends is made again."""
-        kinds = (
-            self._index, self._unread, self._transactions, self._updates, self._peers, self._names, self._rants
-        )  # fmt: skip
-        for kind in itertools.cycle(kinds):
+        kinds = {
+            "index": self._index,
+            "unread": self._unread,
+            "transactions": self._transactions,
+            "updates": self._updates,
+            "peers": self._peers,
+            "names": self._names,
+            "rants": self._rants,
+        }
+        for name in itertools.cycle(self._pace.attacks):
             if stopping.is_set():
                 return
             with contextlib.suppress(OSError, EOFError, TimeoutError, websockets.WebSocketException):
-                await kind()
+                await kinds[name]()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), self._pace.expensive_pause_s)
 
@@ -151,7 +157,7 @@ class Expensive:
             ws.transport.abort()
 
     async def _send(self, ws: ClientConnection, kind: str, requests: list[Frame]) -> None:
-        for request in requests:
+        for request in requests * self._pace.attack_depth:
             self.sent[kind] += 1
             await ws.send(json.dumps({"id": next(self._ids), **request}))
 
@@ -159,7 +165,7 @@ class Expensive:
         """Send all at once, then wait for the answers."""
         async with self._connection() as ws, asyncio.timeout(ANSWER_S):
             await self._send(ws, kind, requests)
-            left = len(requests)
+            left = len(requests) * self._pace.attack_depth
             while left:
                 head = await ws.recv(decode=False)
                 if head.startswith(b'{"type":"reply"'):

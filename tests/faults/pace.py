@@ -70,6 +70,10 @@ class Pace(NamedTuple):
     """Invented names that the expensive client shares an item with."""
     mob: int = 2000
     """Members of the room that the expensive client writes to."""
+    attacks: tuple[str, ...] = ("index", "unread", "transactions", "updates", "peers", "names", "rants")
+    """The kinds of requests of the expensive client, in their order."""
+    attack_depth: int = 1
+    """Multiple of the usual number of requests that the expensive client has under way."""
     expensive_pause_s: float = 2.0
     """Time between two rounds of the expensive client."""
 

@@ -232,9 +232,10 @@ async def _inject(
         await _wait(begun, fault.at_s, load, outcome, seconds, progress=progress)
         kind = f"{fault.kind} {fault.service}" if fault.service else fault.kind
         since = time.time() * 1000
-        await system.do(fault, load.fault)
+        over: list[float] = []
+        await system.do(fault, load.fault, lambda over=over: over.append(time.time() * 1000))  # type: ignore[misc]
         outcome.faults[kind] += 1
-        windows.append(Window(since, time.time() * 1000, kind))
+        windows.append(Window(since, over[0] if over else time.time() * 1000, kind))
     await _wait(begun, seconds, load, outcome, seconds, progress=progress)
     return windows
 

@@ -36,6 +36,8 @@ APPS = {"roll_back": "tests.faults.app:app", "roll_forward": "tests.faults.app_n
 ROOT = Path(__file__).parents[2]
 PER_SERVICE = 2
 SLOTS_MOVED = 3
+STAYS_HUNG_S = 8.0
+"""How long a master hangs after a replica has taken its place. Nothing may wait for it then."""
 MIXED_S = 2.0
 """Seconds that both versions run side by side, in addition to the time to start the processes."""
 SETTLE_S = 3.0
@@ -153,7 +155,7 @@ class Alone:
     async def start(self) -> None:
         self._process.start()
 
-    async def do(self, fault: Fault) -> None:
+    async def do(self, fault: Fault, over: Callable[[], None]) -> None:
         """Kill the server, which restarts on its file; or stop it for a while."""
         if fault.kind == "kill_redis":
             self._process.signal(signal.SIGKILL)
@@ -184,12 +186,12 @@ class Watched:
     async def start(self) -> None:
         await asyncio.to_thread(self._servers.start)
 
-    async def do(self, fault: Fault) -> None:
+    async def do(self, fault: Fault, over: Callable[[], None]) -> None:
         """Make the replica the master: kill the master, stop it, or have the sentinels swap the two."""
         if fault.kind == "change_places":
             await asyncio.to_thread(self._servers.switch)
         elif fault.kind == "hang_master":
-            await asyncio.to_thread(self._servers.hang)
+            await asyncio.to_thread(self._servers.hang, over, STAYS_HUNG_S)
         else:
             killed = await asyncio.to_thread(self._servers.fail_over)
             await asyncio.to_thread(self._servers.come_back, killed)
@@ -214,7 +216,7 @@ class Sharded:
     async def start(self) -> None:
         await asyncio.to_thread(self._servers.start)
 
-    async def do(self, fault: Fault) -> None:
+    async def do(self, fault: Fault, over: Callable[[], None]) -> None:
         """Have a replica take over, or move slots with keys to another master."""
         keys = Keys("dev", 8)
         slots = [key_slot(keys.changes(partition)) for partition in range(8)]
@@ -223,7 +225,7 @@ class Sharded:
             for slot in choice.sample(slots, SLOTS_MOVED):
                 await asyncio.to_thread(self._servers.move, slot)
         elif fault.kind == "hang_master":
-            await asyncio.to_thread(self._servers.hang, choice.choice(slots))
+            await asyncio.to_thread(self._servers.hang, choice.choice(slots), over, STAYS_HUNG_S)
         else:
             killed = await asyncio.to_thread(self._servers.fail_over, choice.choice(slots))
             await asyncio.to_thread(self._servers.come_back, killed)
@@ -287,8 +289,12 @@ class System:
         async with await connect_existing(self.redis.url, "dev", self._partitions) as backend:
             yield backend
 
-    async def do(self, fault: Fault, begun: Callable[[], None]) -> None:
-        """Do a fault, and return when it is over. Calls `begun` when it begins: later, if it waits for a command."""
+    async def do(self, fault: Fault, begun: Callable[[], None], over: Callable[[], None]) -> None:
+        """Do a fault, and return when it has ended.
+
+        Calls `begun` when it begins: later, if it waits for a command. Calls `over` if it explains no pause from a
+        certain moment on, although it has not ended.
+        """
         kind, _, at = fault.kind.partition("_")
         if kind == "hold" and at and fault.service:
             await self._proxies[fault.service][fault.number].hold(fault.lasts_s, COMMANDS[at], begun)
@@ -298,7 +304,7 @@ class System:
             await self._roll(fault.kind)
             return
         if fault.service is None:
-            await self.redis.do(fault)
+            await self.redis.do(fault, over)
             return
         process = self._services[fault.service][fault.number]
         if fault.kind == "kill":
