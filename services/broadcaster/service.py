@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Generator
+from typing import TypeVar
 
 import structlog
 from msgspec import Struct
@@ -22,7 +24,7 @@ from tidewire.redis.backend import Backend
 from tidewire.redis.functions import Batch, FeedBounds, Owned, RedisCommand
 from tidewire.redis.keys import ConsumerGroup, Home, PartitionField
 
-from .decide import Group, GroupsOf, Routing, deciding, whole
+from .decide import Routing, Steps, deciding, whole
 from .groups import Groups
 from .indexed import IndexWait, last_of_peers, peer_memberships
 from .repair import Repair, applied
@@ -53,6 +55,28 @@ AGE_SECONDS = Histogram(
 )
 
 Changes = list[tuple[Id, Change | None]]
+T = TypeVar("T")
+
+
+async def in_turns(steps: Generator[None, bool | None, T]) -> T:
+    """Do all steps, and return what they return. Between two, other tasks of this process get their turn.
+
+    Steps are told at each resumption whether they have taken `MAX_DECIDE_S`, and should end.
+    """
+    resumed, spent_s = time.perf_counter(), 0.0
+    time_is_up: bool | None = None  # a generator accepts only None at first
+    while True:
+        try:
+            steps.send(time_is_up)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        step_s = time.perf_counter() - resumed
+        if step_s > STEP_S:  # a turn of the event loop costs more than most steps
+            spent_s += step_s
+            await asyncio.sleep(0)
+            resumed = time.perf_counter()
+        time_is_up = spent_s > MAX_DECIDE_S
 
 
 class BroadcasterTenure:
@@ -110,7 +134,7 @@ class BroadcasterTenure:
         unknown = await self._not_known(changes)
         self._known = self._groups.begin()
         versioned = self._versions.all_note_groups()
-        while isinstance(decided := await self._decided(changes), set):
+        while isinstance(decided := await in_turns(self._deciding(changes)), set):
             self._known.fetched |= await self._groups.fetch(decided, versioned=versioned)
         self._decision = decided
         changes = changes[: decided.consumed]
@@ -121,24 +145,9 @@ class BroadcasterTenure:
         self._next_unknown = self._unknown | unknown
         return Outcome(len(changes), [*decided.operations, *self._notes()], decided.links)
 
-    async def _decided(self, changes: Changes) -> Routing | set[Group | GroupsOf]:
-        """Decide in steps. Between two, other partitions of this process get their turn."""
+    def _deciding(self, changes: Changes) -> Steps:
         feeds = self._feeds.begin()
-        steps = deciding(self._app, self._backend.keys, self._known, self._partition, changes, feeds)
-        resumed, spent_s = time.perf_counter(), 0.0
-        time_is_up: bool | None = None  # a generator accepts only None at first
-        while True:
-            try:
-                steps.send(time_is_up)
-            except StopIteration as end:
-                found: Routing | set[Group | GroupsOf] = end.value
-                return found
-            step_s = time.perf_counter() - resumed
-            if step_s > STEP_S:  # a turn of the event loop costs more than most steps
-                spent_s += step_s
-                await asyncio.sleep(0)
-                resumed = time.perf_counter()
-            time_is_up = spent_s > MAX_DECIDE_S
+        return deciding(self._app, self._backend.keys, self._known, self._partition, changes, feeds)
 
     async def committed(self, *, confirmed: bool) -> None:
         for name in self._next_unknown - self._unknown:

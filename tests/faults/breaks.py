@@ -214,8 +214,8 @@ BREAKS = {
     ),
     "a batch of a broadcaster ends by count alone, and gives nobody a turn": Break(
         "services/broadcaster/service.py",
-        "            if step_s > STEP_S:  # a turn of the event loop costs more than most steps\n",
-        "            if False:\n",
+        "        if step_s > STEP_S:  # a turn of the event loop costs more than most steps\n",
+        "        if False:\n",
         [],
         {"pause", "memory"},
         attacked_by("names", depth=20),
