@@ -74,6 +74,8 @@ class Table:
     expires: str | None = None
     schema: Schema | None = None
     normalize: bool = False
+    sort: str | None = None
+    """The kind of all sort keys, "string" or "number"; None if the first item decides."""
 
     @property
     def sorted(self) -> bool:
@@ -283,6 +285,7 @@ class App:
         expires: str | None = None,
         schema: Schema | None = None,
         normalize: bool = False,
+        sort: str | None = None,
     ) -> Table:
         """Declare a table.
 
@@ -297,11 +300,15 @@ class App:
             expires: the attribute with the time at which an item ends, in seconds since 1970.
             schema: a msgspec Struct, or a callable that raises for an item that does not fit.
             normalize: whether the store keeps what the schema returns: a Struct with its defaults, or a dict.
+            sort: the kind of the sort keys: `"string"` or `"number"`. Without it, the first item decides.
 
         Raises:
             ConfigurationError: the declaration is wrong; the message says why.
         """
         attributes: Any = tuple(key) if isinstance(key, list | tuple) else (key,)
+        if sort is not None and (sort not in ("string", "number") or len(attributes) != 2):
+            why = "the table has no sort attribute" if len(attributes) != 2 else f"{sort!r} is neither of them"
+            raise ConfigurationError(f'table {name!r}: sort is "string" or "number", the kind of a sort key: {why}')
         table = Table(
             name,
             attributes,
@@ -313,6 +320,7 @@ class App:
             expires,
             schema,
             normalize,
+            sort,
         )
         self._declare(table)
         return table

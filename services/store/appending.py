@@ -207,8 +207,14 @@ def _check_size(view: View, item: Item) -> None:
 
 
 def _check_kind(view: View, table: Table, sort: Scalar) -> None:
-    """Check that the sort key is of the kind of the table, which its first item decides."""
+    """Check that the sort key is of the kind of the table, which the application declares or its first item decides."""
     kind = "s" if isinstance(sort, str) else "n"
+    names = {"s": "string", "n": "number"}
+    if table.sort not in (None, names[kind]):
+        raise BadRequest(
+            f"key attribute {table.key[1]!r} of table {table.name!r} must be a {table.sort}, as the application "
+            f"declares; this one is a {names[kind]}"
+        )
     known: str | None = (
         view.effects.kinds.get(table.name)
         or view.settled.get(table.name)
@@ -218,7 +224,6 @@ def _check_kind(view: View, table: Table, sort: Scalar) -> None:
     if known is None:
         known = view.effects.kinds[table.name] = kind
     if known != kind:
-        names = {"s": "string", "n": "number"}
         raise BadRequest(
             f"key attribute {table.key[1]!r} of table {table.name!r} must be a {names[known]}, "
             f"as that of its first item; this one is a {names[kind]}"

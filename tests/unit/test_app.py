@@ -40,6 +40,11 @@ SENSELESS: dict[str, tuple[Callable[[App], Any], str]] = {
     "an unknown stream view": (lambda a: a.table("notes", key="id", stream_view="ALL"), "stream_view is one of"),
     "hidden as a string": (lambda a: a.table("notes", key="id", hidden="secret"), "tuple of attribute names"),
     "a hidden key": (lambda a: a.table("notes", key="id", hidden=("id",)), "key attribute cannot be hidden"),
+    "a kind of sort key that there is not": (
+        lambda a: a.table("notes", key=("a", "b"), sort="date"),
+        "neither of them",
+    ),
+    "a kind of sort key without one": (lambda a: a.table("notes", key="a", sort="string"), "no sort attribute"),
     "a hidden name with a dot": (lambda a: a.table("notes", key="id", hidden=("a.b",)), "a.b"),
 }
 

@@ -398,6 +398,16 @@ class TestQueries:
             world.do("alice", "put", table="words", item={"page": "p", "n": text})
         return world
 
+    def test_a_declared_kind_of_sort_keys_does_not_depend_on_the_first_item(self) -> None:
+        app = App("test")
+        app.table("events", key=("day", "at"), readers=everyone, writers=everyone, sort="number")
+        world = World(app)
+        (reply,) = world.run(world.command("alice", "put", table="events", item={"day": "d", "at": "noon"}))
+        assert reply.error
+        assert reply.error["code"] == "bad_request"
+        assert "must be a number, as the application declares" in reply.error["message"]
+        world.do("alice", "put", table="events", item={"day": "d", "at": 12})
+
     def ns(self, world: World, table: str = "lines", **fields: Any) -> tuple[list[Any], Any]:
         result = world.do("bob", "query", table=table, key="p", **fields)
         return [entry["item"]["n"] for entry in result["items"]], result["next"]
