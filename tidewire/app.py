@@ -502,6 +502,9 @@ def load_app(reference: str) -> App:
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ConfigurationError(f"APP is module:attribute, for example chat.app:app, not {reference!r}")
+    if module_name.endswith(".py"):
+        file = module_name.removesuffix(".py").replace("/", ".")
+        raise ConfigurationError(f"APP names a module, not a file: write {file}:{attribute}, not {reference!r}")
     try:
         module = importlib.import_module(module_name)
     except ConfigurationError as error:
@@ -511,13 +514,25 @@ def load_app(reference: str) -> App:
             raise
         raise ConfigurationError(
             f"APP {reference!r} cannot be imported: {type(error).__name__}: {error}{_place(error, module_name)}"
+            f"{_searched(error, module_name)}"
         ) from None
     app = getattr(module, attribute, None)
+    if app is None:
+        names = [name for name, value in vars(module).items() if isinstance(value, App)]
+        instead = f"; its App is {module_name}:{names[0]}" if names else ""
+        raise ConfigurationError(f"APP {reference!r}: module {module_name!r} has no {attribute!r}{instead}")
     if not isinstance(app, App):
-        found = "has no such attribute" if app is None else f"is of type {type(app).__name__}, not an App"
+        found = f"is of type {type(app).__name__}, not an App"
         raise ConfigurationError(f"APP {reference!r}: {attribute!r} in module {module_name!r} {found}")
     app.check()
     return app
+
+
+def _searched(error: BaseException, module_name: str) -> str:
+    """Return where the application's module was searched, if it was not found."""
+    if isinstance(error, ModuleNotFoundError) and module_name.partition(".")[0] == error.name:
+        return f": it is neither in {Path.cwd()} nor installed"
+    return ""
 
 
 def _place(error: BaseException, module_name: str) -> str:

@@ -71,6 +71,12 @@ class Audience:
     def __and__(self, other: Audience) -> Audience:
         return Intersection(self, _audience(other))
 
+    def __ror__(self, other: object) -> Audience:
+        return _audience(other) | self
+
+    def __rand__(self, other: object) -> Audience:
+        return _audience(other) & self
+
     def admits(self, item: Item, reader: Reader, known: Knowledge) -> bool:
         raise NotImplementedError
 
@@ -85,8 +91,9 @@ class Audience:
 
 def _audience(value: Any) -> Audience:
     if not isinstance(value, Audience):
+        advice = "; a function cannot be part of one: combine audiences within it" if callable(value) else ""
         raise ConfigurationError(
-            f"an audience was expected (user(…), members.of(…), claim(…), everyone, nobody), not {value!r}"
+            f"an audience was expected (user(…), members.of(…), claim(…), everyone, nobody), not {value!r}{advice}"
         )
     return value
 

@@ -13,7 +13,14 @@ TidewireError
 
 from __future__ import annotations
 
+import traceback
 from typing import Any, ClassVar
+
+
+def told(error: BaseException) -> str:
+    """Return an error of the application's own code with the place where it was raised, for a log."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return f"{error!r}, {trace[-1].filename}:{trace[-1].lineno}" if trace else repr(error)
 
 
 class TidewireError(Exception):

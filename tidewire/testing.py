@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-import fakeredis
+import structlog
+
+try:
+    import fakeredis
+except ImportError:
+    raise ImportError("tidewire.testing runs on fakeredis: pip install 'tidewire[testing]'") from None
 
 from tidewire.app import App
 from tidewire.client import Client
+from tidewire.errors import ConfigurationError
 from tidewire.process.lifecycle import Service, listen
 from tidewire.process.settings import Settings
 from tidewire.redis import keyring
@@ -78,8 +85,18 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
         app: the application.
         backend: a real server instead of fakeredis.
         settings: settings by name, such as `partitions=2`. docs/operations.md lists them without their prefix.
+
+    Unless the test has configured structlog, only warnings are logged.
+
+    Raises:
+        ConfigurationError: a declaration is wrong, or there is no such setting.
     """
     app.check()
+    if unknown := settings.keys() - set(Settings.__struct_fields__):
+        known = ", ".join(Settings.__struct_fields__)
+        raise ConfigurationError(f"there is no setting {', '.join(sorted(unknown))}; there are {known}")
+    if not structlog.is_configured():
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     chosen = Settings(**settings)
     keys = Keys(chosen.stage, chosen.partitions)
     server = fakeredis.FakeServer()

@@ -18,6 +18,7 @@ import structlog
 
 from tidewire.app import App, Membership, Table
 from tidewire.audiences import NO_RECIPIENTS, Knowledge, Recipients, resolve
+from tidewire.errors import told
 from tidewire.model.claims import ClaimCondition
 from tidewire.model.records import RECHECK, Change, FeedBody, Id, Item, ItemRecord, Opened, Position, pack
 from tidewire.model.values import Scalar
@@ -248,7 +249,7 @@ class _RoutingBuilder:
         except UnknownGroups:
             raise
         except Exception as error:  # a fault of the application must not stop the partition
-            log.warning("readers_failed", table=table.name, error=repr(error))
+            log.warning("readers_failed", table=table.name, error=told(error))
             self.decision.failed += 1
             return NO_RECIPIENTS
 

@@ -233,7 +233,7 @@ def keys_list(
 
     found = with_redis(redis, data, stage, keyring.listing, may_be_new=True)
     if as_json:
-        typer.echo(json.dumps(found))
+        output.show(found, as_json=True)
         return
 
     def when(ms: int | None) -> str:
@@ -396,7 +396,7 @@ def status(
 
     found = with_redis(redis, data, stage, collect)
     if as_json:
-        typer.echo(json.dumps(found))
+        output.show(found, as_json=True)
     else:
         show(found)
 
@@ -418,6 +418,8 @@ def _act(url: str, auth_key: str, as_json: bool, action: str, /, **body: Any) ->
     import urllib.error
     import urllib.request
 
+    if not url.startswith(("http://", "https://")):
+        raise typer.BadParameter("an address like http://127.0.0.1:8081 is needed", param_hint="--url")
     try:
         request = urllib.request.Request(
             f"{url.rstrip('/')}/v1/{action}",

@@ -8,7 +8,7 @@ import structlog
 
 from tidewire.app import Table, Write
 from tidewire.audiences import Audience, Reader, resolve
-from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied
+from tidewire.errors import BadRequest, Conflict, NotFound, PermissionDenied, told
 from tidewire.model.claims import holds
 from tidewire.model.protocol import Condition
 from tidewire.model.records import Command, Item
@@ -34,7 +34,7 @@ class Rights:
         try:
             audience = resolve(table.readers, item)
         except Exception as error:  # a fault of the application: without an audience, no user reads the item
-            log.warning("readers_failed", table=table.name, error=repr(error))
+            log.warning("readers_failed", table=table.name, error=told(error))
             return False
         return audience.admits(item, self._reader, self._view)
 
@@ -51,7 +51,7 @@ class Rights:
         except Missing:
             raise
         except Exception as error:
-            log.warning("readers_failed", table=table.name, error=repr(error))
+            log.warning("readers_failed", table=table.name, error=told(error))
             return False
         return holds(recipients.user(self._reader.user), self._reader.claims)
 
@@ -86,7 +86,7 @@ class Rights:
                 if not isinstance(audience, bool | Audience):
                     raise TypeError(f"a writers function returns an audience or a bool, not {audience!r}")
         except Exception as error:
-            log.warning("writers_failed", table=table.name, error=repr(error))
+            log.warning("writers_failed", table=table.name, error=told(error))
             raise _rules_failed(table) from None
         images = [image for image in (old, new) if image is not None]
         allowed = (
@@ -141,9 +141,12 @@ def _check_readers(table: Table, new: Item) -> None:
     try:
         resolve(table.readers, new)
     except Exception as error:
-        log.warning("readers_failed", table=table.name, error=repr(error))
+        log.warning("readers_failed", table=table.name, error=told(error))
         raise _rules_failed(table) from None
 
 
 def _rules_failed(table: Table) -> BadRequest:
-    return BadRequest(f"the rules of table {table.name!r} cannot be applied to this item")
+    return BadRequest(
+        f"the rules of table {table.name!r} cannot be applied to this item: a function of the application failed; "
+        "the store's log says where"
+    )

@@ -49,6 +49,37 @@ async def test_it_comes_back_and_misses_nothing(stage: Stage) -> None:
     assert [welcome["resumed"] for welcome in alice.welcomes] == [False, True, True, True]
 
 
+async def test_another_client_goes_on_behind_the_last_event_that_was_taken(stage: Stage) -> None:
+    """Events that wait in a client that ends are not lost: its cursors do not count them."""
+    writer, key = await stage.client("alice"), await stage.key("alice")
+
+    async def write(n: int) -> None:
+        await writer.put("notes", {"id": f"n{n}", "owner": "alice"})
+        await writer.put("scores", {"id": f"s{n}"})
+
+    async def taken(client: Client, count: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < count:
+            event = await client.next_event(PATIENCE_S)
+            if event.get("table") in ("notes", "scores"):
+                found.append(event["key"]["id"])
+        return sorted(found)
+
+    async with Client(stage.url, key) as phone:
+        await write(1)
+        assert await taken(phone, 2) == ["n1", "s1"]
+        await write(2)
+        await eventually(lambda: _has_waiting(phone, 2))
+        cursor, topics = phone.cursor, phone.topics
+    await write(3)
+    async with Client(stage.url, key, cursor=cursor, topics=topics) as phone:
+        assert await taken(phone, 4) == ["n2", "n3", "s2", "s3"]
+
+
+async def _has_waiting(client: Client, count: int) -> bool:
+    return client._events.qsize() >= count
+
+
 async def test_a_wrong_key_is_refused_for_good(stage: Stage) -> None:
     with pytest.raises(Unauthenticated):
         async with Client(stage.url, "tw_a_b"):

@@ -206,7 +206,7 @@ def test_a_service_that_cannot_start_explains_it_in_one_sentence(new_up: Any, tm
         (["up", "broken:app", *data()], "nosuchmodule"),
         (["up", "syntax:app", *data()], "SyntaxError"),
         (["up", "wrong:app", *data()], "not an App"),
-        (["up", "good:nothing", *data()], "no such attribute"),
+        (["up", "good:nothing", *data()], "has no 'nothing'"),
         (["up", "senseless:app", *data()], "readers must be an audience"),
         (["up", "stranger:app", *data()], "does not declare"),
         (["up", "good", *data()], "module:attribute"),

@@ -176,7 +176,8 @@ class TestLoading:
             ("raise RuntimeError('broken')\n", r"RuntimeError: broken \(tw_shop.py, line 1\)"),
             ("raise SystemExit(3)\n", "SystemExit"),
             ("x = = 1\n", "SyntaxError"),
-            ("app = None\n", "no such attribute"),
+            ("app = None\n", "module 'tw_shop' has no 'app'$"),
+            ("from tidewire import App\nshop = App('x')\n", "has no 'app'; its App is tw_shop:shop"),
             ("app = 5\n", "is of type int, not an App"),
             ("import tw_there_is_no_such_module\n", "tw_there_is_no_such_module"),
             ("from tidewire import App\napp = App('x')\napp.table('1', key='id')\n", "table name '1'"),
@@ -195,5 +196,9 @@ class TestLoading:
             load_app(reference)
 
     def test_a_module_that_is_not_there_is_named(self) -> None:
-        with pytest.raises(ConfigurationError, match="tw_no_such_module"):
+        with pytest.raises(ConfigurationError, match=r"tw_no_such_module.* neither in .* nor installed"):
             load_app("tw_no_such_module:app")
+
+    def test_a_file_in_place_of_a_module_is_corrected(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"write shop\.backend:app, not"):
+            load_app("shop/backend.py:app")

@@ -160,6 +160,12 @@ def test_only_audiences_combine() -> None:
         user("author") | "bob"  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match="an audience was expected"):
         user("author") & True  # type: ignore[operator]
+    with pytest.raises(ConfigurationError, match="combine audiences within it"):
+        user("author") & (lambda item: everyone)  # type: ignore[operator]
+    with pytest.raises(ConfigurationError, match="combine audiences within it"):
+        (lambda item: everyone) & user("author")
+    with pytest.raises(ConfigurationError, match="an audience was expected"):
+        "bob" | user("author")
 
 
 CONDITIONS = st.recursive(

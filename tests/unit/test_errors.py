@@ -1,8 +1,10 @@
 """Errors of the wire."""
 
+import re
+
 import pytest
 
-from tidewire.errors import BY_CODE, Conflict, Internal, RequestError, from_wire
+from tidewire.errors import BY_CODE, Conflict, Internal, RequestError, from_wire, told
 
 CODES = {
     "bad_request": (False, 400),
@@ -48,3 +50,13 @@ def test_details_may_be_missing() -> None:
     error = from_wire({"code": "conflict", "message": "x", "details": None})
     assert isinstance(error, Conflict)
     assert error.details == {}
+
+
+def test_an_error_of_an_application_is_told_with_its_place() -> None:
+    def rule() -> None:
+        raise KeyError("owner")
+
+    with pytest.raises(KeyError) as raised:
+        rule()
+    assert re.fullmatch(r"KeyError\('owner'\), .*test_errors\.py:\d+", told(raised.value))
+    assert told(ValueError("never raised")) == "ValueError('never raised')"

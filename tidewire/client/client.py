@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import msgspec
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.http11 import Response
 
 from tidewire.client.live import Live
 from tidewire.client.live_items import Frame, LiveItems
@@ -57,11 +58,15 @@ class Client:
     Events are the frames `change`, `message` and `reset`, in the order of the feed. At most 10,000 wait for the
     application. Beyond that they are dropped, and a `reset` with the reason `too_many` takes their place.
 
+    It resumes by itself after a lost connection. To resume in another process, keep `cursor` and `topics`, and pass
+    both to the next client. They move on when the application takes an event.
+
     Args:
         url: address of a gateway, such as `ws://127.0.0.1:8080`.
         auth_key: the credential.
         cursor: where to resume the user's feed; None begins with new changes.
-        topics: topics to follow, each with its cursor.
+        topics: topics to follow, each with its cursor. Those of tables with `everyone` or `claim(…)` are followed
+            without being named, and then begin with new changes.
         timeout_s: maximum seconds for a connection and for each request, retries included.
     """
 
@@ -79,7 +84,9 @@ class Client:
         self.problem: str | None = None
         """Why there is no connection at the moment; None if there is one."""
         self.cursor = cursor
+        """Cursor of the user's feed behind the last event that the application has taken."""
         self.topics: dict[str, str] = dict(topics or {})
+        """The followed topics, each with the cursor behind the last event that the application has taken."""
         self.welcomes: list[Frame] = []
         """The last 100 welcomes, the newest last. Each connection begins with one."""
         self._url = url
@@ -90,6 +97,8 @@ class Client:
         self._events: asyncio.Queue[Frame | None] = asyncio.Queue(MAX_EVENTS)
         self._ws: ClientConnection | None = None
         self._welcomed = asyncio.Event()
+        self._received_cursor = cursor
+        self._received_topics = dict(self.topics)
         self._ended: Exception | None = None
         self._after_ms: float | None = None
         self._task: asyncio.Task[None] | None = None
@@ -235,7 +244,16 @@ class Client:
                 self._events.put_nowait(None)  # for the next caller
                 assert self._ended
                 raise self._ended
+            self._taken(event)
             yield event
+
+    def _taken(self, event: Frame) -> None:
+        if "cursor" not in event:
+            return
+        if "topic" not in event:
+            self.cursor = event["cursor"]
+        elif event["topic"] in self._received_topics:
+            self.topics[event["topic"]] = event["cursor"]
 
     async def next_event(self, timeout_s: float = 30.0) -> Frame:
         """Return the next event. Raises Timeout if none comes within `timeout_s`."""
@@ -255,15 +273,20 @@ class Client:
         Each later connection follows it again, from where it stopped. Raises NotFound or PermissionDenied.
         """
         fields = {} if cursor is None else {"cursor": cursor}
-        self.topics.pop(topic, None)
+        self._forget(topic)
         answer = await self.request("follow", topic=topic, **fields)
-        return str(self.topics.setdefault(topic, answer["cursor"]))
+        self.topics.setdefault(topic, answer["cursor"])
+        return str(self._received_topics.setdefault(topic, answer["cursor"]))
 
     async def unfollow(self, topic: str) -> str:
         """Leave a topic, and return the cursor at which it stopped. Raises NotFound if it is not followed."""
         answer = await self.request("unfollow", topic=topic)
-        self.topics.pop(topic, None)
+        self._forget(topic)
         return str(answer["cursor"])
+
+    def _forget(self, topic: str) -> None:
+        self._received_topics.pop(topic, None)
+        self.topics.pop(topic, None)
 
     # ── live views ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -333,9 +356,9 @@ class Client:
                 self._closed(received.code if received else 1006, received.reason if received else "")
             except websockets.InvalidStatus as error:
                 if error.response.status_code in (401, 403, 404):
-                    self._end(Unauthenticated(_said(error.response.body)))
+                    self._end(Unauthenticated(_said(error.response)))
                 status = error.response.status_code
-                why = _said(error.response.body) if status >= 400 else "is it the port of websockets?"
+                why = _said(error.response) if status >= 400 else "is it the port of websockets?"
                 self.problem = f"it answered with HTTP status {status}: {why}"
             except (OSError, websockets.WebSocketException, EOFError, TimeoutError) as error:
                 self.problem = str(error) or type(error).__name__
@@ -350,10 +373,10 @@ class Client:
 
     def _address(self) -> str:
         query = {}
-        if self.cursor is not None:
-            query["cursor"] = self.cursor
-        if self.topics:
-            query["topics"] = json.dumps(self.topics)
+        if self._received_cursor is not None:
+            query["cursor"] = self._received_cursor
+        if self._received_topics:
+            query["topics"] = json.dumps(self._received_topics)
         base = self._url if self._url.count("/") > 2 else self._url + "/"
         return f"{base}?{urlencode(query)}" if query else base
 
@@ -382,8 +405,10 @@ class Client:
         self.user, self.connection = frame["user"], frame["connection"]
         self.welcomes = [*self.welcomes[-99:], frame]
         # If a reset follows, it brings its own cursor.
-        self.cursor = frame["cursor"]
-        self.topics = dict(frame["topics"])
+        self._received_cursor = frame["cursor"]
+        self._received_topics = dict(frame["topics"])
+        self.cursor = self.cursor or frame["cursor"]
+        self.topics = {topic: self.topics.get(topic, cursor) for topic, cursor in frame["topics"].items()}
         self._welcomed.set()
         assert self._ws
         for request, future in list(self._open.values()):
@@ -392,7 +417,7 @@ class Client:
 
     def _not_followed(self, topic: str, error: RequestError) -> None:
         """Forget a topic that the user may no longer follow."""
-        self.topics.pop(topic, None)
+        self._forget(topic)
         for live in self._lives:
             if live.topic == topic:
                 live.end(error)
@@ -401,15 +426,15 @@ class Client:
         if "cursor" not in frame:
             return
         if "topic" in frame:
-            self.topics[frame["topic"]] = frame["cursor"]
+            self._received_topics[frame["topic"]] = frame["cursor"]
         else:
-            self.cursor = frame["cursor"]
+            self._received_cursor = frame["cursor"]
 
     def _put(self, event: Frame) -> None:
         if self._events.full():
             while not self._events.empty():
                 self._events.get_nowait()
-            event = {"type": "reset", "reason": "too_many", "cursor": self.cursor}
+            event = {"type": "reset", "reason": "too_many", "cursor": self._received_cursor}
         self._events.put_nowait(event)
 
     def _closed(self, code: int, reason: str) -> None:
@@ -433,9 +458,9 @@ async def _quietly(sending: Any) -> None:
         await sending
 
 
-def _said(body: bytes | bytearray | None) -> str:
+def _said(response: Response) -> str:
     """The message of a refused handshake."""
     try:
-        return str(msgspec.json.decode(body or b"{}")["message"])
+        return str(msgspec.json.decode(response.body or b"{}")["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
-        return "the server refused the connection"
+        return f"the answer was HTTP status {response.status_code}, not a websocket: is it the port of websockets?"
