@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 
+import tidewire.testing
+from tidewire import App, nobody, user
+from tidewire.errors import PermissionDenied
+
 ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "applications.md").read_text()
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()
 PAGES = [
     "README.md",
@@ -50,6 +55,58 @@ def test_the_quickstarts_test_passes(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_tests_of_the_guide_pass(tmp_path: Path) -> None:
+    declarations = re.search(r"## Tables\n\n```python\n(.*?)```", GUIDE, re.DOTALL)
+    tests = re.findall(r"<!-- tests -->\n```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert declarations
+    assert len(tests) == 2
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "backend.py").write_text(declarations[1])
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nasyncio_mode = "auto"\n')
+    (tmp_path / "test_shop.py").write_text("".join(tests))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def rules(name: str) -> App:
+    """The application that one example of the guide declares."""
+    found = re.search(rf"<!-- rules: {name} -->\n```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert found
+    app = App("rules")
+    exec(found[1], {"app": app, "user": user, "nobody": nobody})
+    return app
+
+
+async def test_only_owners_delete_as_the_guide_says() -> None:
+    async with tidewire.testing.run(rules("owners_delete")) as stage:
+        alice, bob, eve = [await stage.client(name) for name in ("alice", "bob", "eve")]
+        for client, name in ((alice, "alice"), (bob, "bob")):
+            await client.put("members", {"team": "t", "user": name})
+        ticket = {"team": "t", "id": "1", "owner": "alice"}
+        await bob.put("tickets", ticket)
+        await bob.update("tickets", {"team": "t", "id": "1"}, set={"title": "leak"})
+        with pytest.raises(PermissionDenied):
+            await bob.delete("tickets", {"team": "t", "id": "1"})
+        with pytest.raises(PermissionDenied):
+            await eve.put("tickets", ticket | {"id": "2"})
+        await alice.delete("tickets", {"team": "t", "id": "1"})
+
+
+async def test_the_first_member_leads_as_the_guide_says() -> None:
+    async with tidewire.testing.run(rules("first_or_lead")) as stage:
+        alice, eve = await stage.client("alice"), await stage.client("eve")
+        with pytest.raises(PermissionDenied):
+            await alice.put("members", {"team": "t", "user": "alice"})
+        with pytest.raises(PermissionDenied):
+            await eve.put("members", {"team": "t", "user": "alice", "role": "lead"})
+        await alice.put("members", {"team": "t", "user": "alice", "role": "lead"})
+        with pytest.raises(PermissionDenied):
+            await eve.put("members", {"team": "t", "user": "eve", "role": "lead"})
+        await alice.put("members", {"team": "t", "user": "eve"})
 
 
 @pytest.mark.real
