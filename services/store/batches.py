@@ -19,7 +19,8 @@ from tidewire.redis.backend import Backend
 from .budget import UNLIMITED, Account, Clock, Cut, Limits, cut
 from .bulk import LOAD, SWEEP
 from .decide import CHORES, Decision, Needs, decide, foresee
-from .facts import Fact, KindFact, Sizes, Value, fetch, settle_kind
+from .facts import Fact, KindFact, Sizes, Value
+from .fetching import fetch, settle_kind
 from .memory import Memory
 from .view import Situation
 

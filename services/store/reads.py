@@ -29,7 +29,8 @@ from tidewire.tasks import end
 
 from .budget import Account, Limits
 from .decide import wire_error
-from .facts import Fact, Sizes, Value, fetch
+from .facts import Fact, Sizes, Value
+from .fetching import fetch
 from .reading import Reading, reading_of
 from .rights import Rights
 from .view import Missing, Situation, View
