@@ -1,5 +1,7 @@
 """Audiences: the users that may read an item are those that receive its changes."""
 
+import re
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from tidewire.audiences import (
     Audience,
     Reader,
     Recipients,
+    Topic,
     claim,
     everyone,
     nobody,
@@ -240,3 +243,21 @@ def test_followers_are_narrowed_by_claims_alone() -> None:
 def test_a_pattern_that_cannot_be_read_is_refused(pattern: str, why: str) -> None:
     with pytest.raises(ConfigurationError, match=why):
         topic(pattern, followers=everyone)
+
+
+@given(
+    st.sampled_from(["c:{x}", "c:{x}-{y}", "c:{x}-{y}-{z}.", "c:{x}--{y}.-.", "c", "c{x}c", "c:{x}-.{y}-"]),
+    st.lists(st.sampled_from(["c", ":", "-", ".", "a"]), max_size=12),
+)
+def test_a_topic_is_taken_apart_as_a_lazy_expression_would(pattern: str, rest: list[str]) -> None:
+    name, pieces = "c" + "".join(rest), re.split(r"\{(.*?)\}", pattern)
+    expression = "".join(f"(?P<{text}>.+?)" if n % 2 else re.escape(text) for n, text in enumerate(pieces))
+    expected = re.fullmatch(expression, name)
+    assert Topic(pattern, everyone).parse(name) == (expected.groupdict() if expected else None)
+
+
+def test_a_topic_that_matches_nowhere_is_refused_in_linear_time() -> None:
+    square = Topic("square:{x}-{y}-{z}.", everyone)
+    begun = time.perf_counter()
+    assert square.parse("square:" + "-" * 20_000) is None
+    assert time.perf_counter() - begun < 1, "an expression would take hours"
