@@ -11,6 +11,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from tidewire.errors import Unauthenticated
+from tidewire.model.credentials import ApiKey
 from tidewire.model.records import Authorization, Principal
 from tidewire.process.bus import Bus
 from tidewire.redis.backend import Backend
@@ -46,6 +47,8 @@ class Gatekeeper:
             Unauthenticated: the credential is not valid.
             Timeout, Overloaded: no authorizer answers.
         """
+        if ApiKey.parse(auth_key) is None:  # what has no form of a credential is not worth an entry in Redis
+            raise Unauthenticated("the auth_key is not valid")
         digest = hashlib.sha256(auth_key.encode()).digest()
         cached = self._cache.get(digest)
         if cached and cached[1] > time.monotonic():

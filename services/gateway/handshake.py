@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 
 from tidewire.errors import BadRequest, NotFound, PermissionDenied
+from tidewire.model.protocol import topics_problem
+
+from .origins import Origins, split
 
 PATHS = ("/", "/v1")
 REASON_BYTES = 123
@@ -45,38 +48,28 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
     return query.get("auth_key") or None
 
 
-def read(path: str, headers: Mapping[str, str], origins: Sequence[str]) -> Handshake:
+def read(path: str, headers: Mapping[str, str], origins: Origins) -> Handshake:
     """Read a handshake, before any authorizer is asked.
 
     Raises:
         NotFound: the path is another one.
         PermissionDenied: the origin is not allowed.
-        BadRequest: the topics are malformed.
+        BadRequest: the topics are malformed or too many, or a header is there twice.
     """
-    parts = _split(path)
+    parts = split(path)
     if parts is None or parts.path not in PATHS:
         raise NotFound("websockets are served at / and /v1")
-    origin = headers.get("Origin")
-    if origin is not None and not origin_allowed(origin, headers.get("Host", ""), origins):
+    try:
+        origin, host = headers.get("Origin"), headers.get("Host", "")
+    except LookupError:
+        raise BadRequest("the header Origin or Host is there twice") from None
+    if origin is not None and not origins.allow(origin, host):
         raise PermissionDenied(f"pages of {origin[:100]} may not connect: see --origins")
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     try:
         topics = msgspec.json.decode(query.get("topics", "{}"), type=dict[str, str])
     except msgspec.DecodeError:
         raise BadRequest("topics: a JSON object of topic to cursor is needed") from None
+    if problem := topics_problem(topics):
+        raise BadRequest(problem)
     return Handshake(credential(headers, query), query.get("cursor"), topics, origin is not None)
-
-
-def origin_allowed(origin: str, host: str, origins: Sequence[str]) -> bool:
-    """Whether pages of an origin may connect: those in --origins, else those of the same host on any port."""
-    if origins:
-        return "*" in origins or origin.rstrip("/") in origins
-    theirs, ours = _split(origin), _split(f"//{host}")
-    return theirs is not None and ours is not None and theirs.hostname is not None and theirs.hostname == ours.hostname
-
-
-def _split(address: str) -> SplitResult | None:
-    try:
-        return urlsplit(address)
-    except ValueError:  # an unbalanced bracket
-        return None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidewire.errors import (
     BadRequest,
@@ -26,33 +29,65 @@ from tidewire.errors import (
     TooLarge,
     Unauthenticated,
 )
-from tidewire.model.protocol import decode_frame, is_traceparent, parse_request
+from tidewire.model.protocol import decode_frame, is_traceparent, parse_request, topics_problem
 from tidewire.tasks import end
 
 from . import handshake
 from .connection import Connection
 from .core import Admission, Core
 from .deadline import Deadline
+from .origins import Cors, Origins
 from .peers import EventStream, read_event_id
 
 log = structlog.get_logger(__name__)
 
 
+ONCE = ("host", "origin", "content-length", "transfer-encoding")
+"""Headers that a request has at most once."""
+
+
+class _Sound:
+    """Refuses requests on which two readers could disagree, and ends their connection (RFC 9112, sections 3.2, 6.1)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        problem = next((f"the header {name} is there twice" for name in ONCE if len(headers.getlist(name)) > 1), None)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            problem = "a request has either Content-Length or Transfer-Encoding"
+        if problem:
+            response = _json(BadRequest(problem).as_frame(None), 400, {"Connection": "close"})
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 class _Static(StaticFiles):
-    """Files that browsers ask for again at each visit, so that a new version is seen at once."""
+    """Files that browsers ask for again at each visit, so that a new version is seen at once. Dotfiles are hidden."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        parts = path.replace("\\", "/").split("/")
+        if any(part.startswith(".") and part != "." for part in parts):
+            raise HTTPException(404)
         response = await super().get_response(path, scope)
+        if "Location" in response.headers:  # of a folder: relative, since only the proxy in front knows our address
+            response.headers["Location"] = f"{quote(parts[-1])}/"
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
 
 
+EVENTS = "text/event-stream"
+EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
 class _Events(StreamingResponse):
     """The events of a connection. The connection ends with the response, also where its body was never begun."""
 
-    def __init__(self, peer: EventStream, serving: asyncio.Task[None], headers: dict[str, str]) -> None:
-        super().__init__(peer.events(), headers=headers, media_type="text/event-stream")
+    def __init__(self, peer: EventStream, serving: asyncio.Task[None]) -> None:
+        super().__init__(peer.events(), headers=EVENT_HEADERS, media_type=EVENTS)
         self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +101,7 @@ Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
 """Serves a connection from the cursors of its feed and its topics, until it ends."""
 
 
-def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
+def http_app(core: Core, serve: Serve, origins: Origins) -> ASGIApp:
     """Routes of the HTTP port."""
 
     @_answered
@@ -83,7 +118,9 @@ def http_app(core: Core, serve: Serve, origins: Sequence[str]) -> Starlette:
     ]
     if core.app.static:
         routes.append(Mount("/", _Static(directory=core.app.static, html=True)))
-    return Starlette(routes=routes)
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False
+    return _Sound(Cors(app, origins))
 
 
 def _answered(
@@ -99,6 +136,8 @@ def _answered(
             if isinstance(error, RateLimited):
                 headers["Retry-After"] = str(max(1, int(error.details.get("retry_after_ms", 1000)) // 1000))
             return _json(error.as_frame(None), error.status, headers)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
         except Exception:
             log.exception("request_failed", path=request.url.path)
             return _json(Internal("something went wrong on the server").as_frame(None), 500)
@@ -106,10 +145,13 @@ def _answered(
     return answered
 
 
-async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Request) -> Response:
+async def _feed(core: Core, serve: Serve, origins: Origins, request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
     cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
+    topics = wanted.topics | topics
+    if problem := topics_problem(topics):
+        raise BadRequest(problem)
     if core.service.stopping.is_set():
         raise Overloaded("this server is leaving: connect again")
     if wanted.auth_key is None:
@@ -118,6 +160,8 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
         )
     deadline = Deadline(core.settings.welcome_timeout_s)
     principal = await deadline.bound(core.gatekeeper.authorize(wanted.auth_key))
+    if request.method == "HEAD":
+        return Response(headers=EVENT_HEADERS, media_type=EVENTS)
     peer = EventStream(
         request.client.host if request.client else "",
         request.headers.get("User-Agent", ""),
@@ -127,7 +171,7 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
 
     async def serve_it() -> None:
         try:
-            await serve(connection, cursor or wanted.cursor, wanted.topics | topics)
+            await serve(connection, cursor or wanted.cursor, topics)
         finally:
             peer.end()
             connection.begun.set()
@@ -143,10 +187,7 @@ async def _feed(core: Core, serve: Serve, origins: Sequence[str], request: Reque
         response = _json(refused.as_frame(None), refused.status)
         response.background = BackgroundTask(asyncio.wait, {serving})
         return response
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    if (origin := request.headers.get("Origin")) is not None:
-        headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    return _Events(peer, serving, headers)
+    return _Events(peer, serving)
 
 
 class _Answer(Response):

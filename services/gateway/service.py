@@ -38,6 +38,7 @@ from .connection import Connection
 from .core import Core
 from .deadline import Deadline
 from .http import http_app
+from .origins import Origins
 from .peers import Websocket
 from .presence import Presence
 
@@ -47,6 +48,10 @@ CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams o
 HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
 CLOSE_BATCH = 200
 """Connections that a drain closes before other tasks get their turn."""
+VERSION = "13"
+"""The version of the websocket protocol (RFC 6455, section 4.1)."""
+MAX_FIRST_FRAME_BYTES = 4096
+"""Maximum size of a frame before the peer has presented a credential."""
 PEER_HANDSHAKE_S = 5.0
 """Seconds that a peer has for its part of a handshake, on top of the gateway's time for the welcome."""
 
@@ -59,7 +64,7 @@ class Gateway:
         self.settings = core.settings
         self.presence = Presence(core)
         self.connections: dict[str, Connection] = {}
-        self.origins = [origin.strip().rstrip("/") for origin in self.settings.origins.split(",") if origin.strip()]
+        self.origins = Origins(self.settings.origins)
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.direct.deliver = self._deliver
@@ -69,6 +74,8 @@ class Gateway:
 
     async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake before the library accepts it. None accepts it."""
+        if request.headers.get_all("Sec-WebSocket-Version") not in ([], [VERSION]):
+            return _other_version()
         try:
             wanted = handshake.read(request.path, request.headers, self.origins)
         except RequestError as error:
@@ -77,6 +84,7 @@ class Gateway:
             return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
         ws.opening = opening = _Opening(wanted, self.deadline())  # type: ignore[attr-defined]
         if wanted.auth_key is None and self.settings.first_frame_auth_s > 0:
+            ws.protocol.max_message_size = MAX_FIRST_FRAME_BYTES
             return None  # the credential comes in the first frame
         return await self._admit(ws, opening)
 
@@ -146,6 +154,7 @@ class Gateway:
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
             deadline = self.deadline()  # from here on, the peer waits for the gateway
             principal = await deadline.bound(self.core.gatekeeper.authorize(request.auth_key))
+            ws.protocol.max_message_size = self.settings.limit_frame_bytes or None
             return principal, request.cursor, request.topics, deadline
         except TimeoutError:
             await ws.close(4408, "no credential in time")
@@ -258,6 +267,14 @@ _CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded",
 }
+
+
+def _other_version() -> Response:
+    """Refuse a handshake of another version, and name ours (RFC 6455, section 4.4)."""
+    body = b"websockets of version 13 are served here\n"
+    headers = Headers({"Sec-WebSocket-Version": VERSION, "Content-Length": str(len(body)), "Connection": "close"})
+    status = HTTPStatus.UPGRADE_REQUIRED
+    return Response(status.value, status.phrase, headers, body)
 
 
 def _select_subprotocol(_: ServerConnection, offered: Any) -> Subprotocol | None:

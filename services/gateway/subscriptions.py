@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tidewire.errors import BadRequest, NotFound, PermissionDenied, RequestError
 from tidewire.model.claims import holds
 from tidewire.model.feeds import Cursor, FeedEntry, Reset, follow_on
-from tidewire.model.protocol import Follow
+from tidewire.model.protocol import MAX_TOPICS, Follow
 from tidewire.model.records import RECHECK, Principal
 from tidewire.tasks import end
 
@@ -24,8 +24,6 @@ from .deadline import Deadline
 from .feeds import Feed, FeedFrame
 from .peers import Mark
 
-MAX_TOPICS = 1000
-"""Maximum topics that one connection follows by request."""
 WHOLE_FEED = 1 << 40
 """Limits of a read that exceed the maximum size of a feed."""
 REFUSED_CURSOR = Cursor("0", 0, "0")

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Context, Decimal
 from typing import Any, get_args
 
@@ -30,6 +30,8 @@ MAX_DIGITS = 17
 """Significant digits of a decimal number: as many as it takes to tell any two doubles apart."""
 MAX_OPERATIONS = 100
 """Maximum operations of a transaction."""
+MAX_TOPICS = 1000
+"""Maximum topics that one connection follows by request, or resumes."""
 MAX_NAME_BYTES = 1024
 """Maximum length of the name of a topic, user or connection in a request, in bytes of UTF-8."""
 
@@ -217,11 +219,22 @@ def parse_request(frame: dict[str, Any]) -> Request:
     return request
 
 
+def topics_problem(topics: Mapping[str, str]) -> str | None:
+    """Say what is wrong with the topics that a connection resumes, or return None."""
+    if len(topics) > MAX_TOPICS:
+        return f"topics: a connection follows at most {MAX_TOPICS}, not {len(topics)}"
+    if not all(map(_is_name, topics)):
+        return f"topics: a topic is a string of 1 to {MAX_NAME_BYTES} bytes"
+    return None
+
+
 def _problem(request: Request) -> str | None:  # noqa: PLR0911 - one rule after another
     """The first rule that a request breaks, of those that its types do not express."""
     match request:
         case Query() if not 1 <= request.limit <= 1000:
             return "limit is between 1 and 1000"
+        case Auth() if problem := topics_problem(request.topics):
+            return problem
         case Follow() | Unfollow() if not _is_name(request.topic):
             return f"topic is a string of 1 to {MAX_NAME_BYTES} bytes"
         case Send():

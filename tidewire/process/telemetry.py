@@ -75,7 +75,14 @@ class _Server(uvicorn.Server):
 async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
     """Serve an ASGI application on a bound socket while the block runs."""
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        ws="none",
+        server_header=False,
+        proxy_headers=False,  # anybody could name another address
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")

@@ -1,0 +1,187 @@
+"""The HTTP port as pages and proxies meet it: CORS, methods, files, and requests that are unsound."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+
+from tidewire import App, everyone
+from tidewire.testing import Stage
+
+from .conftest import PATIENCE_S, Open, make_app, wire
+
+ORIGIN = "https://app.example.com"
+
+
+class Answer(NamedTuple):
+    """An answer as it was on the wire."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def ask(stage: Stage, head: str, body: bytes = b"") -> Answer:
+    """Send a request, given as its lines without the host, and read its answer."""
+    async with raw(stage) as (reader, writer):
+        lines = head.strip().split("\n")
+        writer.write("\r\n".join([lines[0], "Host: 127.0.0.1", *lines[1:], "", ""]).encode() + body)
+        return await read(reader)
+
+
+@contextlib.asynccontextmanager
+async def raw(stage: Stage) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    address = urlsplit(stage.http_url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def read(reader: asyncio.StreamReader) -> Answer:
+    async with asyncio.timeout(PATIENCE_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        first, *lines = head.strip().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        return Answer(int(first.split()[1]), headers, await reader.read(int(headers.get("content-length", 0))))
+
+
+@pytest.fixture
+async def shared(open_stage: Open) -> AsyncIterator[Stage]:
+    """A stage that pages of one other origin may use."""
+    async with open_stage(make_app(), origins=f"{ORIGIN}:443") as stage:
+        yield stage
+
+
+async def test_a_page_of_an_allowed_origin_may_call_every_route(shared: Stage) -> None:
+    key = await shared.key("alice")
+    preflight = await ask(
+        shared,
+        f"OPTIONS /v1/put HTTP/1.1\nOrigin: {ORIGIN}\nAccess-Control-Request-Method: POST\n"
+        "Access-Control-Request-Headers: authorization, content-type",
+    )
+    assert preflight.status == 204
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN
+    assert "Authorization" in preflight.headers["access-control-allow-headers"]
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    for head, status in (
+        (f"POST /v1/whoami HTTP/1.1\nAuthorization: Bearer {key}\nContent-Length: 0", 200),
+        ("POST /v1/whoami HTTP/1.1\nContent-Length: 0", 401),
+        ("GET /nothing HTTP/1.1", 404),
+    ):
+        answer = await ask(shared, f"{head}\nOrigin: {ORIGIN}")
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (status, ORIGIN), "errors too"
+        assert answer.headers["vary"] == "Origin"
+
+
+async def test_a_page_of_another_origin_is_not_let_in(shared: Stage) -> None:
+    preflight = await ask(
+        shared, "OPTIONS /v1/put HTTP/1.1\nOrigin: https://evil.example\nAccess-Control-Request-Method: POST"
+    )
+    assert preflight.status == 403
+    assert b"--origins" in preflight.body
+    answer = await ask(shared, "POST /v1/whoami HTTP/1.1\nOrigin: https://evil.example\nContent-Length: 0")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_head_of_the_feed_ends_at_once(stage: Stage) -> None:
+    key = await stage.key("alice")
+    answer = await ask(stage, f"HEAD /v1/feed?auth_key={key} HTTP/1.1")
+    assert (answer.status, answer.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    async with wire(stage, key=key) as alice:
+        page = await alice.do("query", table="connections", key="alice")
+        assert len(page["items"]) == 1, "it was no connection"
+    assert (await ask(stage, "HEAD /v1/feed HTTP/1.1")).status == 401
+
+
+async def test_a_peer_that_leaves_within_its_body_is_no_fault(stage: Stage, capfd: pytest.CaptureFixture[str]) -> None:
+    key = await stage.key("alice")
+    async with raw(stage) as (_, writer):
+        writer.write(f"POST /v1/put HTTP/1.1\r\nHost: x\r\nauth_key: {key}\r\nContent-Length: 100\r\n\r\n{{".encode())
+        await writer.drain()
+        await asyncio.sleep(0.1)
+    assert (await ask(stage, f"POST /v1/ping HTTP/1.1\nauth_key: {key}\nContent-Length: 0")).status == 200
+    told = capfd.readouterr()
+    assert "request_failed" not in told.out + told.err
+    assert key not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    "unsound",
+    [
+        "Host: other.example\nContent-Length: 2",
+        "Origin: http://127.0.0.1\nOrigin: http://127.0.0.1\nContent-Length: 2",
+        "Content-Length: 2\nTransfer-Encoding: chunked",
+    ],
+)
+async def test_a_request_that_two_readers_could_take_differently_is_refused(stage: Stage, unsound: str) -> None:
+    key = await stage.key("alice")
+    answer = await ask(stage, f"POST /v1/ping HTTP/1.1\nauth_key: {key}\n{unsound}", b"{}")
+    assert answer.status == 400
+    assert answer.headers["connection"] == "close"
+
+
+async def test_nothing_tells_the_name_of_the_server(stage: Stage) -> None:
+    assert "server" not in (await ask(stage, "GET /nothing HTTP/1.1")).headers
+
+
+@pytest.fixture
+async def site(open_stage: Open, tmp_path: Path) -> AsyncIterator[Stage]:
+    """An application with files."""
+    for name, text in {
+        "index.html": "home",
+        "docs/index.html": "docs",
+        ".env": "SECRET",
+        ".git/config": "SECRET",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    app = App("site", static=str(tmp_path))
+    app.table("news", key="id", readers=everyone)
+    async with open_stage(app) as stage:
+        yield stage
+
+
+async def test_files_are_served_but_those_that_begin_with_a_dot(site: Stage) -> None:
+    assert (await ask(site, "GET / HTTP/1.1")).body == b"home"
+    assert (await ask(site, "GET /docs/ HTTP/1.1")).body == b"docs"
+    for path in ("/.env", "/.git/config", "/%2eenv", "/docs/../.env"):
+        answer = await ask(site, f"GET {path} HTTP/1.1")
+        assert answer.status == 404, path
+        assert b"SECRET" not in answer.body
+
+
+async def test_a_redirect_names_no_host(site: Stage) -> None:
+    """Behind a proxy, the address that the server sees is not that of the client."""
+    answer = await ask(site, "GET /docs HTTP/1.1")
+    assert (answer.status, answer.headers["location"]) == (307, "docs/")
+
+
+async def test_another_version_of_the_protocol_is_told_ours(stage: Stage) -> None:
+    address = urlsplit(stage.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 8\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    answer = await read(reader)
+    writer.transport.abort()
+    assert (answer.status, answer.headers["sec-websocket-version"]) == (426, "13")
+
+
+async def test_a_frame_before_the_credential_is_small(stage: Stage, stack: AsyncExitStack) -> None:
+    early = await stack.enter_async_context(wire(stage, welcome=False))
+    await early.send({"action": "auth", "auth_key": "x" * 5000})
+    assert await early.closed() == 1009
+    late = await stack.enter_async_context(wire(stage, welcome=False))
+    await late.send({"action": "auth", "auth_key": await stage.key("alice")})
+    late.welcome = await late.receive()
+    await late.do("put", table="notes", item={"id": "n", "owner": "alice", "text": "x" * 100_000})
