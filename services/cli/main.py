@@ -41,10 +41,12 @@ from .options import (
     LogFormatOption,
     OriginsOption,
     PartitionsOption,
+    PathPrefixOption,
     RedisOption,
     ServiceRedisOption,
     StageOption,
     TableArgument,
+    TrustedProxiesOption,
     UrlOption,
     WsPortOption,
     option,
@@ -124,6 +126,8 @@ def up(
     http_port: HttpPortOption = None,
     admin_port: AdminPortOption = None,
     origins: OriginsOption = None,
+    trusted_proxies: TrustedProxiesOption = None,
+    path_prefix: PathPrefixOption = None,
     durability: DurabilityOption = None,
     drain_seconds: DrainSecondsOption = None,
     log_format: LogFormatOption = None,
@@ -144,10 +148,20 @@ def up(
         http_port=http_port,
         admin_port=admin_port,
         origins=origins,
+        trusted_proxies=trusted_proxies,
+        path_prefix=path_prefix,
         durability=durability,
         drain_seconds=drain_seconds,
         log_format=log_format,
     )
+
+
+EDGE_OPTIONS = {
+    "origins": OriginsOption,
+    "trusted_proxies": TrustedProxiesOption,
+    "path_prefix": PathPrefixOption,
+}
+"""Options of a service that listens, beside its ports."""
 
 
 def _options_of(wiring: Wiring) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def _options_of(wiring: Wiring) -> dict[str, Any]:
         "partitions": PartitionsOption,
         **({"host": HostOption, "ws_port": WsPortOption, "http_port": HttpPortOption} if wiring.listens else {}),
         "admin_port": AdminPortOption,
-        **({"origins": OriginsOption} if wiring.listens else {"host": HostOption}),
+        **(EDGE_OPTIONS if wiring.listens else {"host": HostOption}),
         **({"durability": DurabilityOption} if wiring.writes else {}),
         "drain_seconds": DrainSecondsOption,
         "log_format": LogFormatOption,

@@ -36,6 +36,15 @@ AdminPortOption = Annotated[int | None, option("--admin-port", "Port of probes a
 OriginsOption = Annotated[
     str | None, option("--origins", "Origins whose pages may connect, with commas.", shown="the same host, any port")
 ]
+TrustedProxiesOption = Annotated[
+    str | None,
+    option(
+        "--trusted-proxies", "Proxies whose X-Forwarded-For counts: addresses and networks, with commas.", shown="none"
+    ),
+]
+PathPrefixOption = Annotated[
+    str | None, option("--path-prefix", "Path under which everything is served, such as /live.", shown="none")
+]
 DurabilityOption = Annotated[
     str | None,
     option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),

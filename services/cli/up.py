@@ -198,6 +198,8 @@ class _Up:
             "TIDEWIRE_WS_PORT": str(self.settings.ws_port),
             "TIDEWIRE_HTTP_PORT": str(self.settings.http_port),
             "TIDEWIRE_ORIGINS": self.settings.origins,
+            "TIDEWIRE_TRUSTED_PROXIES": self.settings.trusted_proxies,
+            "TIDEWIRE_PATH_PREFIX": self.settings.path_prefix,
             "TIDEWIRE_DURABILITY": self.settings.durability,
             "TIDEWIRE_DRAIN_SECONDS": str(self.settings.drain_seconds),
             "TIDEWIRE_LOG_FORMAT": self.settings.log_format,
@@ -264,8 +266,9 @@ class _Up:
     # ── ready ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _ready(self) -> None:
-        ws = f"ws://{_shown(self.settings.host)}:{self.settings.ws_port}/"
-        http = f"http://{_shown(self.settings.host)}:{self.settings.http_port}/"
+        host, prefix = _shown(self.settings.host), self.settings.path_prefix
+        ws = f"ws://{host}:{self.settings.ws_port}{prefix}/"
+        http = f"http://{host}:{self.settings.http_port}{prefix}/"
         announce(self.data, {"pid": os.getpid(), "redis": self.redis, "stage": self.settings.stage, "http": http})
         async with await connect(self.redis, Keys(self.settings.stage, self.settings.partitions)) as backend:
             deadline = time.monotonic() + READY_S

@@ -48,8 +48,8 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
     return query.get("auth_key") or None
 
 
-def read(path: str, headers: Mapping[str, str], origins: Origins) -> Handshake:
-    """Read a handshake, before any authorizer is asked.
+def read(path: str, headers: Mapping[str, str], origins: Origins, prefix: str = "") -> Handshake:
+    """Read a handshake, before any authorizer is asked. `prefix` is that of all paths.
 
     Raises:
         NotFound: the path is another one.
@@ -57,8 +57,8 @@ def read(path: str, headers: Mapping[str, str], origins: Origins) -> Handshake:
         BadRequest: the topics are malformed or too many, or a header is there twice.
     """
     parts = split(path)
-    if parts is None or parts.path not in PATHS:
-        raise NotFound("websockets are served at / and /v1")
+    if parts is None or parts.path not in [prefix + known for known in PATHS]:
+        raise NotFound(f"websockets are served at {prefix}/ and {prefix}/v1")
     try:
         origin, host = headers.get("Origin"), headers.get("Host", "")
     except LookupError:

@@ -38,6 +38,7 @@ from .core import Admission, Core
 from .deadline import Deadline
 from .origins import Cors, Origins
 from .peers import EventStream, read_event_id
+from .proxies import TrustedProxies
 
 log = structlog.get_logger(__name__)
 
@@ -101,7 +102,7 @@ Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
 """Serves a connection from the cursors of its feed and its topics, until it ends."""
 
 
-def http_app(core: Core, serve: Serve, origins: Origins) -> ASGIApp:
+def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies) -> ASGIApp:
     """Routes of the HTTP port."""
 
     @_answered
@@ -110,7 +111,7 @@ def http_app(core: Core, serve: Serve, origins: Origins) -> ASGIApp:
 
     @_answered
     async def feed(request: Request) -> Response:
-        return await _feed(core, serve, origins, request)
+        return await _feed(core, serve, origins, proxies, request)
 
     routes: list[BaseRoute] = [
         Route("/v1/feed", feed, methods=["GET"]),
@@ -118,7 +119,8 @@ def http_app(core: Core, serve: Serve, origins: Origins) -> ASGIApp:
     ]
     if core.app.static:
         routes.append(Mount("/", _Static(directory=core.app.static, html=True)))
-    app = Starlette(routes=routes)
+    prefix = core.settings.path_prefix
+    app = Starlette(routes=[Mount(prefix, routes=routes)] if prefix else routes)
     app.router.redirect_slashes = False
     return _Sound(Cors(app, origins))
 
@@ -145,7 +147,7 @@ def _answered(
     return answered
 
 
-async def _feed(core: Core, serve: Serve, origins: Origins, request: Request) -> Response:
+async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies, request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
     cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
@@ -163,7 +165,7 @@ async def _feed(core: Core, serve: Serve, origins: Origins, request: Request) ->
     if request.method == "HEAD":
         return Response(headers=EVENT_HEADERS, media_type=EVENTS)
     peer = EventStream(
-        request.client.host if request.client else "",
+        proxies.source(request.client.host if request.client else "", request.headers.getlist("X-Forwarded-For")),
         request.headers.get("User-Agent", ""),
         core.settings.limit_queued_bytes,
     )

@@ -55,10 +55,10 @@ class Peer(Protocol):
 class Websocket:
     """A websocket (RFC 6455), served by the websockets library."""
 
-    def __init__(self, ws: ServerConnection) -> None:
+    def __init__(self, ws: ServerConnection, source_ip: str) -> None:
         self._ws = ws
         self.binary = ws.subprotocol is not None
-        self.source_ip = ws.remote_address[0] if ws.remote_address else ""
+        self.source_ip = source_ip
         self.user_agent = ws.request.headers.get("User-Agent", "") if ws.request else ""
 
     def is_open(self) -> bool:

@@ -41,6 +41,7 @@ from .http import http_app
 from .origins import Origins
 from .peers import Websocket
 from .presence import Presence
+from .proxies import TrustedProxies
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +66,7 @@ class Gateway:
         self.presence = Presence(core)
         self.connections: dict[str, Connection] = {}
         self.origins = Origins(self.settings.origins)
+        self.proxies = TrustedProxies(self.settings.trusted_proxies)
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.direct.deliver = self._deliver
@@ -77,7 +79,7 @@ class Gateway:
         if request.headers.get_all("Sec-WebSocket-Version") not in ([], [VERSION]):
             return _other_version()
         try:
-            wanted = handshake.read(request.path, request.headers, self.origins)
+            wanted = handshake.read(request.path, request.headers, self.origins, self.settings.path_prefix)
         except RequestError as error:
             return self._refuse(ws, HTTPStatus(error.status), error.message)
         if self.core.service.stopping.is_set():
@@ -118,7 +120,7 @@ class Gateway:
                 HANDSHAKES.labels("refused").inc()
                 return
             principal, cursor, topics, deadline = first
-        await self.serve(Connection(self.core, Websocket(ws), principal, deadline), cursor, topics)
+        await self.serve(Connection(self.core, Websocket(ws, self._source(ws)), principal, deadline), cursor, topics)
 
     def deadline(self) -> Deadline:
         """Begin the deadline of a handshake."""
@@ -172,6 +174,10 @@ class Gateway:
         body = encode_json({"type": "error", "id": None, "code": _CODES.get(status, "bad_request"), "message": message})
         headers = Headers({"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"})
         return Response(status.value, status.phrase, headers, body)
+
+    def _source(self, ws: ServerConnection) -> str:
+        forwarded = ws.request.headers.get_all("X-Forwarded-For") if ws.request else []
+        return self.proxies.source(ws.remote_address[0] if ws.remote_address else "", forwarded)
 
     def _deliver(self, connection_id: str, frame: dict[str, Any]) -> None:
         """Pass a frame to one connection. No feed keeps it."""
@@ -246,7 +252,7 @@ class Gateway:
                 close_timeout=1,
                 server_header=None,
             ) as server,
-            serve_http(http_app(self.core, self.serve, self.origins), http_listener),
+            serve_http(http_app(self.core, self.serve, self.origins, self.proxies), http_listener),
         ):
             yield server
 

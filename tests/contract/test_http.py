@@ -11,11 +11,12 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+import websockets
 
 from tidewire import App, everyone
 from tidewire.testing import Stage
 
-from .conftest import PATIENCE_S, Open, make_app, wire
+from .conftest import PATIENCE_S, Open, eventually, make_app, wire
 
 ORIGIN = "https://app.example.com"
 
@@ -127,6 +128,37 @@ async def test_a_request_that_two_readers_could_take_differently_is_refused(stag
     answer = await ask(stage, f"POST /v1/ping HTTP/1.1\nauth_key: {key}\n{unsound}", b"{}")
     assert answer.status == 400
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(("trusted", "seen"), [("", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.9")])
+async def test_both_ports_believe_only_trusted_proxies(open_stage: Open, trusted: str, seen: str) -> None:
+    async with open_stage(make_app(), trusted_proxies=trusted) as stage, AsyncExitStack() as stack:
+        key, service = await stage.key("alice"), await stage.client("service", role="service")
+        forwarded = {"X-Forwarded-For": "198.51.100.1, 203.0.113.9"}
+        await stack.enter_async_context(wire(stage, key=key, headers=forwarded))
+        _, writer = await stack.enter_async_context(raw(stage))
+        lines = [f"GET /v1/feed?auth_key={key} HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in forwarded.items())]
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+
+        async def both_are_seen() -> bool:
+            page = await service.query("connections", "alice")
+            return [entry["item"]["source_ip"] for entry in page["items"]] == [seen, seen]
+
+        await eventually(both_are_seen)
+
+
+async def test_everything_is_served_under_a_prefix(open_stage: Open) -> None:
+    async with open_stage(make_app(), path_prefix="/live/eu") as stage:
+        key = await stage.key("alice")
+        for path in ("/live/eu/", "/live/eu/v1"):
+            async with wire(stage, key=key, path=path) as alice:
+                assert alice.welcome["user"] == "alice"
+        head = f"POST /live/eu/v1/whoami HTTP/1.1\nauth_key: {key}\nContent-Length: 0"
+        assert (await ask(stage, head)).status == 200
+        assert (await ask(stage, head.replace("/live/eu", ""))).status == 404
+        with pytest.raises(websockets.InvalidStatus, match="404"):
+            async with wire(stage, key=key, path="/v1"):
+                pass
 
 
 async def test_nothing_tells_the_name_of_the_server(stage: Stage) -> None:

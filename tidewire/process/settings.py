@@ -12,6 +12,7 @@ import msgspec
 from tidewire.errors import ConfigurationError
 
 _LEAST = {
+    "lease_ms": 300,
     "replicas": 1,
     "resume_window_s": 1,
     "resume_entries": 1,
@@ -38,6 +39,12 @@ _ONE_OF = {
 }
 
 
+_PATTERNS = {
+    "stage": (r"[a-z0-9][a-z0-9_-]{0,31}", "up to 32 lower-case letters, digits, _ and -"),
+    "path_prefix": (r"(/[\w.~-]+)*", "write a path like /live, without a / at its end"),
+}
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a process."""
 
@@ -49,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int = 8081
     admin_port: int = 8090
     origins: str = ""
+    trusted_proxies: str = ""
+    path_prefix: str = ""
     drain_seconds: float = 20.0
     log_format: str = "console"
     log_level: str = "info"
@@ -85,8 +94,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit_work_ms_per_s: int = 250
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", self.stage):
-            raise ConfigurationError(f"--stage {self.stage!r}: up to 32 lower-case letters, digits, _ and -")
+        for name, (pattern, right) in _PATTERNS.items():
+            if not re.fullmatch(pattern, getattr(self, name), re.ASCII):
+                raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: {right}")
         if not 1 <= self.partitions <= 16384:
             raise ConfigurationError(f"--partitions {self.partitions}: between 1 and 16384")
         for name in ("ws_port", "http_port", "admin_port"):
@@ -103,8 +113,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         # a batch must hold a whole transaction, which may also remove 100 expired items
         if not 256 <= self.batch <= 2000:
             raise ConfigurationError(f"TIDEWIRE_BATCH={self.batch}: between 256 and 2000")
-        if self.lease_ms < 300:
-            raise ConfigurationError(f"TIDEWIRE_LEASE_MS={self.lease_ms}: at least 300")
 
 
 def drop_service_links(environment: MutableMapping[str, str]) -> list[str]:
