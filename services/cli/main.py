@@ -359,6 +359,29 @@ def query(
 
 
 @app.command()
+def send(
+    connection: Annotated[str, typer.Argument(metavar="CONNECTION", help="The id of a connection.")],
+    body: Annotated[str, typer.Argument(metavar="BODY", help="JSON: the message.")],
+    key: KeyOption,
+    url: UrlOption = HTTP_URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a message to one open connection. Needs a service key."""
+    _act(url, key, as_json, "send", connection=connection, body=_parsed(body, "BODY"))
+
+
+@app.command()
+def kick(
+    users: Annotated[list[str], typer.Argument(metavar="USER", help="The users.")],
+    key: KeyOption,
+    url: UrlOption = HTTP_URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Close all connections of users, on every gateway. Needs a service key."""
+    _act(url, key, as_json, "disconnect", users=users)
+
+
+@app.command()
 def listen(
     key: KeyOption,
     url: Annotated[str, typer.Option("--url", envvar="TIDEWIRE_WS_URL", help="Websocket address of a gateway.")] = (

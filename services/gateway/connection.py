@@ -60,7 +60,7 @@ class Connection:
         self.refused: RequestError | None = None
         self.id = f"{core.id}-{secrets.token_hex(6)}"
         self.binary = peer.binary
-        self.connected_at = core.now_ms()
+        self.connected_at = self.active_at = core.now_ms()
         self.open = True
         self.welcomed = False
         self.subscriptions = Subscriptions(core, self, deadline)
@@ -138,6 +138,15 @@ class Connection:
         """Send an encoded frame, waiting while the peer is slow. Raises ConnectionClosed."""
         await self.peer.send(data, *marks)
 
+    def description(self) -> dict[str, JSON]:
+        """Return when it began (ms since 1970), when the peer last sent something, and whose it is."""
+        return {
+            "connected_at": self.connected_at,
+            "active_at": self.active_at,
+            "source_ip": self.peer.source_ip,
+            "user_agent": self.peer.user_agent,
+        }
+
     async def close(self, code: int, reason: str) -> None:
         """Close with a code of RFC 6455, section 7.4, or one of ours."""
         await self.peer.close(code, reason)
@@ -175,6 +184,7 @@ class Connection:
 
     async def _received(self, message: str | bytes) -> None:
         """Start on one frame of the peer. Answers are sent in the background."""
+        self.active_at = self.core.now_ms()
         while self.full():  # noqa: ASYNC110 - the transport has no event for it
             await asyncio.sleep(0.02)  # a peer that does not read is not read from
         await self._unanswered.acquire()

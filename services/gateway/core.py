@@ -11,6 +11,7 @@ from tidewire.app import CONNECTIONS, App
 from tidewire.errors import PermissionDenied, UnsupportedAction, item_too_large
 from tidewire.model.protocol import (
     Auth,
+    Disconnect,
     Follow,
     Get,
     Operation,
@@ -35,9 +36,9 @@ from tidewire.process.bus import Bus
 from tidewire.process.lifecycle import Service
 
 from .budget import AnswerBudget, Room, max_bytes
-from .direct import DirectMessages
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
+from .orders import OrderAction, Orders
 from .topics import Topics
 from .work import FREE, MAX_HTTP_WAIT_S, Work, WorkBudget
 
@@ -83,7 +84,7 @@ class Core:
         self.gatekeeper = Gatekeeper(self.backend, self.bus, lambda: self.id, self.now_ms, self.settings.auth_cache_s)
         self.feeds = Feeds(self.backend, self.settings.resume_window_s)
         self.topics = Topics(app, self._ask_store_to_follow)
-        self.direct = DirectMessages(self.backend, self.bus, self.registry)
+        self.orders = Orders(self.backend, self.bus, self.registry)
         self.answers = AnswerBudget(self.settings.limit_answer_bytes)
         self.work = WorkBudget(self.settings.limit_work_ms_per_s)
 
@@ -140,6 +141,8 @@ class Core:
         match request:
             case Send():
                 return self._send(principal, connection, request)
+            case Disconnect():
+                return self._disconnect(principal, request)
             case Whoami():
                 who = {"user": principal.user, "connection": connection, "claims": principal.claims}
                 return _ready(who)
@@ -156,8 +159,16 @@ class Core:
         if request.connection is None:
             return await self._store(principal, connection, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
-        await self.direct.send(request.connection, message)
+        await self.orders.to_connection(OrderAction.DELIVER, request.connection, frame=message)
         return {"delivered": True, "connections": 1}
+
+    async def _disconnect(self, principal: Principal, request: Disconnect) -> JSON:
+        """Close connections on every gateway, and count them."""
+        if principal.role != "service":
+            raise PermissionDenied("disconnect is for service keys only")
+        whom = {"connections": request.connections, "users": request.users}
+        counts = await self.orders.to_all(OrderAction.DISCONNECT, **whom)
+        return {"disconnected": sum(counts)}
 
     def _store(
         self, principal: Principal, connection: str | None, request: StoreRequest | Send, work: Work = FREE

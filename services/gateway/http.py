@@ -32,7 +32,7 @@ from tidewire.errors import (
 from tidewire.model.protocol import decode_frame, is_traceparent, parse_request, topics_problem
 from tidewire.tasks import end
 
-from . import handshake
+from . import administration, handshake
 from .connection import Connection
 from .core import Admission, Core
 from .deadline import Deadline
@@ -116,6 +116,7 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
     routes: list[BaseRoute] = [
         Route("/v1/feed", feed, methods=["GET"]),
         Route("/v1/{action}", act, methods=["POST"]),
+        *administration.routes(core),
     ]
     if core.app.static:
         routes.append(Mount("/", _Static(directory=core.app.static, html=True)))

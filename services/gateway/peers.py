@@ -42,6 +42,9 @@ class Peer(Protocol):
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting."""
 
+    def write_raw(self, data: bytes) -> None:
+        """Queue data of an administrator as a frame of its own, without waiting: text if it is UTF-8."""
+
     async def send(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame, waiting while the peer is slow. Raises ConnectionClosed."""
 
@@ -69,6 +72,12 @@ class Websocket:
 
     def write(self, data: bytes, *marks: Mark) -> None:
         broadcast([self._ws], data if self.binary else data.decode())
+
+    def write_raw(self, data: bytes) -> None:
+        try:
+            broadcast([self._ws], data.decode())
+        except UnicodeDecodeError:
+            broadcast([self._ws], data)
 
     async def send(self, data: bytes, *marks: Mark) -> None:
         await self._ws.send(data, text=not self.binary)
@@ -106,6 +115,10 @@ class EventStream:
     def write(self, data: bytes, *marks: Mark) -> None:
         self._cursors.update(marks)
         self._queue(b"id: %s\ndata: %s\n\n" % (event_id(self._cursors), data))
+
+    def write_raw(self, data: bytes) -> None:
+        lines = data.decode(errors="replace").splitlines() or [""]
+        self._queue("".join(f"data: {line}\n" for line in lines).encode() + b"\n")
 
     async def send(self, data: bytes, *marks: Mark) -> None:
         while not self._closed and self._queued_bytes > self._limit_bytes:

@@ -20,7 +20,7 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from tidewire.app import App
-from tidewire.errors import BadRequest, NotFound, RateLimited, RequestError, Unauthenticated, UnsupportedAction
+from tidewire.errors import BadRequest, RateLimited, RequestError, Unauthenticated, UnsupportedAction
 from tidewire.model.protocol import (
     SUBPROTOCOL,
     Auth,
@@ -29,7 +29,7 @@ from tidewire.model.protocol import (
     parse_request,
     request_id,
 )
-from tidewire.model.records import Principal
+from tidewire.model.records import JSON, Principal
 from tidewire.process.lifecycle import Service
 from tidewire.process.telemetry import serve_http
 
@@ -38,6 +38,7 @@ from .connection import Connection
 from .core import Core
 from .deadline import Deadline
 from .http import http_app
+from .orders import OrderAction, no_connection
 from .origins import Origins
 from .peers import Websocket
 from .presence import Presence
@@ -58,7 +59,7 @@ PEER_HANDSHAKE_S = 5.0
 
 
 class Gateway:
-    """The connections of one gateway: it admits them, delivers direct messages, and closes them."""
+    """The connections of one gateway: it admits them, carries out orders about them, and closes them."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -69,7 +70,7 @@ class Gateway:
         self.proxies = TrustedProxies(self.settings.trusted_proxies)
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
-        core.direct.deliver = self._deliver
+        core.orders.obey = self._obey
         core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_registry_back
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,14 +180,35 @@ class Gateway:
         forwarded = ws.request.headers.get_all("X-Forwarded-For") if ws.request else []
         return self.proxies.source(ws.remote_address[0] if ws.remote_address else "", forwarded)
 
-    def _deliver(self, connection_id: str, frame: dict[str, Any]) -> None:
-        """Pass a frame to one connection. No feed keeps it."""
-        connection = self.connections.get(connection_id)
+    # ── orders ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _obey(self, action: OrderAction, fields: dict[str, Any]) -> JSON:
+        """Carry out an order. Raises RequestError."""
+        if action == OrderAction.DISCONNECT:
+            return self._disconnect(set(fields["connections"]), set(fields["users"]))
+        connection = self.connections.get(fields["connection"])
         if connection is None or not (connection.open and connection.welcomed):
-            raise NotFound(f"there is no connection {connection_id[:100]!r}")
+            raise no_connection(fields["connection"])
+        if action == OrderAction.DESCRIBE:
+            return connection.description()
         if connection.full():
             raise RateLimited("the peer of this connection reads too slowly: try again", retry_after_ms=1000)
-        connection.write(connection.encode(frame))
+        if action == OrderAction.POST:
+            connection.peer.write_raw(fields["data"])
+        else:
+            connection.write(connection.encode(fields["frame"]))
+        return {}
+
+    def _disconnect(self, ids: set[str], users: set[str]) -> int:
+        """Close connections by id and by user, and return how many were open."""
+        found = [
+            connection
+            for connection in self.connections.values()
+            if connection.open and (connection.id in ids or connection.principal.user in users)
+        ]
+        for connection in found:
+            self._close_soon(connection, 4403, "disconnected by an administrator")
+        return len(found)
 
     # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -294,7 +316,7 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.bus.send)
     service.run(core.bus.receive)
     service.run(core.gatekeeper.run)
-    service.run(core.direct.receive)
+    service.run(core.orders.receive)
     service.run(core.feeds.receive)
     service.run(core.feeds.check)
     if rechecks.is_needed(app):

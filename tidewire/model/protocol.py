@@ -30,6 +30,8 @@ MAX_DIGITS = 17
 """Significant digits of a decimal number: as many as it takes to tell any two doubles apart."""
 MAX_OPERATIONS = 100
 """Maximum operations of a transaction."""
+MAX_DISCONNECTED = 1000
+"""Maximum connections and users of one `disconnect`."""
 MAX_TOPICS = 1000
 """Maximum topics that one connection follows by request, or resumes."""
 MAX_NAME_BYTES = 1024
@@ -169,6 +171,13 @@ class Send(Common, kw_only=True):
     request: str | None = None
 
 
+class Disconnect(Common, kw_only=True):
+    """Close connections, and all connections of users."""
+
+    connections: list[str] = []
+    users: list[str] = []
+
+
 class Whoami(Common, kw_only=True):
     """Ask for the user, connection and claims."""
 
@@ -181,7 +190,7 @@ StoreRequest = Put | Update | Delete | Get | Query | Transact
 """Requests that a store decides."""
 ConnectionRequest = Auth | Follow | Unfollow
 """Requests about a connection, which only websockets can make."""
-Request = StoreRequest | ConnectionRequest | Send | Whoami | Ping
+Request = StoreRequest | ConnectionRequest | Send | Disconnect | Whoami | Ping
 """What a client can ask for."""
 Operation = Put | Update | Delete | Check
 """A part of a transaction."""
@@ -243,6 +252,8 @@ def _problem(request: Request) -> str | None:  # noqa: PLR0911 - one rule after 
                     return f"{name} is a string of 1 to {MAX_NAME_BYTES} bytes"
             if (request.user is None) == (request.connection is None):
                 return "either user or connection says who it is for"
+        case Disconnect() if not 1 <= len(request.connections) + len(request.users) <= MAX_DISCONNECTED:
+            return f"connections and users are 1 to {MAX_DISCONNECTED} together"
         case Transact() if not 1 <= len(request.operations) <= MAX_OPERATIONS:
             return f"operations are 1 to {MAX_OPERATIONS}, not {len(request.operations)}"
     write_id = write_id_of(request)

@@ -75,11 +75,11 @@ class FirstReply(NamedTuple):
     """Of the request's body, as `digest_of` makes it."""
 
 
-class DirectMessage(NamedTuple):
-    """A frame for one connection, in the stream of the gateway that has it."""
+class GatewayOrder(NamedTuple):
+    """What a gateway is to do with its connections, in the stream of that gateway."""
 
-    connection: str
-    frame: dict[str, Any]
+    action: str
+    fields: dict[str, Any]
     deadline: int  # ms since 1970, server time
     reply_to: str  # gateway
     number: int

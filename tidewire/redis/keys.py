@@ -278,9 +278,9 @@ class Keys:
         """Stream with a TTL: the answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")
 
-    def direct(self, gateway: str) -> bytes:
-        """Stream with a TTL: direct messages for connections of one gateway."""
-        return self._global(b"g-" + gateway.encode(), b"direct")
+    def orders(self, gateway: str) -> bytes:
+        """Stream with a TTL: what other gateways order one to do with its connections."""
+        return self._global(b"g-" + gateway.encode(), b"orders")
 
     def credentials(self) -> bytes:
         """Hash: id of an API key to its record."""
