@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from redis.exceptions import ResponseError
 from rich.console import Console
 from rich.table import Table
 
 from tidewire.model.records import unpack
+from tidewire.process.lag import lag_of, streams_of, total_lag
 from tidewire.process.registry import all_services
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import NO_EVICTION
 from tidewire.redis.keys import ConsumerGroup, LeaseField, PartitionField
 
-STREAMS = {ConsumerGroup.STORE: "commands", ConsumerGroup.INDEXER: "changes", ConsumerGroup.BROADCASTER: "changes"}
+PARTITIONED = (ConsumerGroup.STORE, ConsumerGroup.INDEXER, ConsumerGroup.BROADCASTER)
 
 
 async def owners(backend: Backend, group: str) -> dict[int, str | None]:
@@ -39,9 +40,8 @@ async def collect(backend: Backend) -> dict[str, Any]:
         for service in (await all_services(backend)).values()
     ]
     groups: dict[str, Any] = {}
-    for group, stream in STREAMS.items():
-        streams = [getattr(keys, stream)(partition) for partition in range(keys.partitions)]
-        found = [await _lag(backend, key, group) for key in streams]
+    for group in PARTITIONED:
+        found = await asyncio.gather(*(lag_of(backend, stream, group) for stream in streams_of(keys, group)))
         if group == ConsumerGroup.INDEXER and not any(found):
             continue  # no table has an index
         numbers, holders = [one or (0, 0) for one in found], await owners(backend, group)
@@ -53,7 +53,7 @@ async def collect(backend: Backend) -> dict[str, Any]:
                 for partition, (lag, pending) in enumerate(numbers)
             ],
         }
-    lag, pending = await _lag(backend, keys.authorizations(), ConsumerGroup.AUTHORIZER) or (0, 0)
+    lag, pending = await total_lag(backend, ConsumerGroup.AUTHORIZER)
     groups[ConsumerGroup.AUTHORIZER] = {"lag": lag, "pending": pending, "partitions": []}
     return {
         "stage": keys.stage,
@@ -105,18 +105,6 @@ async def _share(backend: Backend, values: bytes, place: Any) -> float:
         return 0.0
     done = await backend.commands.zlexcount(values, "-", b"[" + place[0])
     return float(done) / max(await backend.commands.zcard(values), 1)
-
-
-async def _lag(backend: Backend, stream: bytes, group: str) -> tuple[int, int] | None:
-    """Return (entries not read, entries read and not acknowledged). None if the group does not exist."""
-    try:
-        found = await backend.commands.xinfo_groups(stream)
-    except ResponseError:
-        return None  # no such stream yet
-    for one in found:
-        if one["name"] == group.encode():
-            return int(one.get("lag") or 0), int(one["pending"])
-    return None
 
 
 def _time(ms: int) -> str:

@@ -24,12 +24,15 @@ from tidewire.errors import (
     BadRequest,
     Internal,
     Overloaded,
+    PermissionDenied,
     RateLimited,
     RequestError,
     TooLarge,
     Unauthenticated,
 )
 from tidewire.model.protocol import decode_frame, is_traceparent, parse_request, topics_problem
+from tidewire.process.lag import total_lag
+from tidewire.redis.keys import ConsumerGroup
 from tidewire.tasks import end
 
 from . import administration, handshake
@@ -80,6 +83,7 @@ class _Static(StaticFiles):
         return response
 
 
+LAGGING = (ConsumerGroup.STORE, ConsumerGroup.BROADCASTER, ConsumerGroup.AUTHORIZER)
 EVENTS = "text/event-stream"
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -113,7 +117,12 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
     async def feed(request: Request) -> Response:
         return await _feed(core, serve, origins, proxies, request)
 
+    @_answered
+    async def lag(request: Request) -> Response:
+        return await _lag(core, request)
+
     routes: list[BaseRoute] = [
+        Route("/v1/lag", lag, methods=["GET"]),
         Route("/v1/feed", feed, methods=["GET"]),
         Route("/v1/{action}", act, methods=["POST"]),
         *administration.routes(core),
@@ -207,10 +216,7 @@ class _Answer(Response):
 
 
 async def _perform(core: Core, request: Request, action: str) -> Response:
-    key = handshake.credential(request.headers, {})
-    if key is None:
-        raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
-    principal = await core.gatekeeper.authorize(key)
+    principal = await core.gatekeeper.authorize(_presented(request))
     frame, size_bytes = await _body(request, core.settings.limit_frame_bytes)
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
@@ -229,6 +235,23 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     except BaseException:
         admission.close()
         raise
+
+
+async def _lag(core: Core, request: Request) -> Response:
+    """How far each group is behind, over all partitions. Autoscalers ask for it."""
+    principal = await core.gatekeeper.authorize(_presented(request))
+    if principal.role != "service":
+        raise PermissionDenied("/v1/lag is for service keys only")
+    found = await asyncio.gather(*(total_lag(core.backend, group) for group in LAGGING))
+    return _json({group: one._asdict() for group, one in zip(LAGGING, found, strict=True)})
+
+
+def _presented(request: Request) -> str:
+    """The credential in the headers. Raises Unauthenticated."""
+    key = handshake.credential(request.headers, {})
+    if key is None:
+        raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
+    return key
 
 
 async def _body(request: Request, limit: int) -> tuple[dict[str, Any], int]:

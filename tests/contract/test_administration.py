@@ -108,3 +108,13 @@ async def test_a_post_to_an_event_stream_is_one_event(stage: Stage) -> None:
             while (line := await reader._reader.readline()) != b"data: two\n":
                 assert line, "the stream has ended"
             assert await reader._reader.readline() == b"data: lines\n"
+
+
+async def test_the_lag_of_each_group_is_told_to_service_keys(stage: Stage) -> None:
+    head = "GET /v1/lag HTTP/1.1\nauth_key: {}"
+    answer = await ask(stage, head.format(await stage.key("backend", role="service")))
+    found = json.loads(answer.body)
+    assert found.keys() == {"store", "broadcaster", "authorizer"}
+    assert all(one.keys() == {"lag", "pending"} for one in found.values())
+    assert (await ask(stage, head.format(await stage.key("alice")))).status == 403
+    assert (await ask(stage, "GET /v1/lag HTTP/1.1")).status == 401

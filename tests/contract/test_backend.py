@@ -15,9 +15,10 @@ from redis.crc import key_slot
 
 from tests.helpers import wait_until
 from tidewire.errors import ConfigurationError
+from tidewire.process.lag import Lag, total_lag
 from tidewire.redis.backend import Backend
 from tidewire.redis.connect import connect
-from tidewire.redis.keys import Keys
+from tidewire.redis.keys import ConsumerGroup, Keys
 from tidewire.testing import FakeBackend
 
 _stages = itertools.count(1)
@@ -170,3 +171,14 @@ async def test_a_wrong_address_is_explained_in_one_sentence(wrong: list[tuple[st
 async def test_one_node_is_enough_to_find_the_others(cluster: str) -> None:
     async with await connect(cluster.split(",", maxsplit=1)[0], Keys("found", 8)) as backend:
         assert len({backend.node_of(channel) for channel in channels(backend)}) == 3
+
+
+async def test_the_lag_of_a_group_is_what_it_has_not_read_in_all_partitions(backend: Backend) -> None:
+    keys = backend.keys
+    assert await total_lag(backend, ConsumerGroup.STORE) == Lag(0, 0), "no stream yet"
+    for partition, count in ((0, 2), (1, 3)):
+        await backend.ensure_group(keys.commands(partition), ConsumerGroup.STORE)
+        await backend.calls([("XADD", keys.commands(partition), "*", "r", b"")] * count)
+    await backend.read_group(keys.commands(1), ConsumerGroup.STORE, "worker", 1)
+    assert await total_lag(backend, ConsumerGroup.STORE) == Lag(4, 1)
+    assert await total_lag(backend, ConsumerGroup.BROADCASTER) == Lag(0, 0)
