@@ -8,7 +8,8 @@ in Redis is the queue, so the gateway keeps none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -136,10 +137,10 @@ class Subscriptions:
         for topic in sorted(topics.keys() - granted):
             try:
                 self._deadline.step = f"the store to say who may follow {topic[:200]!r}"
-                await self._core.topics.check(principal, topic)
+                with _about(topic):
+                    await self._core.topics.check(principal, topic)
                 opened.append(await self._subscribe(keys.topic_feed(topic), topic, topics[topic]))
             except (BadRequest, NotFound, PermissionDenied) as error:
-                error.details = error.details | {"topic": topic}
                 refused.append(error)
         return Openings(own, opened, refused)
 
@@ -243,12 +244,13 @@ class Subscriptions:
         Raises BadRequest, NotFound or PermissionDenied.
         """
         async with self._changing:  # so that a recheck comes before the question or after the answer
-            await self._core.topics.check(self.outlet.principal, request.topic)
+            with _about(request.topic):
+                await self._core.topics.check(self.outlet.principal, request.topic)
             subscription = self._by_topic.get(request.topic)
             resumption: Resumption | None = None
             if subscription is None:
                 if len(self._by_topic) > MAX_TOPICS:
-                    raise BadRequest(f"a connection follows at most {MAX_TOPICS} topics")
+                    raise BadRequest(f"a connection follows at most {MAX_TOPICS} topics", topic=request.topic)
                 feed_key = self._core.backend.keys.topic_feed(request.topic)
                 resumption = await self._subscribe(feed_key, request.topic, request.cursor)
                 subscription = resumption.subscription
@@ -310,10 +312,10 @@ class Subscriptions:
             for subscription in paused:
                 topic = str(subscription.feed.topic)
                 try:
-                    await self._core.topics.check(self.outlet.principal, topic)
+                    with _about(topic):
+                        await self._core.topics.check(self.outlet.principal, topic)
                 except (NotFound, PermissionDenied) as error:
                     await self._leave(subscription)
-                    error.details = error.details | {"topic": topic}
                     await self.outlet.send(reset_frame(Reset("cursor_expired", subscription.cursor), topic))
                     await self.outlet.send(error.as_frame(None))
                 else:
@@ -346,6 +348,16 @@ def frames_of(subscription: Subscription, entries: list[FeedEntry]) -> list[Feed
         cursor = following
         frames.append(FeedFrame(cursor, entry, subscription.feed.topic))
     return frames
+
+
+@contextlib.contextmanager
+def _about(topic: str) -> Iterator[None]:
+    """Name the topic in the details of an error."""
+    try:
+        yield
+    except RequestError as error:
+        error.details = error.details | {"topic": topic}
+        raise
 
 
 def reset_frame(reset: Reset, topic: str | None) -> dict[str, Any]:

@@ -76,6 +76,33 @@ async def test_another_client_goes_on_behind_the_last_event_that_was_taken(stage
         assert await taken(phone, 4) == ["n2", "n3", "s2", "s3"]
 
 
+async def test_more_topics_than_an_address_holds_are_resumed(stage: Stage) -> None:
+    names = [f"cell:{number:04}-{'x' * 60}" for number in range(150)]
+    writer = await stage.client("writer")
+    async with Client(stage.url, await stage.key("alice")) as alice:
+        for name in names:
+            await alice.follow(name)
+        assert len(alice._parted_topics()[1]) > 50, "the rest is followed after the welcome"
+        for name in (names[0], names[-1]):
+            await writer.put("tiles", {"id": f"before {name}", "cell": name.removeprefix("cell:")})
+        assert alice._ws
+        await alice._ws.close(1012)
+        for name in (names[0], names[-1]):
+            await writer.put("tiles", {"id": f"after {name}", "cell": name.removeprefix("cell:")})
+        heard: list[str] = []
+        while len(heard) < 4:
+            event = await alice.next_event(PATIENCE_S)
+            if event.get("table") == "tiles":
+                heard.append(event["key"]["id"])
+        assert sorted(heard) == sorted(
+            f"{when} {name}" for when in ("before", "after") for name in (names[0], names[-1])
+        )
+        await writer.put("scores", {"id": "s"})
+        while (event := await alice.next_event(PATIENCE_S)).get("table") != "scores":
+            assert event.get("table") != "tiles", "each comes once"
+        assert set(alice.topics) >= set(names)
+
+
 async def _has_waiting(client: Client, count: int) -> bool:
     return client._events.qsize() >= count
 

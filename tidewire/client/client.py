@@ -10,7 +10,7 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Self
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import msgspec
 import websockets
@@ -29,6 +29,8 @@ from tidewire.errors import (
 )
 from tidewire.tasks import end
 
+MAX_ADDRESS_BYTES = 4096
+"""Maximum bytes of topics and cursors in an address. Further topics are followed after the welcome."""
 MAX_EVENTS = 10_000
 """Maximum events that wait for the application. Beyond it, they are dropped, and a `reset` takes their place."""
 CLOSING_S = 1.0
@@ -99,9 +101,14 @@ class Client:
         self._welcomed = asyncio.Event()
         self._received_cursor = cursor
         self._received_topics = dict(self.topics)
+        self._asked = set(self.topics)
+        """Topics that are followed because the application asked. The server follows others without being asked."""
+        self._beyond: dict[str, str] = {}
+        """Topics with their cursors that found no room in the address."""
         self._ended: Exception | None = None
         self._after_ms: float | None = None
         self._task: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._lives: set[Live] = set()
 
     async def __aenter__(self) -> Self:
@@ -122,8 +129,7 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         ws = self._ws
-        if self._task:
-            await end([self._task], ask_again_s=CLOSING_S)
+        await end([task for task in (self._following, self._task) if task], ask_again_s=CLOSING_S)
         if ws:
             # The peer's unread frames would block a closing handshake.
             ws.transport.abort()
@@ -275,6 +281,7 @@ class Client:
         fields = {} if cursor is None else {"cursor": cursor}
         self._forget(topic)
         answer = await self.request("follow", topic=topic, **fields)
+        self._asked.add(topic)
         self.topics.setdefault(topic, answer["cursor"])
         return str(self._received_topics.setdefault(topic, answer["cursor"]))
 
@@ -285,6 +292,7 @@ class Client:
         return str(answer["cursor"])
 
     def _forget(self, topic: str) -> None:
+        self._asked.discard(topic)
         self._received_topics.pop(topic, None)
         self.topics.pop(topic, None)
 
@@ -375,10 +383,26 @@ class Client:
         query = {}
         if self._received_cursor is not None:
             query["cursor"] = self._received_cursor
-        if self._received_topics:
-            query["topics"] = json.dumps(self._received_topics)
+        named, self._beyond = self._parted_topics()
+        if named:
+            query["topics"] = json.dumps(named)
         base = self._url if self._url.count("/") > 2 else self._url + "/"
         return f"{base}?{urlencode(query)}" if query else base
+
+    def _parted_topics(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the topics for the address, and those that are followed after the welcome.
+
+        Servers and proxies bound the length of an address. Topics that are followed without asking come first: after
+        the welcome, they would have begun with new changes.
+        """
+        named: dict[str, str] = {}
+        size_bytes = 0
+        for topic, cursor in sorted(self._received_topics.items(), key=lambda one: one[0] in self._asked):
+            size_bytes += len(quote(json.dumps({topic: cursor})))
+            if size_bytes > MAX_ADDRESS_BYTES:
+                break
+            named[topic] = cursor
+        return named, {topic: one for topic, one in self._received_topics.items() if topic not in named}
 
     def _received(self, frame: Frame) -> None:
         kind = frame["type"]
@@ -406,11 +430,15 @@ class Client:
         self.welcomes = [*self.welcomes[-99:], frame]
         # If a reset follows, it brings its own cursor.
         self._received_cursor = frame["cursor"]
-        self._received_topics = dict(frame["topics"])
+        self._received_topics = frame["topics"] | self._beyond
         self.cursor = self.cursor or frame["cursor"]
-        self.topics = {topic: self.topics.get(topic, cursor) for topic, cursor in frame["topics"].items()}
+        self.topics = {topic: self.topics.get(topic, cursor) for topic, cursor in self._received_topics.items()}
         self._welcomed.set()
         assert self._ws
+        if self._beyond:
+            # Without an id, so that they are not repeated: a repeat would go back to an older place.
+            follows = [{"action": "follow", "topic": topic, "cursor": one} for topic, one in self._beyond.items()]
+            self._following = asyncio.create_task(_send_all(self._ws, follows))
         for request, future in list(self._open.values()):
             if not future.done():
                 asyncio.ensure_future(_quietly(self._ws.send(json.dumps(request))))  # noqa: RUF006 - bounded by _open
@@ -456,6 +484,12 @@ class Client:
 async def _quietly(sending: Any) -> None:
     with contextlib.suppress(websockets.ConnectionClosed):
         await sending
+
+
+async def _send_all(ws: ClientConnection, frames: list[Frame]) -> None:
+    with contextlib.suppress(websockets.ConnectionClosed):  # the next connection sends them
+        for frame in frames:
+            await ws.send(json.dumps(frame))
 
 
 def _said(response: Response) -> str:
