@@ -30,8 +30,8 @@ from tidewire.model.protocol import (
     request_id,
 )
 from tidewire.model.records import JSON, Principal
+from tidewire.process.http import serve_http
 from tidewire.process.lifecycle import Service
-from tidewire.process.telemetry import serve_http
 
 from . import handshake, rechecks
 from .connection import Connection

@@ -14,6 +14,7 @@ import pytest
 import websockets
 
 from tidewire import App, everyone
+from tidewire.process import http
 from tidewire.testing import Stage
 
 from .conftest import PATIENCE_S, Open, eventually, make_app, wire
@@ -159,6 +160,56 @@ async def test_everything_is_served_under_a_prefix(open_stage: Open) -> None:
         with pytest.raises(websockets.InvalidStatus, match="404"):
             async with wire(stage, key=key, path="/v1"):
                 pass
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "",
+        "POST /v1/ping HTTP/1.1\r\nHost: x\r\n",
+        "POST /v1/ping HTTP/1.1\r\nHost: x\r\nauth_key: {key}\r\nContent-Length: 100\r\n\r\n{{",
+        "POST /v1/ping HTTP/1.1\r\nHost: x\r\nauth_key: {key}\r\nContent-Length: 2\r\n\r\n{{}}POST",
+    ],
+    ids=["silent", "half a head", "half a body", "half a second head"],
+)
+async def test_a_peer_that_does_not_go_on_is_closed(stage: Stage, monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
+    for name in ("HEAD_S", "BODY_S"):
+        monkeypatch.setattr(http, name, 0.3)
+    key = await stage.key("alice")
+    async with raw(stage) as (reader, writer):
+        writer.write(sent.format(key=key).encode())
+        async with asyncio.timeout(PATIENCE_S):
+            with contextlib.suppress(ConnectionResetError):
+                while await reader.read(1000):
+                    pass
+
+
+async def test_a_slow_reader_of_events_is_not_late(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-outs are about requests. A response may take as long as it will."""
+    for name in ("HEAD_S", "BODY_S"):
+        monkeypatch.setattr(http, name, 0.2)
+    async with raw(stage) as (reader, writer):
+        writer.write(f"GET /v1/feed?auth_key={await stage.key('alice')} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await reader.readuntil(b"welcome")
+        await asyncio.sleep(0.5)
+        alice = await stage.client("alice")
+        await alice.put("notes", {"id": "n", "owner": "alice"})
+        async with asyncio.timeout(PATIENCE_S):
+            await reader.readuntil(b'"table":"notes"')
+
+
+async def test_beyond_the_bound_connections_are_closed_and_the_others_live(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with raw(stage) as (reader, writer):
+        writer.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await read(reader)).status == 404
+        monkeypatch.setattr(http, "max_connections", lambda: 1)
+        async with raw(stage) as (refused, _), asyncio.timeout(PATIENCE_S):
+            with contextlib.suppress(ConnectionResetError):
+                assert await refused.read(1) == b""
+        writer.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await read(reader)).status == 404
 
 
 async def test_nothing_tells_the_name_of_the_server(stage: Stage) -> None:

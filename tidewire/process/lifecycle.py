@@ -15,6 +15,7 @@ import structlog
 
 from tidewire.errors import ConfigurationError
 from tidewire.process import telemetry
+from tidewire.process.http import serve_http
 from tidewire.process.keeper import Keeper
 from tidewire.process.partition.worker import Worker
 from tidewire.process.registry import Registry
@@ -131,7 +132,7 @@ async def run_service(service: Service, admin: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     service.tell(lambda: {"admin_port": admin.getsockname()[1]})
-    async with telemetry.serve_http(telemetry.admin_app(service.missing), admin), service.running():
+    async with serve_http(telemetry.admin_app(service.missing), admin), service.running():
         log.info("service_started", service=service.kind, id=service.registry.id)
         await service.stopping.wait()
     log.info("service_stopped", service=service.kind)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import structlog
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-
-from tidewire.errors import ConfigurationError
 
 _traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 """Tracebacks name no local variables: these may hold credentials, or items of users."""
@@ -46,57 +40,6 @@ def configure_logging(log_format: str, level: str = "info") -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about malformed requests
-
-
-class _Server(uvicorn.Server):
-    """uvicorn inside a service: the service handles signals, and the server ends at once when it is told to."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._told = asyncio.Event()
-
-    def end(self) -> None:
-        self.should_exit = True
-        self._told.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def main_loop(self) -> None:
-        ticks = itertools.count()
-        while not await self.on_tick(next(ticks)):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await self._told.wait()
-
-
-@contextlib.asynccontextmanager
-async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
-    """Serve an ASGI application on a bound socket while the block runs."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=2,
-        ws="none",
-        server_header=False,
-        proxy_headers=False,  # anybody could name another address
-    )
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-    try:
-        while not server.started:
-            if task.done():
-                task.result()
-                raise ConfigurationError("the HTTP server did not start")
-            await asyncio.sleep(0.01)
-        yield
-    finally:
-        server.end()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 def admin_app(ready: Callable[[], str | None]) -> Starlette:
