@@ -34,6 +34,7 @@ from tidewire.tasks import end
 from .budget import Room
 from .core import Admission, Core
 from .deadline import Deadline
+from .frames import Gathered
 from .peers import Mark, Peer
 from .subscriptions import Openings, Subscriptions
 from .work import Work
@@ -129,6 +130,10 @@ class Connection:
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue an encoded frame without waiting. The caller has checked that the connection is not `full`."""
         self.peer.write(data, *marks)
+
+    def write_gathered(self, gathered: Gathered) -> None:
+        """Queue all of these frames without waiting. The caller has checked that the connection is not `full`."""
+        self.peer.write_gathered(gathered)
 
     async def send(self, frame: JSON, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow. Raises ConnectionClosed."""

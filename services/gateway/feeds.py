@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import structlog
@@ -19,14 +18,13 @@ from prometheus_client import Counter
 from redis.exceptions import RedisError
 
 from tidewire.model.feeds import Announcement, Cursor, FeedEntry, Reset, follow_on, head_of, resume
-from tidewire.model.protocol import feed_frame, json_to_msgpack
-from tidewire.model.records import FeedBody, unpack
 from tidewire.redis.backend import Backend
-from tidewire.redis.functions import LARGE_BODY_BYTES
 from tidewire.redis.keys import Home
 from tidewire.tasks import end
 
 from .bodies import Bodies
+from .frames import FeedFrame, Gathered
+from .passes import Passes
 
 log = structlog.get_logger(__name__)
 
@@ -35,48 +33,15 @@ READ_BATCH_BYTES = 1 << 20
 """Maximum entries of a feed that one call reads, and maximum bytes of their bodies. At least one entry is read."""
 MAX_WAITING = 1000
 """Maximum announcements of a feed that wait for the body of an entry before them. Beyond it, the feed is read."""
+MAX_GATHERED_BYTES = 1 << 20
+"""Maximum bytes of frames of a feed that gather for one pass. Beyond it, its followers read the feed."""
+FOLLOWERS_BATCH = 16
+"""Followers between two looks at the clock."""
 CHECK_S = 10.0
 """Seconds between two checks of a feed. A check keeps the feed open, and finds entries whose announcement was lost."""
 
 REPAIRED = Counter("tidewire_gateway_feeds_mended_total", "Feeds read because an announcement may have been missed.")
 RESETS = Counter("tidewire_gateway_resets_total", "Resets of whole feeds while they were followed.", ["reason"])
-
-
-@functools.lru_cache(maxsize=32)
-def _large(body: bytes) -> FeedBody:
-    """Decode a large body, which mostly goes to many feeds.
-
-    A bytes object caches its hash, so a hit costs no pass over it.
-    """
-    return FeedBody(*unpack(body))
-
-
-def _body(body: bytes) -> FeedBody:
-    return _large(body) if len(body) > LARGE_BODY_BYTES else FeedBody(*unpack(body))
-
-
-class FeedFrame:
-    """One entry as a frame. It is encoded at most once for each encoding, however many connections get it."""
-
-    __slots__ = ("_msgpack", "condition", "cursor", "json", "mark", "type")
-
-    def __init__(self, cursor: Cursor, entry: FeedEntry, topic: str | None) -> None:
-        body = _body(entry.body)
-        self.cursor = cursor
-        self.mark = (topic, str(cursor))
-        self.type = body.type
-        self.condition = body.asks
-        """What a connection's claims must meet for its peer to get the frame."""
-        self.json = feed_frame(body, self.mark[1], topic)
-        self._msgpack: bytes | None = None
-
-    def encoded(self, *, binary: bool) -> bytes:
-        """The frame in MessagePack if `binary`, else in JSON."""
-        if not binary:
-            return self.json
-        if self._msgpack is None:
-            self._msgpack = json_to_msgpack(self.json)
-        return self._msgpack
 
 
 class Follower(Protocol):
@@ -85,8 +50,8 @@ class Follower(Protocol):
     live: bool
     cursor: Cursor
 
-    def deliver(self, frame: FeedFrame) -> None:
-        """Send the frame now, or stop being live."""
+    def deliver(self, gathered: Gathered) -> None:
+        """Send the frames now, or stop being live."""
 
     def start_over(self, reset: Reset) -> None:
         """Send a reset: entries are lost."""
@@ -98,7 +63,10 @@ class Follower(Protocol):
 class Feed:
     """One feed that connections of this gateway follow. `topic` is None for a user's own feed."""
 
-    def __init__(self, home: Home, key: bytes, topic: str | None) -> None:
+    def __init__(self, home: Home, key: bytes, topic: str | None, passes: Passes) -> None:
+        self._passes = passes
+        self._gathered: list[FeedFrame] = []
+        self._gathered_bytes = 0
         self.home = home
         self.key = key
         self.topic = topic
@@ -112,17 +80,36 @@ class Feed:
         self.waiting: list[Announcement] = []  # behind an entry whose body is being fetched, in order
 
     def advance(self, cursor: Cursor, entry: FeedEntry) -> None:
-        """Move the head over the next entry, and deliver it."""
+        """Move the head over the next entry, and have it delivered in the next pass."""
         self.head = cursor
-        live = [follower for follower in self.followers if follower.live]
-        if live:
-            frame = FeedFrame(cursor, entry, self.topic)
-            for follower in live:
-                follower.deliver(frame)
+        if not any(follower.live for follower in self.followers):
+            self._gathered.clear()
+            return  # who becomes live later has read the feed up to its head
+        frame = FeedFrame(cursor, entry, self.topic)
+        self._gathered_bytes += len(frame.json)
+        if self._gathered_bytes > MAX_GATHERED_BYTES:
+            self._gathered.clear()  # the followers find a gap, and continue from the feed
+            self._gathered_bytes = len(frame.json)
+        self._gathered.append(frame)
+        self._passes.add(self)
+
+    def deliver(self) -> Iterator[None]:
+        """Deliver what has gathered to the live followers, yielding after some each."""
+        frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if not frames:
+            return
+        gathered = Gathered(frames)
+        for number, follower in enumerate([follower for follower in self.followers if follower.live], 1):
+            if follower.live:  # it may have ended in the meantime
+                follower.deliver(gathered)
+            if number % FOLLOWERS_BATCH == 0:
+                yield
 
     def reset(self, reset: Reset) -> None:
         """Move the head to the cursor of a reset, and tell all live followers."""
         RESETS.labels(reset.reason).inc()
+        for _ in self.deliver():
+            pass  # what came before the reset
         self.head = reset.cursor
         for follower in [follower for follower in self.followers if follower.live]:
             follower.start_over(reset)
@@ -144,6 +131,7 @@ class Feeds:
         self._backend = backend
         self._window_ms = int(window_s * 1000)
         self._feeds: dict[bytes, Feed] = {}
+        self._passes = Passes()
         self._bodies = Bodies(backend)
         self._fetching: dict[bytes, list[Feed]] = {}  # by id of a body: feeds whose entry refers to it
         self._subscriber = backend.subscriber(self._on_message)
@@ -153,7 +141,7 @@ class Feeds:
         """Open a feed, subscribe to it, and learn its head. Each call needs a `leave`. Raises redis-py's errors."""
         feed = self._feeds.get(key)
         if feed is None:
-            feed = self._feeds[key] = Feed(self._backend.keys.home_of(key), key, topic)
+            feed = self._feeds[key] = Feed(self._backend.keys.home_of(key), key, topic, self._passes)
             feed.ready = asyncio.create_task(self._start(feed), name="feed")
         feed.users += 1
         assert feed.ready

@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
-from websockets.asyncio.server import ServerConnection, broadcast
+from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
 from tidewire.errors import BadRequest
+
+from .frames import Gathered, data_frame
 
 Take = Callable[[str | bytes], Awaitable[None]]
 Mark = tuple[str | None, str]
@@ -41,6 +43,9 @@ class Peer(Protocol):
 
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue a frame without waiting."""
+
+    def write_gathered(self, gathered: Gathered) -> None:
+        """Queue all of these frames without waiting."""
 
     def write_raw(self, data: bytes) -> None:
         """Queue data of an administrator as a frame of its own, without waiting: text if it is UTF-8."""
@@ -71,13 +76,24 @@ class Websocket:
         return self._ws.transport.get_write_buffer_size()
 
     def write(self, data: bytes, *marks: Mark) -> None:
-        broadcast([self._ws], data if self.binary else data.decode())
+        self._write(data_frame(data, binary=self.binary))
+
+    def write_gathered(self, gathered: Gathered) -> None:
+        self._write(gathered.wire(binary=self.binary))
+
+    def _write(self, wire: bytes) -> None:
+        """Write whole frames, unless a close frame has been sent or the transport is closing."""
+        ws = self._ws
+        if ws.state is State.OPEN and not ws.transport.is_closing():
+            ws.transport.write(wire)
 
     def write_raw(self, data: bytes) -> None:
         try:
-            broadcast([self._ws], data.decode())
+            data.decode()
         except UnicodeDecodeError:
-            broadcast([self._ws], data)
+            self._write(data_frame(data, binary=True))
+        else:
+            self._write(data_frame(data, binary=False))
 
     async def send(self, data: bytes, *marks: Mark) -> None:
         await self._ws.send(data, text=not self.binary)
@@ -115,6 +131,10 @@ class EventStream:
     def write(self, data: bytes, *marks: Mark) -> None:
         self._cursors.update(marks)
         self._queue(b"id: %s\ndata: %s\n\n" % (event_id(self._cursors), data))
+
+    def write_gathered(self, gathered: Gathered) -> None:
+        for frame in gathered.frames:
+            self.write(frame.json, frame.mark)
 
     def write_raw(self, data: bytes) -> None:
         lines = data.decode(errors="replace").splitlines() or [""]

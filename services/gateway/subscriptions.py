@@ -22,7 +22,8 @@ from tidewire.tasks import end
 
 from .core import Core
 from .deadline import Deadline
-from .feeds import Feed, FeedFrame
+from .feeds import Feed
+from .frames import FeedFrame, Gathered
 from .peers import Mark
 
 WHOLE_FEED = 1 << 40
@@ -46,6 +47,9 @@ class Outlet(Protocol):
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue an encoded frame without waiting."""
 
+    def write_gathered(self, gathered: Gathered) -> None:
+        """Queue all of these frames without waiting."""
+
     async def send(self, frame: Any, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow."""
 
@@ -67,10 +71,23 @@ class Subscription:
     replay: asyncio.Task[None] | None = None
     """The task that reads the feed for it."""
 
-    def deliver(self, frame: FeedFrame) -> None:
+    def deliver(self, gathered: Gathered) -> None:
         if self.owner.outlet.full():
             self._fall_behind()
-        elif frame.cursor.seq > self.cursor.seq:  # else the replay has sent it already
+        elif gathered.for_all and gathered.follow_on(self.cursor):
+            self.cursor = gathered.last
+            self.owner.outlet.write_gathered(gathered)
+        else:
+            self._deliver_each(gathered)
+
+    def _deliver_each(self, gathered: Gathered) -> None:
+        """Deliver the frames that this peer lacks, and that are for it."""
+        for frame in gathered.frames:
+            if frame.cursor.epoch != self.cursor.epoch or frame.cursor.seq <= self.cursor.seq:
+                continue  # it was reset, or the replay has sent the frame already
+            if frame.cursor.seq != self.cursor.seq + 1:
+                self._fall_behind()  # too much had gathered
+                return
             self.cursor = frame.cursor
             if self.owner.accepts(frame):
                 self.owner.outlet.write(frame.encoded(binary=self.owner.outlet.binary), frame.mark)
