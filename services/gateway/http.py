@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
@@ -39,8 +40,8 @@ from . import administration, handshake
 from .connection import Connection
 from .core import Admission, Core
 from .deadline import Deadline
+from .event_stream import EventIds, EventStream, read_event_id
 from .origins import Cors, Origins
-from .peers import EventStream, read_event_id
 from .proxies import TrustedProxies
 
 log = structlog.get_logger(__name__)
@@ -160,10 +161,6 @@ def _answered(
 async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies, request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
-    cursor, topics = read_event_id(request.headers.get("Last-Event-ID", ""))
-    topics = wanted.topics | topics
-    if problem := topics_problem(topics):
-        raise BadRequest(problem)
     if core.service.stopping.is_set():
         raise Overloaded("this server is leaving: connect again")
     if wanted.auth_key is None:
@@ -172,12 +169,21 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
         )
     deadline = Deadline(core.settings.welcome_timeout_s)
     principal = await deadline.bound(core.gatekeeper.authorize(wanted.auth_key))
+    last_id = request.headers.get("Last-Event-ID", "")
+    deadline.step = "Redis to say where the stream continues"
+    try:
+        cursor, topics = await deadline.bound(read_event_id(core.backend, last_id, wanted.topics))
+    except (RedisError, OSError):
+        raise Overloaded("Redis does not answer: connect again") from None
+    if problem := topics_problem(topics):
+        raise BadRequest(problem)
     if request.method == "HEAD":
         return Response(headers=EVENT_HEADERS, media_type=EVENTS)
     peer = EventStream(
         proxies.source(request.client.host if request.client else "", request.headers.getlist("X-Forwarded-For")),
         request.headers.get("User-Agent", ""),
         core.settings.limit_queued_bytes,
+        EventIds(core.backend),
     )
     connection = Connection(core, peer, principal, deadline)
 

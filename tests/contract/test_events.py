@@ -13,6 +13,7 @@ from urllib.parse import urlencode, urlsplit
 import pytest
 
 from tidewire.redis import keyring
+from tidewire.services.gateway.event_stream import MAX_ID_BYTES
 from tidewire.testing import Stage
 
 from .conftest import PATIENCE_S, Frame, Open, as_user, eventually
@@ -102,6 +103,47 @@ async def test_the_feed_comes_as_events_and_goes_on_after_the_last_id(stage: Sta
         assert ids == {"n2", "t2"}, "once each, and what was had before does not come again"
         await writer.do("put", table="notes", item={"id": "n3", "owner": "alice"})
         assert (await reader.change())["key"] == {"id": "n3"}
+
+
+MANY = {f"cell:{number:03}-{'x' * 20}": "" for number in range(120)}
+
+
+async def test_ids_stay_short_with_many_topics_and_continue_all_of_them(stage: Stage, stack: AsyncExitStack) -> None:
+    writer = await as_user(stage, stack, "writer")
+    key, topics = await stage.key("alice"), json.dumps(MANY)
+    moved = [sorted(MANY)[number] for number in (0, 7, -1)]
+
+    async def write(when: str) -> None:
+        for topic in moved:
+            await writer.do("put", table="tiles", item={"id": f"{when} {topic}", "cell": topic.removeprefix("cell:")})
+
+    async with events(stage, auth_key=key, topics=topics) as reader:
+        assert MANY.keys() <= (await reader.next())["topics"].keys()
+        assert len(reader.last_id) <= MAX_ID_BYTES
+        await write("one")
+        assert len({(await reader.change())["key"]["id"] for _ in moved}) == len(moved)
+        assert len(reader.last_id) <= MAX_ID_BYTES, "moved topics are named beside the name of the kept ones"
+    last = reader.last_id
+    await write("two")
+    async with events(stage, {"Last-Event-ID": last}, auth_key=key, topics=topics) as reader:
+        assert (await reader.next())["resumed"]
+        heard = {(await reader.change())["key"]["id"] for _ in moved}
+        assert heard == {f"two {topic}" for topic in moved}
+
+
+async def test_ids_whose_cursors_redis_has_lost_begin_with_resets(stage: Stage) -> None:
+    key, topics = await stage.key("alice"), json.dumps(MANY)
+    async with events(stage, auth_key=key, topics=topics) as reader:
+        await reader.next()
+    name = json.loads(reader.last_id)["kept"]
+    assert await stage.backend.commands.delete(stage.backend.keys.event_cursors(name)) == 1
+    async with events(stage, {"Last-Event-ID": reader.last_id}, auth_key=key, topics=topics) as reader:
+        await reader.next()
+        reset: set[str] = set()
+        while reset != MANY.keys():  # nothing is lost silently
+            frame = await reader.next()
+            if frame["type"] == "reset":
+                reset.add(frame["topic"])
 
 
 async def test_a_cursor_that_is_unknown_is_a_reset(stage: Stage) -> None:

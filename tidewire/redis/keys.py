@@ -278,6 +278,10 @@ class Keys:
         """Stream with a TTL: the answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")
 
+    def event_cursors(self, name: str) -> bytes:
+        """String with a TTL: the cursors that the ids of a stream of events refer to, by topic, packed."""
+        return self._global(b"e-" + name.encode(), b"cursors")
+
     def orders(self, gateway: str) -> bytes:
         """Stream with a TTL: what other gateways order one to do with its connections."""
         return self._global(b"g-" + gateway.encode(), b"orders")

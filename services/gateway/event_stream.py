@@ -1,0 +1,206 @@
+"""The feed as server-sent events: the stream, and the ids by which a browser continues it.
+
+A browser keeps the id of the last event alone, and returns it in a header. So each id must stand for the cursors of the
+feed and of all topics. With many topics it would become too long for the header, and be repeated in each event. Beyond
+`MAX_ID_BYTES` the cursors are kept in Redis under a name, and the ids say the name and what has moved since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import structlog
+from redis.exceptions import RedisError
+from websockets.exceptions import ConnectionClosed
+
+from tidewire.errors import BadRequest
+from tidewire.model.records import pack, unpack
+from tidewire.redis.backend import Backend
+
+from .frames import Gathered
+from .peers import Mark, Take
+
+log = structlog.get_logger(__name__)
+
+COMMENT_S = 15.0
+"""Seconds of silence after which an event stream sends a comment, because proxies end silent connections."""
+RETRY_MS = 1000
+"""Milliseconds after which a browser reconnects an event stream."""
+MAX_ID_BYTES = 1024
+"""Length from which an id is shortened. Proxies bound a header to 8 KiB or less."""
+KEPT_S = 86_400
+"""How long kept cursors outlive their storing, in seconds. They are stored anew after half of that."""
+
+
+class EventIds:
+    """The ids of the events of one stream."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._cursor: str | None = None
+        self._topics: dict[str, str] = {}
+        self._name: str | None = None
+        self._moved: set[str] = set()
+        """Topics whose cursors are not those that are kept under the name."""
+        self._kept_until = 0.0
+        self._storing: asyncio.Task[None] | None = None
+
+    def move(self, *marks: Mark) -> None:
+        """Note the cursors that the next event moves the stream to."""
+        for topic, cursor in marks:
+            if topic is None:
+                self._cursor = cursor
+            else:
+                self._topics[topic] = cursor
+                self._moved.add(topic)
+
+    def id(self) -> bytes:
+        """Encode the cursors as one line of ASCII. If it is long, the next ones will be shorter."""
+        moved = {topic: self._topics[topic] for topic in self._moved}
+        fields: dict[str, Any] = {"cursor": self._cursor, "topics": moved}
+        if self._name:
+            fields["kept"] = self._name
+        encoded = json.dumps(fields, separators=(",", ":")).encode()
+        if (len(encoded) > MAX_ID_BYTES or (self._name and time.time() > self._kept_until)) and not self._storing:
+            self._storing = asyncio.create_task(self._store(), name="event_ids")
+        return encoded
+
+    async def shorten(self) -> None:
+        """Wait until the next id is short, if Redis can store the cursors."""
+        if len(self.id()) > MAX_ID_BYTES and self._storing:
+            await asyncio.shield(self._storing)
+
+    def end(self) -> None:
+        """Store nothing more."""
+        if self._storing:
+            self._storing.cancel()
+
+    async def _store(self) -> None:
+        name, topics = secrets.token_hex(12), dict(self._topics)
+        try:
+            key = self._backend.keys.event_cursors(name)
+            await self._backend.calls([("SET", key, pack(topics), "EX", KEPT_S)])
+        except (RedisError, OSError) as error:
+            log.warning("event_ids_not_kept", error=str(error))  # they stay long, and work
+        else:
+            self._name, self._kept_until = name, time.time() + KEPT_S / 2
+            self._moved = {topic for topic, cursor in self._topics.items() if topics.get(topic) != cursor}
+        finally:
+            self._storing = None
+
+
+class _Id(msgspec.Struct):
+    cursor: str | None = None
+    topics: dict[str, str] = {}
+    kept: str | None = None
+
+
+LOST = "lost"
+"""A cursor that no feed knows: its reader gets a reset."""
+
+
+async def read_event_id(backend: Backend, text: str, asked: dict[str, str]) -> tuple[str | None, dict[str, str]]:
+    """Decode an id to the cursor of the feed and those of the topics. `asked`: the topics in the query.
+
+    If Redis has lost the kept cursors, each topic that was asked for begins with a reset. Raises BadRequest.
+    """
+    if not text:
+        return None, asked
+    try:
+        id_ = msgspec.json.decode(text, type=_Id)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        raise BadRequest("Last-Event-ID: the id of an event of this stream is needed, as it came") from None
+    topics = asked
+    if id_.kept is not None:
+        (raw,) = await backend.calls([("GET", backend.keys.event_cursors(id_.kept[:100]))])
+        topics = asked | (unpack(raw) if raw else dict.fromkeys(asked, LOST))
+    return id_.cursor, topics | id_.topics
+
+
+class EventStream:
+    """A stream of server-sent events (HTML Living Standard, section 9.2). The id of an event stands for all cursors."""
+
+    binary = False
+
+    def __init__(self, source_ip: str, user_agent: str, limit_bytes: int, ids: EventIds) -> None:
+        self.source_ip = source_ip
+        self.user_agent = user_agent
+        self._ids = ids
+        self._limit_bytes = limit_bytes
+        self._events: deque[bytes] = deque([b"retry: %d\n\n" % RETRY_MS])
+        self._queued_bytes = 0
+        self._closed = False
+        self._moved = asyncio.Event()  # set when an event is queued or taken, and when the stream is closed
+
+    def is_open(self) -> bool:
+        return not self._closed
+
+    def queued_bytes(self) -> int:
+        return self._queued_bytes
+
+    def write(self, data: bytes, *marks: Mark) -> None:
+        self._ids.move(*marks)
+        self._queue(b"id: %s\ndata: %s\n\n" % (self._ids.id(), data))
+
+    def write_gathered(self, gathered: Gathered) -> None:
+        for frame in gathered.frames:
+            self.write(frame.json, frame.mark)
+
+    def write_raw(self, data: bytes) -> None:
+        lines = data.decode(errors="replace").splitlines() or [""]
+        self._queue("".join(f"data: {line}\n" for line in lines).encode() + b"\n")
+
+    async def send(self, data: bytes, *marks: Mark) -> None:
+        while not self._closed and self._queued_bytes > self._limit_bytes:
+            await self._wait()
+        if self._closed:
+            raise ConnectionClosed(None, None)
+        self._ids.move(*marks)
+        await self._ids.shorten()
+        self.write(data)
+
+    async def close(self, code: int, reason: str) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Send no more than what is queued."""
+        self._ids.end()
+        self._closed = True
+        self._moved.set()
+
+    async def receive(self, take: Take) -> None:
+        while not self._closed:  # it sends nothing
+            await self._wait()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The body of the response, until the stream is closed."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                self._queued_bytes -= len(event)
+                self._moved.set()
+                yield event
+            if self._closed:
+                return
+            try:
+                async with asyncio.timeout(COMMENT_S):
+                    await self._wait()
+            except TimeoutError:
+                self._queue(b":\n\n")
+
+    def _queue(self, event: bytes) -> None:
+        self._events.append(event)
+        self._queued_bytes += len(event)
+        self._moved.set()
+
+    async def _wait(self) -> None:
+        # Nothing is awaited between the caller's check and this, so no move is missed.
+        self._moved.clear()
+        await self._moved.wait()
