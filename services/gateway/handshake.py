@@ -14,8 +14,13 @@ from tidewire.model.protocol import topics_problem
 from .origins import Origins, split
 
 PATHS = ("/", "/v1")
+MAX_HEADER_BYTES = 32_768
+"""Maximum bytes of all headers of a request, on both ports. Browsers send all cookies of a host."""
 REASON_BYTES = 123
 """Bytes of the reason in a close frame (RFC 6455, section 5.5): a control frame has 125, and the code takes two."""
+
+
+TOO_MANY_HEADERS = f"the headers have more than {MAX_HEADER_BYTES} bytes: send fewer cookies, or topics another way"
 
 
 def close_reason(message: str) -> str:

@@ -62,7 +62,10 @@ class _Sound:
         problem = next((f"the header {name} is there twice" for name in ONCE if len(headers.getlist(name)) > 1), None)
         if "content-length" in headers and "transfer-encoding" in headers:
             problem = "a request has either Content-Length or Transfer-Encoding"
-        if problem:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > handshake.MAX_HEADER_BYTES:
+            response = _json(TooLarge(handshake.TOO_MANY_HEADERS).as_frame(None), 431, {"Connection": "close"})
+            await response(scope, receive, send)
+        elif problem:
             response = _json(BadRequest(problem).as_frame(None), 400, {"Connection": "close"})
             await response(scope, receive, send)
         else:

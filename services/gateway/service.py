@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
+from websockets import http11
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
@@ -77,6 +78,9 @@ class Gateway:
 
     async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake before the library accepts it. None accepts it."""
+        size_bytes = sum(len(name) + len(value) for name, value in request.headers.raw_items())
+        if size_bytes > handshake.MAX_HEADER_BYTES:
+            return self._refuse(ws, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, handshake.TOO_MANY_HEADERS)
         if request.headers.get_all("Sec-WebSocket-Version") not in ([], [VERSION]):
             return _other_version()
         try:
@@ -294,7 +298,11 @@ _CODES = {
     HTTPStatus.FORBIDDEN: "forbidden",
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "too_large",
 }
+
+# The library takes at most 8 KiB a line. It reads this limit from its environment, or from here.
+http11.MAX_LINE_LENGTH = handshake.MAX_HEADER_BYTES
 
 
 def _other_version() -> Response:

@@ -260,6 +260,18 @@ async def test_another_version_of_the_protocol_is_told_ours(stage: Stage) -> Non
     assert (answer.status, answer.headers["sec-websocket-version"]) == (426, "13")
 
 
+@pytest.mark.parametrize(("size", "accepted"), [(20_000, True), (33_000, False)])
+async def test_both_ports_take_the_same_cookies(stage: Stage, size: int, accepted: bool) -> None:
+    key, cookie = await stage.key("alice"), "c" * size
+    head = f"POST /v1/ping HTTP/1.1\nauth_key: {key}\nCookie: {cookie}\nContent-Length: 0"
+    assert (await ask(stage, head)).status == (200 if accepted else 431)
+    async with AsyncExitStack() as stack:
+        if not accepted:
+            stack.enter_context(pytest.raises(websockets.InvalidStatus, match="431"))
+        alice = await stack.enter_async_context(wire(stage, key=key, headers={"Cookie": cookie}))
+        assert alice.welcome["user"] == "alice"
+
+
 async def test_a_frame_before_the_credential_is_small(stage: Stage, stack: AsyncExitStack) -> None:
     early = await stack.enter_async_context(wire(stage, welcome=False))
     await early.send({"action": "auth", "auth_key": "x" * 5000})

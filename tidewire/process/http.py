@@ -23,6 +23,8 @@ BODY_S = 30.0
 """Maximum seconds from the end of the headers to the end of the body."""
 IDLE_S = 5
 """Maximum seconds between two requests of a connection."""
+MAX_HEAD_BYTES = 65_536
+"""Maximum bytes of a request line and headers that are read."""
 DESCRIPTORS_SHARE = 4
 """A server takes at most this part of the process's file descriptors, so that a flood leaves the rest to others."""
 
@@ -111,6 +113,7 @@ async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
     config = uvicorn.Config(
         app,
         http=_Protocol,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=IDLE_S,
         log_config=None,
         access_log=False,
