@@ -48,8 +48,8 @@ def make() -> App:
     app.table("pages", key=("book", "id"), readers=user("owner"), writers=user("owner"))
 
     # An item that it shares with tens of thousands of invented names, and a room of thousands that it writes to.
-    app.table("lists", key="id", readers=user("names"), writers=user("owner"))
-    mobs = app.membership("mobs", group="mob", member="user", writers=user("user"))
+    app.table("lists", key="id", readers=user("names") | user("owner"), writers=user("owner"))
+    mobs = app.membership("mobs", group="mob", member="user", readers=user("user"), writers=user("user"))
     app.table("rants", key=("mob", "id"), readers=mobs.of("mob"), writers=mobs.of("mob"))
     return app
 
