@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import sys
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 import structlog
 from redis.exceptions import RedisError
@@ -61,6 +62,9 @@ class Connection:
         self.refused: RequestError | None = None
         self.id = f"{core.id}-{secrets.token_hex(6)}"
         self.binary = peer.binary
+        self.write_gathered: Callable[[Gathered], None] = peer.write_gathered
+        """Queues frames without waiting. The caller has checked that the connection is not `full`."""
+        self._max_queued_bytes = core.settings.limit_queued_bytes or sys.maxsize
         self.connected_at = self.active_at = core.now_ms()
         self.open = True
         self.welcomed = False
@@ -124,16 +128,11 @@ class Connection:
 
     def full(self) -> bool:
         """Whether the peer is so slow that nothing more is queued for it."""
-        limit = self.core.settings.limit_queued_bytes
-        return limit > 0 and self.peer.queued_bytes() > limit
+        return self.peer.queued_bytes() > self._max_queued_bytes
 
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue an encoded frame without waiting. The caller has checked that the connection is not `full`."""
         self.peer.write(data, *marks)
-
-    def write_gathered(self, gathered: Gathered) -> None:
-        """Queue all of these frames without waiting. The caller has checked that the connection is not `full`."""
-        self.peer.write_gathered(gathered)
 
     async def send(self, frame: JSON, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow. Raises ConnectionClosed."""

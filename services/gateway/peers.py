@@ -54,6 +54,8 @@ class Websocket:
 
     def __init__(self, ws: ServerConnection, source_ip: str) -> None:
         self._ws = ws
+        self._protocol = ws.protocol
+        self._transport = ws.transport
         self.binary = ws.subprotocol is not None
         self.source_ip = source_ip
         self.user_agent = ws.request.headers.get("User-Agent", "") if ws.request else ""
@@ -62,7 +64,7 @@ class Websocket:
         return self._ws.state is State.OPEN
 
     def queued_bytes(self) -> int:
-        return self._ws.transport.get_write_buffer_size()
+        return self._transport.get_write_buffer_size()
 
     def write(self, data: bytes, *marks: Mark) -> None:
         self._write(data_frame(data, binary=self.binary))
@@ -72,9 +74,8 @@ class Websocket:
 
     def _write(self, wire: bytes) -> None:
         """Write whole frames, unless a close frame has been sent or the transport is closing."""
-        ws = self._ws
-        if ws.state is State.OPEN and not ws.transport.is_closing():
-            ws.transport.write(wire)
+        if self._protocol.state is State.OPEN and not self._transport.is_closing():
+            self._transport.write(wire)
 
     def write_raw(self, data: bytes) -> None:
         try:

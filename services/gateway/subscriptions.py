@@ -37,6 +37,8 @@ class Outlet(Protocol):
 
     binary: bool
     principal: Principal
+    write_gathered: Callable[[Gathered], None]
+    """Queues all of these frames without waiting."""
 
     def full(self) -> bool:
         """Whether the peer is so slow that nothing more is queued for it."""
@@ -46,9 +48,6 @@ class Outlet(Protocol):
 
     def write(self, data: bytes, *marks: Mark) -> None:
         """Queue an encoded frame without waiting."""
-
-    def write_gathered(self, gathered: Gathered) -> None:
-        """Queue all of these frames without waiting."""
 
     async def send(self, frame: Any, *marks: Mark) -> None:
         """Send a frame, waiting while the peer is slow."""
