@@ -188,13 +188,12 @@ BREAKS = {
         with_parts(["probes", "flap"], STAYING._replace(flap_pause_s=(0.0, 1.0))),
         seconds=60.0,
     ),
-    "nobody notices that the connections to a replaced master were closed": Break(
-        "tidewire/redis/connection.py",
-        "        return writer is not None and not writer.transport.is_closing()\n",
-        "        return writer is not None\n",
-        again("hang_master", None, 6, every_s=8.0),
+    "a worker does not look behind an exception group": Break(
+        "tidewire/process/partition/worker.py",
+        "            cause = _cause(error)\n",
+        "            cause = error\n",
+        again("pause", "broadcaster", 6, lasts_s=6.0, every_s=9.0),
         {"death"},
-        topology="cluster",
     ),
     "nobody looks whether a master was replaced": Break(
         "tidewire/redis/masters.py",
