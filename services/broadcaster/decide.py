@@ -38,7 +38,7 @@ MAX_BATCH_BYTES = 8 << 20
 MAX_REDONE_APPENDS = 2000
 """Maximum appends that are decided again because a later change lacks a fact.
 
-Beyond it, the batch ends before that change.
+Beyond it, the batch ends before the transaction of that change, unless that has changed a group.
 """
 
 
@@ -82,7 +82,7 @@ class Routing:
     groups: dict[Group, dict[str, Item]] = field(default_factory=dict)
     """Groups that changed, as they are after the batch."""
     failed: int = 0
-    """Changes whose audience could not be computed. Nobody receives them."""
+    """Evaluations of `readers` that failed. Such an audience counts as empty."""
 
 
 Steps = Generator[None, bool | None, Routing | set[Group | GroupsOf]]

@@ -1,8 +1,8 @@
 """The members of groups, as the broadcaster of one partition knows them: bounded caches over Redis.
 
 The cache of a group of this partition follows the changes that pass, and nothing else changes it. A group of another
-partition is cached with its version, the id of its last change, which the store writes in the same commit. The
-broadcaster reads the versions once for each batch, and a group's items only if the version differs.
+partition is cached with its version, generation and id of its last change, which the store writes in the same commit.
+The broadcaster reads the versions once for each batch, and a group's items only if the version differs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .decide import Group, GroupMembers, GroupsOf
 MAX_MEMBERS_CACHED = 50_000
 """Maximum members, over all groups, in each cache of a partition. Beyond it, the least recently used group is evicted.
 
-A member whose item has n KiB counts n times. There are two caches: one for groups of the partition itself, and one for
-groups of others."""
+A group counts as its members, or as the KiB of their items, whichever is more. There are two caches: one for groups of
+the partition itself, and one for groups of others."""
 SAMPLE = 16
 """Members of a group whose items are measured to estimate the size of all."""
 

@@ -3,12 +3,11 @@
 It misses changes that were trimmed unread, and those of tables that its application did not declare. A repair has three
 steps:
 
-1. The members of groups are rebuilt from the items, in many small commits, so that no call to Redis is large. The items
-may
-   be ahead of the changes that come next.
+1. The members of groups are rebuilt from the items, in many small commits, so that no call to Redis is large. The
+   items may be ahead of the changes that come next.
 2. All changes up to the newest one at the end of step 1 are passed without delivery. Membership changes among them are
    applied in order, so that the members are exactly those at that change.
-3. All feeds are reset behind that change. Readers query, and find a state that contains it.
+3. All feeds are reset after that change. Readers query, and find a state that contains it.
 
 The first commit notes the repair, and the last one removes the note. Until then, a new owner begins the repair again.
 """

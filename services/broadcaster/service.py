@@ -44,13 +44,13 @@ BODY_GRACE_MS = 60_000
 SWEEP_S = 60.0
 
 CHANGES = Counter("tidewire_broadcaster_changes_total", "Changes passed on.")
-FAILED = Counter("tidewire_broadcaster_failed_total", "Changes whose audience could not be computed. No user got them.")
+FAILED = Counter("tidewire_broadcaster_failed_total", "Evaluations of `readers` that failed.")
 GAPS = Counter("tidewire_broadcaster_gaps_total", "Times that changes were lost before they were read.")
 LOST = Counter("tidewire_broadcaster_lost_total", "Change entries that were trimmed or unreadable.")
 UNKNOWN = Counter("tidewire_broadcaster_unknown_tables_total", "Tables whose changes were passed without knowing them.")
 AGE_SECONDS = Histogram(
     "tidewire_broadcaster_age_seconds",
-    "From a change's write to its feeds.",
+    "Time from a change's write to its append to the feeds.",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 30),
 )
 
@@ -229,7 +229,7 @@ class BroadcasterTenure:
         self._next_passed = max(self._next_passed, until)
         self._next_unknown -= self._versions.names
         self._repair, self._repair_noted = None, False
-        # The position is behind everything that destinations have taken, and not above the next change.
+        # The position is after everything that destinations have taken, and not above the next change.
         reset = FeedReset(Position(self._partition, self._owned.fence.generation, until[0], until[1] + 1))
         links: dict[Home, list[FeedReset]] = {home: [reset] for home in self.destinations()}
         operations += [*self._notes(), RedisCommand("HDEL", partition, (PartitionField.REPAIR,))]
@@ -243,7 +243,7 @@ class BroadcasterTenure:
 
 
 class FeedReset(Struct):
-    """A call that resets all feeds of a destination, because unknown changes before `position` were lost."""
+    """A call that resets all feeds of a destination, because changes before `position` were not delivered."""
 
     position: Position
 

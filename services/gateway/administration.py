@@ -59,7 +59,7 @@ async def _check(core: Core, headers: Mapping[str, str]) -> None:
     """Check that the caller has a service key. Raises Unauthenticated or PermissionDenied."""
     principal = await core.gatekeeper.authorize(credential(headers))
     if principal.role != "service":
-        raise PermissionDenied("/@connections is for service keys only")
+        raise PermissionDenied("/@connections requires a service key")
 
 
 def credential(headers: Mapping[str, str]) -> str:

@@ -15,14 +15,17 @@ from tidewire.redis.functions import referred
 from tidewire.redis.keys import Home
 
 MAX_KEPT_BYTES = 32 << 20
-"""Maximum bytes of bodies that a gateway keeps in memory. The least recently used one is evicted first."""
+"""Maximum bytes of bodies that a gateway keeps in memory. The one that was looked up longest ago is evicted first."""
 
 FETCHED = Counter("tidewire_gateway_bodies_fetched_total", "Large bodies fetched for entries that refer to them.")
 GONE = Counter("tidewire_gateway_bodies_gone_total", "Large bodies that were gone when a reader needed them.")
 
 
 class Bodies:
-    """A cache of bodies. The id of a body is a digest of its content, so a cached one is never out of date."""
+    """A cache of bodies.
+
+    The id of a body is a digest of its position and content, so a cached one is never out of date.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

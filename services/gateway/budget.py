@@ -135,6 +135,6 @@ class AnswerBudget:
 def _refusal(owner: str, limit: int) -> str:
     whose = "of this user" if owner[0] == "u" else "of this gateway"
     return (
-        f"the answers {whose} in flight have {limit} bytes (TIDEWIRE_LIMIT_ANSWER_BYTES, times "
+        f"the answers {whose} in flight would exceed {limit} bytes (TIDEWIRE_LIMIT_ANSWER_BYTES, times "
         f"{USER_SHARE if owner[0] == 'u' else GATEWAY_SHARE}): read them, or ask for less at a time"
     )

@@ -58,7 +58,7 @@ class Connection:
         self.peer = peer
         self.principal = principal
         self.begun = asyncio.Event()
-        """Set when the connection is welcomed, or refused."""
+        """Set when the connection is welcomed, is refused, or has ended."""
         self.refused: RequestError | None = None
         self.id = f"{core.id}-{secrets.token_hex(6)}"
         self.binary = peer.binary
@@ -143,7 +143,7 @@ class Connection:
         await self.peer.send(data, *marks)
 
     def description(self) -> dict[str, JSON]:
-        """Return when it began (ms since 1970), when the peer last sent something, and whose it is."""
+        """Return its beginning, when the peer last sent something (ms since 1970), address and user agent."""
         return {
             "connected_at": self.connected_at,
             "active_at": self.active_at,

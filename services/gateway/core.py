@@ -1,5 +1,4 @@
-"""What the connections, the HTTP routes and the tasks of one gateway share: the ways to store, authorizers and
-feeds."""
+"""What the connections, the HTTP routes and the tasks of one gateway share: access to store, authorizers and feeds."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ from .work import FREE, MAX_HTTP_WAIT_S, Work, WorkBudget
 REPLAYED_BYTES_PER_MS = 50_000
 """Bytes of a feed that cost about a millisecond to read and to send to one connection."""
 OWN_USER = "tidewire:gateway"
-"""The user of commands that the gateway gives itself."""
+"""The user under which the gateway issues its own commands."""
 
 
 class Admission(NamedTuple):
@@ -149,13 +148,13 @@ class Core:
             case Ping():
                 return _ready({})
             case Auth() | Follow() | Unfollow():
-                raise UnsupportedAction(f"{request.action} is for websockets")
+                raise UnsupportedAction(f"{request.action} works only over a websocket")
         return self._store(principal, connection, request, work)
 
     async def _send(self, principal: Principal, connection: str | None, request: Send) -> JSON:
         """Send a message: to a user through store and feed, or to one connection, whichever gateway has it."""
         if principal.role != "service":
-            raise PermissionDenied("send is for service keys only")
+            raise PermissionDenied("send requires a service key")
         if request.connection is None:
             return await self._store(principal, connection, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
@@ -165,7 +164,7 @@ class Core:
     async def _disconnect(self, principal: Principal, request: Disconnect) -> JSON:
         """Close connections on every gateway, and count them."""
         if principal.role != "service":
-            raise PermissionDenied("disconnect is for service keys only")
+            raise PermissionDenied("disconnect requires a service key")
         whom = {"connections": request.connections, "users": request.users}
         counts = await self.orders.to_all(OrderAction.DISCONNECT, **whom)
         return {"disconnected": sum(counts)}

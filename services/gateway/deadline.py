@@ -15,7 +15,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-TIMED_OUT = Counter("tidewire_gateway_handshakes_timed_out_total", "Handshakes refused because a step did not end.")
+TIMED_OUT = Counter(
+    "tidewire_gateway_handshakes_timed_out_total", "Handshakes refused because a step did not finish in time."
+)
 
 
 class Deadline:

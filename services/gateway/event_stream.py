@@ -1,6 +1,6 @@
 """The feed as server-sent events: the stream, and the ids by which a browser continues it.
 
-A browser keeps the id of the last event alone, and returns it in a header. So each id must stand for the cursors of the
+A browser keeps only the id of the last event, and returns it in a header. So each id must stand for the cursors of the
 feed and of all topics. With many topics it would become too long for the header, and be repeated in each event. Beyond
 `MAX_ID_BYTES` the cursors are kept in Redis under a name, and the ids say the name and what has moved since.
 """
@@ -34,9 +34,9 @@ COMMENT_S = 15.0
 RETRY_MS = 1000
 """Milliseconds after which a browser reconnects an event stream."""
 MAX_ID_BYTES = 1024
-"""Length from which an id is shortened. Proxies bound a header to 8 KiB or less."""
+"""Length above which an id is shortened. Proxies bound a header to 8 KiB or less."""
 KEPT_S = 86_400
-"""How long kept cursors outlive their storing, in seconds. They are stored anew after half of that."""
+"""How long stored cursors are kept, in seconds. They are stored anew after half of that."""
 
 
 class EventIds:
@@ -109,14 +109,15 @@ LOST = "lost"
 async def read_event_id(backend: Backend, text: str, asked: dict[str, str]) -> tuple[str | None, dict[str, str]]:
     """Decode an id to the cursor of the feed and those of the topics. `asked`: the topics in the query.
 
-    If Redis has lost the kept cursors, each topic that was asked for begins with a reset. Raises BadRequest.
+    If Redis has lost the kept cursors, each topic that was asked for begins with a reset, unless the id has its cursor.
+    Raises BadRequest.
     """
     if not text:
         return None, asked
     try:
         id_ = msgspec.json.decode(text, type=_Id)
     except (msgspec.DecodeError, UnicodeEncodeError):
-        raise BadRequest("Last-Event-ID: the id of an event of this stream is needed, as it came") from None
+        raise BadRequest("Last-Event-ID must be the id of an event of this stream, unchanged") from None
     topics = asked
     if id_.kept is not None:
         (raw,) = await backend.calls([("GET", backend.keys.event_cursors(id_.kept[:100]))])
@@ -176,7 +177,7 @@ class EventStream:
         self._moved.set()
 
     async def receive(self, take: Take) -> None:
-        while not self._closed:  # it sends nothing
+        while not self._closed:  # the peer sends nothing
             await self._wait()
 
     async def events(self) -> AsyncIterator[bytes]:

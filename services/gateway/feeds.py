@@ -2,7 +2,7 @@
 
 The gateway subscribes to the channel of each feed, on which every new entry is announced. A feed has a head: the cursor
 of the last entry that this gateway has seen. An announcement of exactly the next entry moves the head, and the entry
-goes to all live followers. Any other announcement proves that one was missed, so the gateway reads the stream. A
+goes to all live followers. A later one, or one of another epoch or tag, shows a gap, so the gateway reads the stream. A
 follower that is not live (it catches up, or its socket is full) reads the stream by itself until it reaches the head.
 """
 
@@ -94,7 +94,7 @@ class Feed:
         self._passes.add(self)
 
     def deliver(self) -> Iterator[None]:
-        """Deliver what has gathered to the live followers, yielding after some each."""
+        """Deliver what has gathered to the live followers, yielding after every few."""
         frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if not frames:
             return

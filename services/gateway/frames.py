@@ -1,8 +1,8 @@
-"""Frames of feeds: encoded once for all connections, and gathered into one piece of bytes.
+"""Frames of feeds: encoded once for all connections, and gathered into one buffer.
 
-Frames are written to the transport of a websocket past the library that serves it. This is safe: a frame is written
-whole, never within another message, because nothing here sends fragments; and none follows a close frame, because
-`peers.Websocket` looks at the state of the connection first (RFC 6455, sections 5.4 and 5.5.1).
+Frames are written to the transport of a websocket, bypassing the library that serves it. This is safe: a frame is
+written whole, never within another message, because nothing here sends fragments; and none follows a close frame,
+because `peers.Websocket` looks at the state of the connection first (RFC 6455, sections 5.4 and 5.5.1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def data_frame(payload: bytes, *, binary: bool) -> bytes:
 def _large(body: bytes) -> FeedBody:
     """Decode a large body, which mostly goes to many feeds.
 
-    A bytes object caches its hash, so a hit costs no pass over it.
+    `Bodies` gives the same bytes object to all of them. It caches its hash, so a hit costs no pass over it.
     """
     return FeedBody(*unpack(body))
 
@@ -87,7 +87,7 @@ class Gathered:
         return self.first.seq == cursor.seq + 1 and self.first.epoch == cursor.epoch
 
     def wire(self, *, binary: bool) -> bytes:
-        """All frames as they go over a websocket, in one piece."""
+        """All frames as they go over a websocket, in one buffer."""
         if binary not in self._wires:
             self._wires[binary] = b"".join(
                 data_frame(frame.encoded(binary=binary), binary=binary) for frame in self.frames

@@ -25,7 +25,10 @@ MAX_CACHED = 100_000
 
 
 class Gatekeeper:
-    """Authorizes credentials. A cached answer is at most `cache_s` seconds old, and never older than a revocation."""
+    """Authorizes credentials.
+
+    A cached answer is at most `cache_s` seconds old, and is dropped when its credential is revoked.
+    """
 
     def __init__(
         self, backend: Backend, bus: Bus, name: Callable[[], str], now_ms: Callable[[], int], cache_s: float
@@ -47,7 +50,7 @@ class Gatekeeper:
             Unauthenticated: the credential is not valid.
             Timeout, Overloaded: no authorizer answers.
         """
-        if ApiKey.parse(auth_key) is None:  # what has no form of a credential is not worth an entry in Redis
+        if ApiKey.parse(auth_key) is None:  # a malformed credential is not worth an entry in Redis
             raise Unauthenticated("the auth_key is not valid")
         digest = hashlib.sha256(auth_key.encode()).digest()
         cached = self._cache.get(digest)

@@ -20,7 +20,7 @@ REASON_BYTES = 123
 """Bytes of the reason in a close frame (RFC 6455, section 5.5): a control frame has 125, and the code takes two."""
 
 
-TOO_MANY_HEADERS = f"the headers have more than {MAX_HEADER_BYTES} bytes: send fewer cookies, or topics another way"
+HEADERS_TOO_LARGE = f"the headers have more than {MAX_HEADER_BYTES} bytes: send fewer cookies, or topics another way"
 
 
 def close_reason(message: str) -> str:
@@ -54,12 +54,12 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
 
 
 def read(path: str, headers: Mapping[str, str], origins: Origins, prefix: str = "") -> Handshake:
-    """Read a handshake, before any authorizer is asked. `prefix` is that of all paths.
+    """Read a handshake, before any authorizer is asked. `prefix` precedes every path.
 
     Raises:
-        NotFound: the path is another one.
+        NotFound: the path is unknown.
         PermissionDenied: the origin is not allowed.
-        BadRequest: the topics are malformed or too many, or a header is there twice.
+        BadRequest: the topics are malformed or too many, or a header appears more than once.
     """
     parts = split(path)
     if parts is None or parts.path not in [prefix + known for known in PATHS]:
@@ -67,7 +67,7 @@ def read(path: str, headers: Mapping[str, str], origins: Origins, prefix: str = 
     try:
         origin, host = headers.get("Origin"), headers.get("Host", "")
     except LookupError:
-        raise BadRequest("the header Origin or Host is there twice") from None
+        raise BadRequest("the header Origin or Host appears more than once") from None
     if origin is not None and not origins.allow(origin, host):
         raise PermissionDenied(f"pages of {origin[:100]} may not connect: see --origins")
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}

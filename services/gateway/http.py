@@ -52,18 +52,20 @@ ONCE = ("host", "origin", "content-length", "transfer-encoding")
 
 
 class _Sound:
-    """Refuses requests on which two readers could disagree, and ends their connection (RFC 9112, sections 3.2, 6.1)."""
+    """Refuses requests that two HTTP parsers could read differently (RFC 9112, sections 3.2 and 6.1)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        problem = next((f"the header {name} is there twice" for name in ONCE if len(headers.getlist(name)) > 1), None)
+        problem = next(
+            (f"the header {name} appears more than once" for name in ONCE if len(headers.getlist(name)) > 1), None
+        )
         if "content-length" in headers and "transfer-encoding" in headers:
-            problem = "a request has either Content-Length or Transfer-Encoding"
+            problem = "a request must not have both Content-Length and Transfer-Encoding"
         if sum(len(name) + len(value) for name, value in scope["headers"]) > handshake.MAX_HEADER_BYTES:
-            response = _json(TooLarge(handshake.TOO_MANY_HEADERS).as_frame(None), 431, {"Connection": "close"})
+            response = _json(TooLarge(handshake.HEADERS_TOO_LARGE).as_frame(None), 431, {"Connection": "close"})
             await response(scope, receive, send)
         elif problem:
             response = _json(BadRequest(problem).as_frame(None), 400, {"Connection": "close"})
@@ -73,7 +75,7 @@ class _Sound:
 
 
 class _Static(StaticFiles):
-    """Files that browsers ask for again at each visit, so that a new version is seen at once. Dotfiles are hidden."""
+    """Files that browsers revalidate at each visit, so that a new version is seen at once. Dotfiles are hidden."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         parts = path.replace("\\", "/").split("/")
@@ -165,7 +167,7 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
     if core.service.stopping.is_set():
-        raise Overloaded("this server is leaving: connect again")
+        raise Overloaded("this server is shutting down: connect again")
     if wanted.auth_key is None:
         raise Unauthenticated(
             "a credential is needed: header auth_key, Authorization: Bearer, or auth_key in the query"
@@ -247,10 +249,10 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
 
 
 async def _lag(core: Core, request: Request) -> Response:
-    """How far each group is behind, over all partitions. Autoscalers ask for it."""
+    """How far each service is behind, over all partitions. Autoscalers ask for it."""
     principal = await core.gatekeeper.authorize(_presented(request))
     if principal.role != "service":
-        raise PermissionDenied("/v1/lag is for service keys only")
+        raise PermissionDenied("/v1/lag requires a service key")
     found = await asyncio.gather(*(total_lag(core.backend, group) for group in LAGGING))
     return _json({group: one._asdict() for group, one in zip(LAGGING, found, strict=True)})
 

@@ -35,7 +35,7 @@ class OrderAction(StrEnum):
     POST = "post"
     """Send `data` to `connection` as it is."""
     DESCRIBE = "describe"
-    """Tell when `connection` began, when it was active, and whose it is."""
+    """Tell when `connection` began and was active, its address and its user agent."""
     DISCONNECT = "disconnect"
     """Close `connections`, and all connections of `users`. Returns how many there were."""
 
@@ -83,7 +83,7 @@ class Orders:
                 stream, lambda number: GatewayOrder(action, fields, deadline, self._registry.id, number)
             )
         finally:
-            with contextlib.suppress(RedisError, OSError):  # a gateway that died reads it no more
+            with contextlib.suppress(RedisError, OSError):  # a gateway that died no longer reads it
                 await self._backend.commands.pexpire(stream, STREAM_TTL_MS)
 
     async def receive(self) -> None:

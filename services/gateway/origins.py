@@ -28,7 +28,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Parse an origin as browsers send it; None if the text is none."""
+        """Parse an origin as browsers send it; None if it is not an origin."""
         parts = split(text)
         if parts is None or not parts.scheme or not parts.hostname:
             return None
@@ -37,7 +37,7 @@ class Origin(NamedTuple):
         try:
             host = parts.hostname.encode("idna").decode() if not parts.hostname.isascii() else parts.hostname
             return cls(parts.scheme.lower(), host, parts.port or DEFAULT_PORTS.get(parts.scheme.lower()))
-        except ValueError:  # a port or a name that cannot be
+        except ValueError:  # a port or a name that is invalid
             return None
 
     def matches(self, other: Origin) -> bool:

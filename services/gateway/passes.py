@@ -1,7 +1,7 @@
-"""Passes: what arrived for feeds leaves together, in slices between which requests get their turn.
+"""Passes: frames that arrive close together leave together, in slices between which requests get their turn.
 
-Frames of a feed gather while the event loop is busy. A pass writes what has gathered to every live follower, as one
-piece of bytes. So a gateway that cannot keep up does less for each frame, not more. Between two slices the loop reads,
+Frames of a feed gather while the event loop is busy. A pass writes what has gathered to every live follower, in one
+buffer. So a gateway that cannot keep up does less for each frame, not more. Between two slices the loop reads,
 answers and pings. Under load a pass begins at most every `PASS_S`: fewer and larger writes cost the sender and the
 receivers less.
 """
@@ -28,7 +28,7 @@ class Source(Protocol):
     """A feed that has gathered frames."""
 
     def deliver(self) -> Iterator[None]:
-        """Deliver what has gathered, yielding after some followers each."""
+        """Deliver what has gathered, yielding after every few followers."""
 
 
 class Passes:

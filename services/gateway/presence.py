@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 RETRY_S = 0.5
 SWEEP_AGAIN_S = 10.0
-"""Seconds between two sweeps of a dead gateway: a write of it may still have been under way."""
+"""Seconds between two sweeps of a dead gateway: one of its writes may still have been in flight."""
 RESTORE_BATCH = 100
 """Connections of one partition whose items are restored at a time."""
 SWEPT_FOR_MS = 3_600_000

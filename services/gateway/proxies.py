@@ -1,4 +1,4 @@
-"""Proxies in front of the gateway: whose word about a client's address counts."""
+"""Proxies in front of the gateway: which are trusted to report a client's address."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrustedProxies:
                 self._networks.append(ip_network(entry, strict=False))
             except ValueError:
                 raise ConfigurationError(
-                    f"--trusted-proxies {entry!r} is no address or network: write 10.0.0.7 or 10.0.0.0/8"
+                    f"--trusted-proxies {entry!r} is neither an address nor a network: write 10.0.0.7 or 10.0.0.0/8"
                 ) from None
 
     def source(self, peer: str, forwarded: Iterable[str]) -> str:
@@ -31,7 +31,7 @@ class TrustedProxies:
         Args:
             peer: the address of the socket's other end.
             forwarded: the values of all headers X-Forwarded-For. Each proxy has added the address of its peer at the
-                end, so only what stands behind the last address that is no trusted proxy's was written by strangers.
+                end, so what stands to the left of the last address that is no trusted proxy's may be forged.
         """
         found = peer
         for hop in reversed([hop.strip() for value in forwarded for hop in value.split(",")]):

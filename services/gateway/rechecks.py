@@ -1,7 +1,8 @@
-"""Rechecks: when a membership ends, the user's connections ask again at once which topics they may follow.
+"""Rechecks: when a membership ends or changes, the user's connections ask again which topics they may follow.
 
 The store publishes the user in the commit that ends the membership. This overtakes the entry in the user's feed, which
-waits for the broadcaster. The announcement may be lost. The entry asks for the recheck again, so it is only faster.
+waits for the broadcaster. The announcement may be lost. The entry asks for the recheck again, so the announcement
+only makes it faster.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ from .proxies import TrustedProxies
 log = structlog.get_logger(__name__)
 
 CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams of events.")
-HANDSHAKES = Counter("tidewire_gateway_handshakes_total", "Handshakes by outcome.", ["outcome"])
+HANDSHAKES = Counter(
+    "tidewire_gateway_handshakes_total", "Handshakes by the outcome of their authorization.", ["outcome"]
+)
 CLOSE_BATCH = 200
 """Connections that a drain closes before other tasks get their turn."""
 VERSION = "13"
@@ -80,7 +82,7 @@ class Gateway:
         """Decide on a handshake before the library accepts it. None accepts it."""
         size_bytes = sum(len(name) + len(value) for name, value in request.headers.raw_items())
         if size_bytes > handshake.MAX_HEADER_BYTES:
-            return self._refuse(ws, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, handshake.TOO_MANY_HEADERS)
+            return self._refuse(ws, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, handshake.HEADERS_TOO_LARGE)
         if request.headers.get_all("Sec-WebSocket-Version") not in ([], [VERSION]):
             return _other_version()
         try:
@@ -88,7 +90,7 @@ class Gateway:
         except RequestError as error:
             return self._refuse(ws, HTTPStatus(error.status), error.message)
         if self.core.service.stopping.is_set():
-            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is leaving: connect again")
+            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: connect again")
         ws.opening = opening = _Opening(wanted, self.deadline())  # type: ignore[attr-defined]
         if wanted.auth_key is None and self.settings.first_frame_auth_s > 0:
             ws.protocol.max_message_size = MAX_FIRST_FRAME_BYTES
@@ -249,7 +251,7 @@ class Gateway:
                 if not connection.full():
                     frame = {"type": "reconnect", "after_ms": random.randint(0, 1000)}
                     connection.write(connection.encode(frame))
-                self._close_soon(connection, 1012, "this server is leaving")
+                self._close_soon(connection, 1012, "this server is shutting down")
             await asyncio.sleep(pause_s)
         if self._closing:
             await asyncio.wait(self._closing, timeout=min(2.0, self.settings.drain_seconds))
@@ -301,7 +303,7 @@ _CODES = {
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "too_large",
 }
 
-# The library takes at most 8 KiB a line. It reads this limit from its environment, or from here.
+# The library takes at most 8 KiB per line. It reads this limit from its environment, or from here.
 http11.MAX_LINE_LENGTH = handshake.MAX_HEADER_BYTES
 
 

@@ -1,8 +1,8 @@
 """The subscriptions of one connection: the user's own feed and topics, each from its own cursor.
 
-A subscription is live, or it catches up. A live one receives each frame as the feed gets it. One that catches up reads
-the feed from its cursor, as fast as the peer takes the frames: after a resume, or when the peer was too slow. The feed
-in Redis is the queue, so the gateway keeps none.
+A subscription is live, or it catches up. A live one receives the frames that its feed gathers. One that catches up
+reads the feed from its cursor, as fast as the peer takes the frames: after a resume, or when the peer was too slow. The
+feed in Redis is the queue, so the gateway keeps no long one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .frames import FeedFrame, Gathered
 from .peers import Mark
 
 WHOLE_FEED = 1 << 40
-"""Limits of a read that exceed the maximum size of a feed."""
+"""A limit above the size of any feed."""
 REFUSED_CURSOR = Cursor("0", 0, "0")
 """A cursor that no feed accepts."""
 
@@ -134,7 +134,7 @@ class Subscriptions:
     def __init__(self, core: Core, outlet: Outlet, deadline: Deadline) -> None:
         self.outlet = outlet
         self.on_reset: Callable[[], None] = lambda: None
-        """Called when the user's own feed begins again: its partition may have lost the connection's item too."""
+        """Called when the user's own feed begins again: Redis may have lost the connection's item too."""
         self._core = core
         self._deadline = deadline
         self._by_topic: dict[str | None, Subscription] = {}  # None: the user's own feed
@@ -219,6 +219,8 @@ class Subscriptions:
         while feed.head != subscription.cursor:
             page = await self._core.feeds.read(feed, subscription.cursor)
             if page.reset:
+                if feed.topic is None:
+                    self.on_reset()
                 await self.outlet.send(*self.begin_again(subscription, page.reset))
             await self._replay(subscription, frames_of(subscription, page.entries))
             if feed.head and page.at_end and feed.head != subscription.cursor:

@@ -29,7 +29,10 @@ class Topics:
                 self._tables.add(name)
 
     def granted(self, principal: Principal) -> set[str]:
-        """Topics that every connection of the principal follows: of tables that all may read, and of its claims."""
+        """Topics that the principal's connections follow without asking.
+
+        Those of tables that everyone may be able to read, and those of its claims.
+        """
         return self._tables | {
             claim_topic(name, value)
             for name, value in principal.claims.items()

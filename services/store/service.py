@@ -246,7 +246,7 @@ def build(service: Service, app: App) -> Worker:
         await versions.publish()
         indexed = await is_needed(app, backend)
         for partition in range(backend.keys.partitions):
-            # From now on, no change is trimmed that one of these groups has not read.
+            # From now on, changes that one of these groups has not read are kept, within the bounds.
             changes = backend.keys.changes(partition)
             await backend.ensure_group(changes, ConsumerGroup.BROADCASTER)
             if indexed:

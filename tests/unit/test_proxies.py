@@ -35,5 +35,5 @@ def test_the_source_is_the_last_address_that_no_trusted_proxy_has(
 
 @pytest.mark.parametrize("setting", ["nginx", "10.0.0.0/99", "10.0.0.7,,x"])
 def test_an_entry_that_is_no_network_is_refused(setting: str) -> None:
-    with pytest.raises(ConfigurationError, match="no address or network"):
+    with pytest.raises(ConfigurationError, match="neither an address nor a network"):
         TrustedProxies(setting)

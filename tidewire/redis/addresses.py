@@ -22,7 +22,7 @@ class ClusterAddress(NamedTuple):
         user, password, nodes, behind = _parts(url, 6379)
         if nodes is None:
             raise ConfigurationError(
-                f"--redis {redacted(url)!r}: write some of the cluster's nodes, as redis+cluster://host:port,host:port"
+                f"--redis {redacted(url)!r}: list one or more of the cluster's nodes, as redis+cluster://host:port,host:port"
             )
         if behind:
             raise ConfigurationError(
@@ -62,7 +62,7 @@ class SentinelsAddress(NamedTuple):
 
 def _parts(url: str, port: int) -> tuple[str | None, str | None, list[tuple[str, int]] | None, str]:
     """Split an address with several nodes into (user, password, nodes, rest). Nodes are None if they are malformed."""
-    # A password may contain anything. The rest contains none of these signs.
+    # A password may contain anything. The rest contains no @.
     login, _, rest = url.partition("://")[2].rpartition("@")
     hosts, *behind = re.split(r"(?=[/?#])", rest, maxsplit=1)
     user, _, password = login.partition(":")

@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 BLOCK_MS = 1000
 """How long, in ms, a blocking read waits at the server.
 
-Shorter than `wire.MAX_SILENCE_S`, after which it would be dropped.
+Shorter than `wire.MAX_SILENCE_S`, after which the connection would be dropped.
 """
 SCAN_BATCH = 1000
 """About how many keys a server looks at in one step of a scan."""
@@ -115,7 +115,7 @@ class Backend:
             return found
 
     async def read(self, streams: Mapping[bytes, bytes | str], count: int | None = None) -> list[StreamEntries]:
-        """Read streams with XREAD, waiting up to a second. Returns [] without entries."""
+        """Read streams with XREAD, waiting up to a second. Returns [] if there are none."""
         return await self.read_now(streams, count, BLOCK_MS)
 
     async def read_group(self, stream: bytes, group: str, consumer: str, count: int) -> list[StreamEntry]:
@@ -184,7 +184,7 @@ class Backend:
         return made
 
     def when_moved(self, callback: Callable[[], None]) -> None:
-        """Register a callback for each replaced master. Writes that it had not replicated are lost."""
+        """Register a callback for changes of the masters. Writes that an old master had not replicated are lost."""
         self._when_moved.append(callback)
 
     def node_of(self, channel: bytes) -> Redis:

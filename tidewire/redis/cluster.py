@@ -33,7 +33,7 @@ class ClusterBackend(MasterWatch):
         self._login: dict[str, Any] = {"username": address.username, "password": address.password}
         self._nodes: dict[Address, Redis] = {}
         self._lookouts: dict[Address, Wire] = {}
-        self._order = list(address.nodes)  # the nodes to ask for the topology, the last one that answered first
+        self._order = list(address.nodes)  # the nodes to ask for the topology, the most recently successful one first
         self._epoch = 0  # of the freshest topology so far
         self._slots = Slots()
         self._fanned = ClusterWire(self._slots, self._wire_to, self.doubt)
@@ -71,9 +71,9 @@ class ClusterBackend(MasterWatch):
     async def _look(self) -> None:
         """Ask one node after another for the topology, until one answers that is not behind.
 
-        A master that hung and was replaced answers with the topology of before, until the others have reached it. Its
+        A master that hung and was replaced answers with the old topology until the other nodes have contacted it. Its
         epoch shows it: each failover raises the epoch of all who took part in it. Answers of a lower epoch than was
-        seen before count only when most nodes give one: then the cluster was made anew.
+        seen before count only when most nodes give one: then the cluster was recreated.
         """
         behind: list[tuple[int, Address, Any]] = []
         refusal: RedisError | None = None

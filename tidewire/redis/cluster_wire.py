@@ -25,7 +25,8 @@ from tidewire.redis.wire import Wire, pause, without_errors
 
 SLOTS = 16384
 MAX_TRIES = 10
-"""Maximum attempts of one call, within about four seconds: a failover takes longer than a restart."""
+"""Maximum attempts of one call; the pauses between them are three to seven seconds in all, because a failover takes
+longer than a restart."""
 ASKING = hiredis.pack_command((b"ASKING",))
 
 Address = tuple[str, int]
@@ -49,11 +50,11 @@ class Slots:
         return {address for address in self._masters if address}
 
     def moved(self, slot: int, to: Address) -> None:
-        """Take over the address in a MOVED answer."""
+        """Adopt the address in a MOVED answer."""
         self._masters[slot] = to
 
     def learn(self, ranges: Iterable[tuple[int, int, Address]]) -> set[Address]:
-        """Take over (first slot, last slot, master) of all slots.
+        """Adopt (first slot, last slot, master) of all slots.
 
         Returns the addresses that have lost all their slots.
         """
@@ -74,13 +75,13 @@ def ranges_of(answer: Sequence[Any], node: Address) -> Iterator[tuple[int, int, 
 
 
 def epoch_of(info: bytes) -> int:
-    """Return the epoch of a CLUSTER INFO answer: how many changes of masters the node has seen. 0 if it says none."""
+    """Return the epoch of a CLUSTER INFO answer: the highest one that the node knows. It grows with each failover."""
     found = re.search(rb"^cluster_current_epoch:(\d+)", info, re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def key_of(command: Sequence[Any]) -> Any:
-    """Return the first key of a command. Any node may answer one without keys.
+    """Return the first key of a command. A command without keys may go to any node.
 
     Raises ValueError for a command that concerns the keys of all nodes.
     """
@@ -164,7 +165,7 @@ class ClusterWire:
                 if number == MAX_TRIES:
                     raise lost
                 await pause(number)
-        raise AssertionError("the last try ends it")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def lose(self, address: Address, why: str) -> None:
         """Break the connections to a node. Their calls are repeated at the nodes that have the slots then."""
@@ -208,7 +209,7 @@ class ClusterWire:
                 if isinstance(error, MovedError) and number == 1:
                     continue  # the right node is known now
             await pause(number)
-        raise AssertionError("the last try ends it")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _ask(self, error: AskError, packed: bytes) -> Any:
         """Return the answer of the node that a slot is moving to, which has the key already."""

@@ -108,7 +108,7 @@ async def _explained(url: str) -> AsyncIterator[None]:
         yield
     except NotACluster:
         raise ConfigurationError(
-            f"{at} is not in cluster mode: name a single server as redis://host:port, or set cluster-enabled yes"
+            f"{at} is not in cluster mode: write a single server as redis://host:port, or set cluster-enabled yes"
         ) from None
     except MovedError:
         raise ConfigurationError(f"{at} is a node of a cluster: name it as redis+cluster://host:port") from None

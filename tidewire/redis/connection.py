@@ -13,8 +13,8 @@ def reconnect_when_closed(client: Redis) -> Redis:
     """Have a client's idle connections reconnect after their transport was closed. Returns the client.
 
     A transport closes when this process aborts it, when the peer resets the connection, or when TCP keepalive gives up.
-    redis-py takes such a connection for connected. Its next command then fails: on uvloop with a RuntimeError, which
-    no caller takes for a lost connection, so that the process would end.
+    redis-py still treats such a connection as connected. Its next command then fails: on uvloop with a RuntimeError,
+    which no caller takes for a lost connection, so that the process would end.
     """
     pool = client.connection_pool
     kind: type[AbstractConnection] = pool.connection_class

@@ -246,7 +246,7 @@ class Functions:
             return await fcall(name, len(keys), *keys, *args)
         except ResponseError as error:
             if "FENCED" in str(error):
-                raise Fenced(f"{name}: another worker owns this partition") from None
+                raise Fenced(f"{name}: this caller no longer owns the partition") from None
             raise
 
     # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -376,11 +376,11 @@ class Functions:
         return int(await self._call("link_append", keys, *args))
 
     async def link_reset(self, to: Home, source: str, epoch: int, position: Position) -> None:
-        """Reset all feeds of a destination, because changes of the source before a position were lost."""
+        """Reset all feeds of a destination, because changes of the source before a position were not delivered."""
         await self._call("link_reset", to, source, epoch, *position[1:])
 
     async def link_apply(self, to: Home, source: str, epoch: int, effects: Iterable[Effect]) -> None:
-        """Do effects in another partition that were not done there yet."""
+        """Do the effects in another partition that have not been applied there."""
         keys: list[bytes] = list(to)
         index = {key: at for at, key in enumerate(keys, 1)}
         args: list[Arg] = [source, epoch]

@@ -20,7 +20,7 @@ def _index_name(table: str, attributes: tuple[str, str]) -> bytes:
 
 
 class Home(NamedTuple):
-    """The first keys of every function that works on a partition."""
+    """The first keys of the functions on links and feeds."""
 
     partition: bytes
     changes: bytes
@@ -223,7 +223,7 @@ class Keys:
         return b"%s:%s" % (membership.encode(), name_of(group))
 
     def rechecks(self, partition: int) -> bytes:
-        """Channel: users whose membership in a group of the partition has ended."""
+        """Channel: users who may have lost the right to follow topics, by a change of a membership in the partition."""
         return self._of(partition, b"rechecks")
 
     # ── feeds: the stream's key is its channel's name too, and its field in `Home.feeds` ────────────────────────────

@@ -18,7 +18,7 @@ from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
-ASTRAY = Counter("tidewire_subscriber_moved_total", "Channels subscribed to anew, as their node is another one.")
+ASTRAY = Counter("tidewire_subscriber_moved_total", "Channels whose node was looked up again.")
 
 PING_S = 1.0
 """Seconds between two pings of a subscriber's connection, because a server that hangs keeps it open."""
@@ -57,7 +57,10 @@ class Subscriber:
         self._moving: asyncio.Task[None] | None = None
 
     async def subscribe(self, channel: bytes) -> None:
-        """Subscribe to a channel. After one of redis-py's errors, the next connection subscribes to it."""
+        """Subscribe to a channel.
+
+        If this raises one of redis-py's errors, the channel is subscribed to on the next connection.
+        """
         connection = self._connection(self._nodes.node_of(channel))
         before = self._at.get(channel, connection)
         if before is not connection:

@@ -24,13 +24,13 @@ from redis.exceptions import AuthenticationError, ConnectionError, MasterDownErr
 LOST = Counter("tidewire_redis_connections_lost_total", "Connections to Redis that ended, or were given up.")
 
 MAX_TRIES = 6
-"""Maximum attempts of one call, within about two seconds. Every command on a wire may be done twice."""
+"""Maximum attempts of one call, with pauses of one to two seconds in all. Every command on a wire may be done twice."""
 MAX_SILENCE_S = 10
 """Maximum seconds for which a server may leave a command unanswered before its connection is dropped."""
 MAX_OPENING_S = 3.0
 """Maximum seconds to make a connection, from its first packet to the end of its login."""
 AT_ONCE_BYTES = 1024
-"""Size from which a call is sent at once, in bytes, instead of with the others of the turn: the server can begin."""
+"""Size above which a call is sent at once, in bytes, instead of with the others of the turn: the server can begin."""
 _NOTHING = object()
 
 
@@ -65,10 +65,13 @@ class Wire:
                 if number == MAX_TRIES - 1:
                     raise
                 await pause(number)
-        raise AssertionError("the last try ends it")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def once(self, packed: list[bytes]) -> list[Any]:
-        """Return the answers of packed commands, with errors among them. Raises ConnectionError if they may be lost."""
+        """Return the answers of packed commands, with errors among them.
+
+        Raises ConnectionError if the answers may be lost.
+        """
         line = self._line if self._line and not self._line.lost else await self._connect()
         answers = await line.ask(packed)
         for answer in answers:
@@ -93,7 +96,8 @@ class Wire:
         return made
 
     def lose(self, why: str, unless_at: tuple[str, int] | None = None) -> None:
-        """Break this connection and those of other wires to the server. Their calls are repeated on new connections.
+        """Break this connection and those of the wires that `another` has made. Their calls are repeated on new
+        connections.
 
         A connection to the address `unless_at` stays.
         """

@@ -24,7 +24,9 @@ end
 
 local function text(n) return string.format('%.0f', n) end
 
-local FENCED = 'FENCED another worker owns this partition'
+-- Ownership ends with the epoch and the generation, not with the time: a lease that has expired still commits until
+-- another owner takes it.
+local FENCED = 'FENCED this caller no longer owns the partition: it has another owner, or Redis has gone back'
 local INCOMPLETE = 'ERR the arguments end within a record: caller and library differ'
 
 -- Whether the records from args[at] on are all there. The last field of each says how many parts follow it, and a part is

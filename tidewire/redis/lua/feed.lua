@@ -74,7 +74,7 @@ end
 -- Store bodies, before the entries that refer to them.
 -- keys: those of the home. args: ms for which they are kept at most; then id and body of each.
 --
--- An id is a digest of its body, so a repeated call stores the same, and keeps the count of references.
+-- An id is a digest of position and body, so a repeated call stores the same, and keeps the count of references.
 local BODY_FIELDS = 2
 register('body_put', function(keys, args)
   local kept_ms = tonumber(args[1])
