@@ -192,7 +192,7 @@ BREAKS = {
         "tidewire/process/partition/worker.py",
         "            cause = _cause(error)\n",
         "            cause = error\n",
-        again("pause", "broadcaster", 6, lasts_s=6.0, every_s=9.0),
+        again("hold_link", "broadcaster", 6, lasts_s=6.0, every_s=9.0),
         {"death"},
     ),
     "nobody looks whether a master was replaced": Break(
