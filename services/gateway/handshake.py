@@ -40,11 +40,14 @@ class Handshake:
 
 
 def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
-    """Return the first credential of: header auth_key, header Authorization: Bearer, query parameter auth_key."""
+    """Return the first credential of: header auth_key, header Authorization: Bearer, query parameter auth_key.
+
+    Raises BadRequest if one of the headers appears more than once.
+    """
     try:
         auth_key, authorization = headers.get("auth_key"), headers.get("Authorization", "")
-    except LookupError:  # a header is there twice, and neither can be preferred
-        return "ambiguous"
+    except LookupError:
+        raise BadRequest("the header auth_key or Authorization appears more than once: send one credential") from None
     if auth_key:
         return auth_key
     scheme, _, token = authorization.partition(" ")

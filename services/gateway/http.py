@@ -47,7 +47,7 @@ from .proxies import TrustedProxies
 log = structlog.get_logger(__name__)
 
 
-ONCE = ("host", "origin", "content-length", "transfer-encoding")
+ONCE = ("host", "origin", "auth_key", "authorization", "content-length", "transfer-encoding")
 """Headers that a request has at most once."""
 
 

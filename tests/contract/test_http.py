@@ -122,6 +122,7 @@ async def test_a_peer_that_leaves_within_its_body_is_no_fault(stage: Stage, capf
         "Host: other.example\nContent-Length: 2",
         "Origin: http://127.0.0.1\nOrigin: http://127.0.0.1\nContent-Length: 2",
         "Content-Length: 2\nTransfer-Encoding: chunked",
+        "auth_key: tw_0_0\nContent-Length: 2",
     ],
 )
 async def test_a_request_that_two_readers_could_take_differently_is_refused(stage: Stage, unsound: str) -> None:
@@ -270,6 +271,14 @@ async def test_both_ports_take_the_same_cookies(stage: Stage, size: int, accepte
             stack.enter_context(pytest.raises(websockets.InvalidStatus, match="431"))
         alice = await stack.enter_async_context(wire(stage, key=key, headers={"Cookie": cookie}))
         assert alice.welcome["user"] == "alice"
+
+
+async def test_two_credentials_in_one_header_are_refused_and_said_so(stage: Stage) -> None:
+    headers = websockets.Headers([("auth_key", await stage.key("alice")), ("auth_key", await stage.key("bob"))])
+    with pytest.raises(websockets.InvalidStatus, match="400") as refused:
+        async with websockets.connect(stage.url, additional_headers=headers):
+            pass
+    assert b"more than once" in (refused.value.response.body or b"")
 
 
 async def test_a_frame_before_the_credential_is_small(stage: Stage, stack: AsyncExitStack) -> None:
