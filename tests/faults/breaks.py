@@ -237,15 +237,6 @@ BREAKS = {
         also=(("services/broadcaster/route.py", "MAX_CALL_BYTES = 1 << 20\n", "MAX_CALL_BYTES = 1 << 40\n"),),
         seconds=90.0,
     ),
-    "a user may make any amount of work": Break(
-        "services/gateway/work.py",
-        "        if user is None or not self._ms_per_s:\n            return FREE\n",
-        "        if True:\n            return FREE\n",
-        [],
-        {"late", "pause"},
-        attacked_by("index", "peers", "transactions", depth=30),
-        seconds=60.0,
-    ),
     "answers that nobody reads are not bounded": Break(
         "services/gateway/budget.py",
         "            if limit and held and held + size_bytes > limit:\n",
