@@ -112,7 +112,7 @@ def deciding(
                 builder.missing.update(need.needs)
         if builder.missing:
             continue  # only find out which other facts are missing
-        for _ in builder.send():
+        for _ in builder.route():
             time_is_up = (yield) or time_is_up
         builder.decision.consumed = end
         if time_is_up or builder.is_full():
@@ -120,19 +120,6 @@ def deciding(
     if not builder.missing:
         builder.decision.consumed = len(changes)
     return builder.missing or builder.done()
-
-
-def decide(
-    app: App, keys: Keys, known: GroupFacts, partition: int, changes: Sequence[tuple[Id, Change | None]]
-) -> Routing | set[Group | GroupsOf]:
-    """Do all steps of `deciding` at once."""
-    steps = deciding(app, keys, known, partition, changes)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Routing | set[Group | GroupsOf] = end.value
-            return result
 
 
 ChangeUnit = list[tuple[Id, Change]]
@@ -346,7 +333,7 @@ class _RoutingBuilder:
 
     # ── where it goes ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def send(self) -> Iterator[None]:
+    def route(self) -> Iterator[None]:
         """Route the deliveries of the unit. A feed gets those of a transaction one after another, in one call."""
         appends: dict[int, list[Append]] = {}
         in_transaction = self.transaction is not None and len(self.deliveries) > 1

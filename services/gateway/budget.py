@@ -21,9 +21,9 @@ SMALL_BYTES = 4096
 """Maximum size of an answer without an item."""
 ENVELOPE_BYTES = 256
 """Maximum size of what an answer says of an item beside the item itself."""
-USER_SHARE = 2
+USER_FACTOR = 2
 """Budget of a user in this gateway, as a multiple of a connection's budget."""
-GATEWAY_SHARE = 16
+GATEWAY_FACTOR = 16
 """Budget of the gateway, as a multiple of a connection's budget."""
 CHECK_S = 0.1
 """Seconds between two checks whether the peer of a waiting request is gone."""
@@ -79,8 +79,8 @@ class AnswerBudget:
     def __init__(self, connection_bytes: int) -> None:
         self._limits = {
             "c": connection_bytes,
-            "u": USER_SHARE * connection_bytes,
-            "g": GATEWAY_SHARE * connection_bytes,
+            "u": USER_FACTOR * connection_bytes,
+            "g": GATEWAY_FACTOR * connection_bytes,
         }
         self._held: Counter[str] = Counter()
         self._freed = asyncio.Event()
@@ -136,5 +136,5 @@ def _refusal(owner: str, limit: int) -> str:
     whose = "of this user" if owner[0] == "u" else "of this gateway"
     return (
         f"the answers {whose} in flight would exceed {limit} bytes (TIDEWIRE_LIMIT_ANSWER_BYTES, times "
-        f"{USER_SHARE if owner[0] == 'u' else GATEWAY_SHARE}): read them, or ask for less at a time"
+        f"{USER_FACTOR if owner[0] == 'u' else GATEWAY_FACTOR}): read them, or ask for less at a time"
     )

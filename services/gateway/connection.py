@@ -206,7 +206,7 @@ class Connection:
         except (RequestError, ConnectionClosed) as error:
             self._unanswered.release()
             if admission:
-                admission.undone()
+                admission.cancel()
             if isinstance(error, RequestError):
                 id_ = request_id(frame) if frame else id_of_refused(message, binary=self.binary)
                 await self.send(error.as_frame(id_))

@@ -53,9 +53,9 @@ class Admission(NamedTuple):
     room: Room
     work: Work
 
-    def undone(self) -> None:
+    def cancel(self) -> None:
         """Give all back: the request was not begun."""
-        self.work.undone()
+        self.work.cancel()
         self.room.close()
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class Core:
         try:
             return Admission(await self.answers.room(connection, user, answer_bytes, gone), work)
         except BaseException:
-            work.undone()
+            work.cancel()
             raise
 
     def charge(self, principal: Principal, replayed_bytes: int) -> None:

@@ -102,7 +102,7 @@ class _Id(msgspec.Struct):
     kept: str | None = None
 
 
-LOST = "lost"
+LOST_CURSOR = "lost"
 """A cursor that no feed knows: its reader gets a reset."""
 
 
@@ -121,7 +121,7 @@ async def read_event_id(backend: Backend, text: str, asked: dict[str, str]) -> t
     topics = asked
     if id_.kept is not None:
         (raw,) = await backend.calls([("GET", backend.keys.event_cursors(id_.kept[:100]))])
-        topics = asked | (unpack(raw) if raw else dict.fromkeys(asked, LOST))
+        topics = asked | (unpack(raw) if raw else dict.fromkeys(asked, LOST_CURSOR))
     return id_.cursor, topics | id_.topics
 
 

@@ -73,23 +73,23 @@ class FeedFrame:
 class Gathered:
     """Frames of one feed that leave together, in order and without a gap."""
 
-    __slots__ = ("_wires", "first", "for_all", "frames", "last")
+    __slots__ = ("_buffers", "first", "for_all", "frames", "last")
 
     def __init__(self, frames: Sequence[FeedFrame]) -> None:
         self.frames = frames
         self.first = frames[0].cursor
         self.last = frames[-1].cursor
         self.for_all = all(frame.is_for_all() for frame in frames)
-        self._wires: dict[bool, bytes] = {}
+        self._buffers: dict[bool, bytes] = {}
 
     def follow_on(self, cursor: Cursor) -> bool:
         """Whether the first frame is the next one of a reader at this cursor."""
         return self.first.seq == cursor.seq + 1 and self.first.epoch == cursor.epoch
 
-    def wire(self, *, binary: bool) -> bytes:
+    def buffer(self, *, binary: bool) -> bytes:
         """All frames as they go over a websocket, in one buffer."""
-        if binary not in self._wires:
-            self._wires[binary] = b"".join(
+        if binary not in self._buffers:
+            self._buffers[binary] = b"".join(
                 data_frame(frame.encoded(binary=binary), binary=binary) for frame in self.frames
             )
-        return self._wires[binary]
+        return self._buffers[binary]

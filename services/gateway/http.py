@@ -51,7 +51,7 @@ ONCE = ("host", "origin", "auth_key", "authorization", "content-length", "transf
 """Headers that a request has at most once."""
 
 
-class _Sound:
+class _StrictFraming:
     """Refuses requests that two HTTP parsers could read differently (RFC 9112, sections 3.2 and 6.1)."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -138,7 +138,7 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
     prefix = core.settings.path_prefix
     app = Starlette(routes=[Mount(prefix, routes=routes)] if prefix else routes)
     app.router.redirect_slashes = False
-    return _Sound(Cors(app, origins))
+    return _StrictFraming(Cors(app, origins))
 
 
 def _answered(
@@ -239,7 +239,7 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
     try:
         result = core.begin(principal, None, parsed, admission.work)
     except BaseException:
-        admission.undone()
+        admission.cancel()
         raise
     try:
         return _Answer(await result, admission)

@@ -70,12 +70,12 @@ class Websocket:
         self._write(data_frame(data, binary=self.binary))
 
     def write_gathered(self, gathered: Gathered) -> None:
-        self._write(gathered.wire(binary=self.binary))
+        self._write(gathered.buffer(binary=self.binary))
 
-    def _write(self, wire: bytes) -> None:
+    def _write(self, frames: bytes) -> None:
         """Write whole frames, unless a close frame has been sent or the transport is closing."""
         if self._protocol.state is State.OPEN and not self._transport.is_closing():
-            self._transport.write(wire)
+            self._transport.write(frames)
 
     def write_raw(self, data: bytes) -> None:
         try:

@@ -59,7 +59,7 @@ class Work:
             before = self._user.expected_ms.get(self._action, cost_ms)
             self._user.expected_ms[self._action] = max(cost_ms, before + LEARNED * (cost_ms - before))
 
-    def undone(self) -> None:
+    def cancel(self) -> None:
         """The request was not begun, so it counts nothing."""
         self._cost_ms = 0.0
         self.close()

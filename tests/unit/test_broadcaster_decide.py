@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from tidewire.app import App
 from tidewire.audiences import Audience, claim, everyone, topic, user
 from tidewire.model.claims import holds
-from tidewire.model.records import Change, FeedBody, Item, unpack
+from tidewire.model.records import Change, FeedBody, Id, Item, unpack
 from tidewire.redis.functions import WHOLE, Append, Unit, feed_number, referred
 from tidewire.redis.keys import Home, Keys
 from tidewire.services.broadcaster.decide import (
     MAX_BATCH_APPENDS,
     MAX_BATCH_BYTES,
     Group,
+    GroupFacts,
     GroupsOf,
     Routing,
-    decide,
     deciding,
     whole,
 )
@@ -80,6 +80,19 @@ def bodies_of(calls: Sequence[LinkCall]) -> dict[bytes, bytes]:
 
 def appends_of(decision: Routing) -> list[Append]:
     return [append for calls in decision.links.values() for unit in units_of(calls) for append in unit.appends]
+
+
+def decide(
+    app: App, keys: Keys, known: GroupFacts, partition: int, changes: Sequence[tuple[Id, Change | None]]
+) -> Routing | set[Group | GroupsOf]:
+    """Do all steps at once."""
+    steps = deciding(app, keys, known, partition, changes)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Routing | set[Group | GroupsOf] = end.value
+            return result
 
 
 class World:

@@ -36,7 +36,7 @@ async def waits(budget: WorkBudget, user: str = "alice", action: str = "put") ->
     if not task.done():
         task.cancel()
         return True
-    task.result().undone()
+    task.result().cancel()
     return False
 
 
@@ -110,7 +110,7 @@ async def test_a_request_that_did_not_begin_counts_nothing() -> None:
     clock = budget._clock
     assert isinstance(clock, Clock)
     clock.now += BURST_MS / MS_PER_S
-    (await asyncio.wait_for(begin(budget), 5)).undone()
+    (await asyncio.wait_for(begin(budget), 5)).cancel()
     assert not await waits(budget)
 
 

@@ -36,8 +36,8 @@ class ClusterBackend(MasterWatch):
         self._order = list(address.nodes)  # the nodes to ask for the topology, the most recently successful one first
         self._epoch = 0  # of the freshest topology so far
         self._slots = Slots()
-        self._fanned = ClusterWire(self._slots, self._wire_to, self.doubt)
-        super().__init__(self._node(address.nodes[0]), keys, self._fanned)
+        self._cluster_wire = ClusterWire(self._slots, self._wire_to, self.doubt)
+        super().__init__(self._node(address.nodes[0]), keys, self._cluster_wire)
 
     async def __aexit__(self, *_: object) -> None:
         await super().__aexit__()
@@ -55,7 +55,7 @@ class ClusterBackend(MasterWatch):
 
     async def scan(self, pattern: bytes) -> AsyncIterator[bytes]:
         for address in self._slots.masters():
-            node = WireClient(self._fanned.at(address), self._node(address).connection_pool)
+            node = WireClient(self._cluster_wire.at(address), self._node(address).connection_pool)
             async for key in node.scan_iter(pattern, count=SCAN_BATCH):
                 yield key
 
@@ -115,7 +115,7 @@ class ClusterBackend(MasterWatch):
             REPLACED.inc()
             log.warning("master_replaced", host=address[0], port=address[1])
         for address in replaced:
-            self._fanned.lose(address, "the cluster has replaced this master")
+            self._cluster_wire.lose(address, "the cluster has replaced this master")
             if node := self._nodes.get(address):
                 break_connections(node)
         self._moved()

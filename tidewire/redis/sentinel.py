@@ -42,8 +42,8 @@ class SentinelBackend(MasterWatch):
         login: dict[str, Any] = {"username": address.username, "password": address.password}
         client: Redis = self._sentinels.master_for(address.service, **login, **CONNECTING)
         self._master: Address | None = None
-        self._lines = Wire(reconnect_when_closed(client).connection_pool.make_connection)
-        super().__init__(client, keys, self._lines)
+        self._master_wire = Wire(reconnect_when_closed(client).connection_pool.make_connection)
+        super().__init__(client, keys, self._master_wire)
 
     async def __aexit__(self, *_: object) -> None:
         await super().__aexit__()
@@ -59,8 +59,8 @@ class SentinelBackend(MasterWatch):
         if self._master not in (None, found):
             REPLACED.inc()
             log.warning("master_replaced", host=found[0], port=found[1])
-            self._lines.lose("the sentinels name another master")
+            self._master_wire.lose("the sentinels name another master")
             self._moved()
         self._master = found
-        self._lines.lose("this is not the master that the sentinels name", unless_at=found)
+        self._master_wire.lose("this is not the master that the sentinels name", unless_at=found)
         break_connections(self._listening, unless_at=found)
