@@ -57,6 +57,8 @@ VERSION = "13"
 """The version of the websocket protocol (RFC 6455, section 4.1)."""
 MAX_FIRST_FRAME_BYTES = 4096
 """Maximum size of a frame before the peer has presented a credential."""
+MAX_PONGS_BYTES = 1 << 20
+"""Bytes that may wait for a peer before the gateway reads no more from it, pings included."""
 PEER_HANDSHAKE_S = 5.0
 """Seconds that a peer has for its part of a handshake, on top of the gateway's time for the welcome."""
 
@@ -279,10 +281,29 @@ class Gateway:
                 + PEER_HANDSHAKE_S,  # our own deadline comes first, and answers
                 close_timeout=1,
                 server_header=None,
+                create_connection=_Connection,
             ) as server,
             serve_http(http_app(self.core, self.serve, self.origins, self.proxies), http_listener),
         ):
             yield server
+
+
+class _Connection(ServerConnection):
+    """Reads nothing more from a peer that takes no answers: the library answers every ping, whatever has queued up."""
+
+    _is_held = False
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.get_write_buffer_size() > MAX_PONGS_BYTES and not self._is_held:
+            self._is_held = True
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._is_held:
+            self._is_held = False
+            self.transport.resume_reading()
 
 
 class _Opening:

@@ -20,6 +20,8 @@ from tidewire.testing import Stage
 from .conftest import PATIENCE_S, Open, eventually, make_app, wire
 
 ORIGIN = "https://app.example.com"
+PINGS_BYTES = 64 << 20
+"""More than the buffers of two sockets and of the gateway."""
 
 
 class Answer(NamedTuple):
@@ -271,6 +273,28 @@ async def test_both_ports_take_the_same_cookies(stage: Stage, size: int, accepte
             stack.enter_context(pytest.raises(websockets.InvalidStatus, match="431"))
         alice = await stack.enter_async_context(wire(stage, key=key, headers={"Cookie": cookie}))
         assert alice.welcome["user"] == "alice"
+
+
+async def test_a_peer_that_pings_and_never_reads_is_not_read_from(stage: Stage) -> None:
+    address = urlsplit(stage.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1024)
+    writer.write(
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nauth_key: %s\r\n\r\n" % (await stage.key("alice")).encode()
+    )
+    assert (await read(reader)).status == 101
+    ping = b"\x89\xfd" + bytes(4) + b"x" * 125
+    sent_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        while sent_bytes < PINGS_BYTES:
+            writer.write(ping * 1000)
+            async with asyncio.timeout(2):
+                await writer.drain()
+            sent_bytes += 1000 * len(ping)
+    writer.transport.abort()
+    assert sent_bytes < PINGS_BYTES, "the kernel's buffers are full, because nobody reads"
+    async with wire(stage, key=await stage.key("bob")) as bob:
+        assert await bob.do("ping") == {}
 
 
 async def test_two_credentials_in_one_header_are_refused_and_said_so(stage: Stage) -> None:
