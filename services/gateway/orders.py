@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from tidewire.errors import NotFound, RequestError
 from tidewire.model.records import JSON, GatewayOrder, Reply, unpack
 from tidewire.process.bus import Answers, Bus, Inbox
-from tidewire.process.registry import Registry
+from tidewire.process.registry import Registry, all_services
 from tidewire.redis.backend import Backend
 from tidewire.redis.keys import ServiceKind
 
@@ -64,14 +64,21 @@ class Orders:
         """
         gateway = connection.rpartition("-")[0]
         fields["connection"] = connection
-        if gateway != self._registry.id and gateway not in self._registry.live(ServiceKind.GATEWAY):
+        known = gateway == self._registry.id or gateway in self._registry.live(ServiceKind.GATEWAY)
+        if not known and gateway not in await self._gateways():
             raise no_connection(connection)
         return await self._give(gateway, action, fields)
 
     async def to_all(self, action: OrderAction, **fields: Any) -> list[JSON]:
         """Give an order to all live gateways, and return their results. Raises RequestError if one fails."""
-        others = set(self._registry.live(ServiceKind.GATEWAY)) - {self._registry.id}
+        others = await self._gateways() - {self._registry.id}
         return await asyncio.gather(*(self._give(one, action, fields) for one in (self._registry.id, *sorted(others))))
+
+    async def _gateways(self) -> set[str]:
+        """Return all live gateways. One that has just started is not yet in the answer of the last heartbeat."""
+        registered = await all_services(self._backend)
+        found = {id_ for id_, one in registered.items() if one.alive and one.kind == ServiceKind.GATEWAY}
+        return found | set(self._registry.live(ServiceKind.GATEWAY))
 
     async def _give(self, gateway: str, action: OrderAction, fields: dict[str, Any]) -> JSON:
         if gateway == self._registry.id:
