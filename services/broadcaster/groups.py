@@ -23,8 +23,8 @@ from .decide import Group, GroupMembers, GroupsOf
 MAX_MEMBERS_CACHED = 50_000
 """Maximum members, over all groups, in each cache of a partition. Beyond it, the least recently used group is evicted.
 
-A group counts as its members, or as the KiB of their items, whichever is more. There are two caches: one for groups of
-the partition itself, and one for groups of others."""
+The weight of a group is its number of members, or the size of their items in KiB if that is more. There are two caches:
+one for groups of the partition itself, and one for groups of others."""
 SAMPLE = 16
 """Members of a group whose items are measured to estimate the size of all."""
 

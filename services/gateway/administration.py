@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -22,7 +20,8 @@ from tidewire.errors import (
 )
 
 from . import handshake
-from .core import Core
+from .answers import answered, as_json, read_body
+from .core import Core, require_service
 from .orders import OrderAction, no_connection
 
 MAX_POSTED_BYTES = 131_072
@@ -46,20 +45,14 @@ def routes(core: Core) -> list[BaseRoute]:
     methods: dict[str, Method] = {"POST": _post, "GET": _get, "DELETE": _delete}
 
     async def act(request: Request) -> Response:
-        try:
-            await _check(core, request.headers)
-            return await methods[request.method](core, request, request.path_params["id"])
-        except RequestError as error:
-            return _refused(error)
+        principal = await core.gatekeeper.authorize(credential(request.headers))
+        require_service(principal, "/@connections")
+        return await methods[request.method](core, request, request.path_params["id"])
 
-    return [Route(path, act, methods=list(methods)) for path in ("/@connections/{id}", "/{_:path}/@connections/{id}")]
-
-
-async def _check(core: Core, headers: Mapping[str, str]) -> None:
-    """Check that the caller has a service key. Raises Unauthenticated or PermissionDenied."""
-    principal = await core.gatekeeper.authorize(credential(headers))
-    if principal.role != "service":
-        raise PermissionDenied("/@connections requires a service key")
+    endpoint = answered(act, _refused)
+    return [
+        Route(path, endpoint, methods=list(methods)) for path in ("/@connections/{id}", "/{_:path}/@connections/{id}")
+    ]
 
 
 def credential(headers: Mapping[str, str]) -> str:
@@ -68,19 +61,12 @@ def credential(headers: Mapping[str, str]) -> str:
     The signature is not looked at, because the key itself is the secret.
     """
     signed = _SIGNED.match(headers.get("Authorization", ""))
-    key = signed[1] if signed else handshake.credential(headers, {})
-    if key is None:
-        raise Unauthenticated("a credential is needed: an auth_key as access key id, or in a header")
-    return key
+    return signed[1] if signed else handshake.presented(headers)
 
 
 async def _post(core: Core, request: Request, id_: str) -> Response:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_POSTED_BYTES:
-            raise TooLarge(f"the data has more than {MAX_POSTED_BYTES} bytes", limit=MAX_POSTED_BYTES)
-    await core.orders.to_connection(OrderAction.POST, id_, data=bytes(data))
+    data = await read_body(request, MAX_POSTED_BYTES)
+    await core.orders.to_connection(OrderAction.POST, id_, data=data)
     return Response(status_code=200)
 
 
@@ -91,7 +77,7 @@ async def _get(core: Core, request: Request, id_: str) -> Response:
         "lastActiveAt": _iso(found["active_at"]),
         "identity": {"sourceIp": found["source_ip"], "userAgent": found["user_agent"]},
     }
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return as_json(body)
 
 
 async def _delete(core: Core, request: Request, id_: str) -> Response:
@@ -108,5 +94,4 @@ def _iso(ms: int) -> str:
 def _refused(error: RequestError) -> Response:
     known = ((status, name) for kind, status, name in ERRORS if isinstance(error, kind))
     status, name = next(known, (error.status, "InternalFailure"))
-    body: dict[str, Any] = {"message": error.message}
-    return Response(msgspec.json.encode(body), status, {"x-amzn-ErrorType": name}, "application/json")
+    return as_json({"message": error.message}, status, {"x-amzn-ErrorType": name})

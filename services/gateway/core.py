@@ -64,6 +64,12 @@ class Admission(NamedTuple):
         self.room.close()
 
 
+def require_service(principal: Principal, what: str) -> None:
+    """Check that a principal has a service key. Raises PermissionDenied."""
+    if principal.role != "service":
+        raise PermissionDenied(f"{what} requires a service key")
+
+
 class Core:
     """The shared parts of one gateway."""
 
@@ -153,8 +159,7 @@ class Core:
 
     async def _send(self, principal: Principal, connection: str | None, request: Send) -> JSON:
         """Send a message: to a user through store and feed, or to one connection, whichever gateway has it."""
-        if principal.role != "service":
-            raise PermissionDenied("send requires a service key")
+        require_service(principal, "send")
         if request.connection is None:
             return await self._store(principal, connection, request)
         message = {"type": "message", "from": principal.user, "body": request.body, "at": self.now_ms()}
@@ -163,8 +168,7 @@ class Core:
 
     async def _disconnect(self, principal: Principal, request: Disconnect) -> JSON:
         """Close connections on every gateway, and count them."""
-        if principal.role != "service":
-            raise PermissionDenied("disconnect requires a service key")
+        require_service(principal, "disconnect")
         whom = {"connections": request.connections, "users": request.users}
         counts = await self.orders.to_all(OrderAction.DISCONNECT, **whom)
         return {"disconnected": sum(counts)}

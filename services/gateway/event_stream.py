@@ -2,7 +2,7 @@
 
 A browser keeps only the id of the last event, and returns it in a header. So each id must stand for the cursors of the
 feed and of all topics. With many topics it would become too long for the header, and be repeated in each event. Beyond
-`MAX_ID_BYTES` the cursors are kept in Redis under a name, and the ids say the name and what has moved since.
+`MAX_ID_BYTES` the cursors are kept in Redis, in one of a few slots of the user. The ids say where, and what has moved.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import time
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
@@ -35,21 +34,30 @@ RETRY_MS = 1000
 """Milliseconds after which a browser reconnects an event stream."""
 MAX_ID_BYTES = 1024
 """Length above which an id is shortened. Proxies bound a header to 8 KiB or less."""
-KEPT_S = 86_400
-"""How long stored cursors are kept, in seconds. They are stored anew after half of that."""
+SLOTS = 64
+"""Sets of cursors that are kept for one user.
+
+A stream has two, and writes them in turn, because the browser may still have an id that refers to the other. Streams
+that share slots overwrite each other's cursors, and continue with resets.
+"""
 
 
 class EventIds:
-    """The ids of the events of one stream."""
+    """The ids of the events of one stream. What they refer to is kept for two resume windows after the stream ends."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, user: str, window_s: float) -> None:
         self._backend = backend
+        self._keep_s = int(2 * window_s) + 1
+        pair = 2 * secrets.randbelow(SLOTS // 2)
+        self._slots = (pair, pair + 1)
+        self._keys = [backend.keys.event_cursors(user, slot) for slot in self._slots]
+        self._turn = 0
         self._cursor: str | None = None
         self._topics: dict[str, str] = {}
-        self._name: str | None = None
+        self._kept: tuple[int, str] | None = None
+        """Slot and name of the kept cursors."""
         self._moved: set[str] = set()
-        """Topics whose cursors are not those that are kept under the name."""
-        self._kept_until = 0.0
+        """Topics whose cursors are not those that are kept."""
         self._storing: asyncio.Task[None] | None = None
 
     def move(self, *marks: Mark) -> None:
@@ -65,12 +73,20 @@ class EventIds:
         """Encode the cursors as one line of ASCII. If it is long, the next ones will be shorter."""
         moved = {topic: self._topics[topic] for topic in self._moved}
         fields: dict[str, Any] = {"cursor": self._cursor, "topics": moved}
-        if self._name:
-            fields["kept"] = self._name
+        if self._kept:
+            fields["kept"] = self._kept
         encoded = json.dumps(fields, separators=(",", ":")).encode()
-        if (len(encoded) > MAX_ID_BYTES or (self._name and time.time() > self._kept_until)) and not self._storing:
+        if len(encoded) > MAX_ID_BYTES and not self._storing:
             self._storing = asyncio.create_task(self._store(), name="event_ids")
         return encoded
+
+    async def refresh(self) -> None:
+        """Extend the time for which cursors are kept. A silent stream gives its browser no newer id."""
+        if self._kept:
+            try:
+                await self._backend.calls([("EXPIRE", key, self._keep_s) for key in self._keys])
+            except (RedisError, OSError) as error:
+                log.warning("event_ids_not_kept", error=str(error))
 
     async def shorten(self) -> None:
         """Wait until the next id is short, if Redis can store the cursors."""
@@ -83,14 +99,14 @@ class EventIds:
             self._storing.cancel()
 
     async def _store(self) -> None:
-        name, topics = secrets.token_hex(12), dict(self._topics)
+        self._turn = 1 - self._turn
+        name, topics = secrets.token_hex(8), dict(self._topics)
         try:
-            key = self._backend.keys.event_cursors(name)
-            await self._backend.calls([("SET", key, pack(topics), "EX", KEPT_S)])
+            await self._backend.calls([("SET", self._keys[self._turn], pack([name, topics]), "EX", self._keep_s)])
         except (RedisError, OSError) as error:
             log.warning("event_ids_not_kept", error=str(error))  # they stay long, and work
         else:
-            self._name, self._kept_until = name, time.time() + KEPT_S / 2
+            self._kept = self._slots[self._turn], name
             self._moved = {topic for topic, cursor in self._topics.items() if topics.get(topic) != cursor}
         finally:
             self._storing = None
@@ -99,18 +115,20 @@ class EventIds:
 class _Id(msgspec.Struct):
     cursor: str | None = None
     topics: dict[str, str] = {}
-    kept: str | None = None
+    kept: tuple[int, str] | None = None
 
 
 LOST_CURSOR = "lost"
 """A cursor that no feed knows: its reader gets a reset."""
 
 
-async def read_event_id(backend: Backend, text: str, asked: dict[str, str]) -> tuple[str | None, dict[str, str]]:
-    """Decode an id to the cursor of the feed and those of the topics. `asked`: the topics in the query.
+async def read_event_id(
+    backend: Backend, user: str, text: str, asked: dict[str, str]
+) -> tuple[str | None, dict[str, str]]:
+    """Decode an id of a user's stream to the cursor of the feed and those of the topics.
 
-    If Redis has lost the kept cursors, each topic that was asked for begins with a reset, unless the id has its cursor.
-    Raises BadRequest.
+    If the kept cursors are gone, each topic in `asked`, those of the query, begins with a reset, unless the id has its
+    cursor. Raises BadRequest, and redis-py's errors.
     """
     if not text:
         return None, asked
@@ -120,8 +138,10 @@ async def read_event_id(backend: Backend, text: str, asked: dict[str, str]) -> t
         raise BadRequest("Last-Event-ID must be the id of an event of this stream, unchanged") from None
     topics = asked
     if id_.kept is not None:
-        (raw,) = await backend.calls([("GET", backend.keys.event_cursors(id_.kept[:100]))])
-        topics = asked | (unpack(raw) if raw else dict.fromkeys(asked, LOST_CURSOR))
+        slot, name = id_.kept
+        (raw,) = await backend.calls([("GET", backend.keys.event_cursors(user, slot % SLOTS))])
+        known, kept = unpack(raw) if raw else (None, {})
+        topics = asked | (kept if known == name else dict.fromkeys(asked, LOST_CURSOR))
     return id_.cursor, topics | id_.topics
 
 
@@ -195,6 +215,7 @@ class EventStream:
                     await self._wait()
             except TimeoutError:
                 self._queue(b":\n\n")
+                await self._ids.refresh()
 
     def _queue(self, event: bytes) -> None:
         self._events.append(event)

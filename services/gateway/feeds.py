@@ -83,7 +83,7 @@ class Feed:
         """Move the head over the next entry, and have it delivered in the next pass."""
         self.head = cursor
         if not any(follower.live for follower in self.followers):
-            self._gathered.clear()
+            self._gathered, self._gathered_bytes = [], 0
             return  # who becomes live later has read the feed up to its head
         frame = FeedFrame(cursor, entry, self.topic)
         self._gathered_bytes += len(frame.json)

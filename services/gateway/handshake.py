@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from tidewire.errors import BadRequest, NotFound, PermissionDenied
+from tidewire.errors import BadRequest, NotFound, PermissionDenied, Unauthenticated
 from tidewire.model.protocol import topics_problem
 
 from .origins import Origins, split
@@ -16,11 +16,9 @@ from .origins import Origins, split
 PATHS = ("/", "/v1")
 MAX_HEADER_BYTES = 32_768
 """Maximum bytes of all headers of a request, on both ports. Browsers send all cookies of a host."""
+HEADERS_TOO_LARGE = f"the headers have more than {MAX_HEADER_BYTES} bytes: send fewer cookies, or topics another way"
 REASON_BYTES = 123
 """Bytes of the reason in a close frame (RFC 6455, section 5.5): a control frame has 125, and the code takes two."""
-
-
-HEADERS_TOO_LARGE = f"the headers have more than {MAX_HEADER_BYTES} bytes: send fewer cookies, or topics another way"
 
 
 def close_reason(message: str) -> str:
@@ -54,6 +52,14 @@ def credential(headers: Mapping[str, str], query: Mapping[str, str]) -> str | No
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
     return query.get("auth_key") or None
+
+
+def presented(headers: Mapping[str, str]) -> str:
+    """Return the credential in the headers. Raises Unauthenticated if there is none, and BadRequest as `credential`."""
+    key = credential(headers, {})
+    if key is None:
+        raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
+    return key
 
 
 def read(path: str, headers: Mapping[str, str], origins: Origins, prefix: str = "") -> Handshake:

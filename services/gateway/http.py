@@ -10,12 +10,11 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
-from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -23,11 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidewire.errors import (
     BadRequest,
-    Internal,
     Overloaded,
-    PermissionDenied,
-    RateLimited,
-    RequestError,
     TooLarge,
     Unauthenticated,
 )
@@ -37,8 +32,9 @@ from tidewire.redis.keys import ConsumerGroup
 from tidewire.tasks import end
 
 from . import administration, handshake
+from .answers import answered, as_json, read_body
 from .connection import Connection
-from .core import Admission, Core
+from .core import Admission, Core, require_service
 from .deadline import Deadline
 from .event_stream import EventIds, EventStream, read_event_id
 from .origins import Cors, Origins
@@ -65,10 +61,10 @@ class _StrictFraming:
         if "content-length" in headers and "transfer-encoding" in headers:
             problem = "a request must not have both Content-Length and Transfer-Encoding"
         if sum(len(name) + len(value) for name, value in scope["headers"]) > handshake.MAX_HEADER_BYTES:
-            response = _json(TooLarge(handshake.HEADERS_TOO_LARGE).as_frame(None), 431, {"Connection": "close"})
+            response = as_json(TooLarge(handshake.HEADERS_TOO_LARGE).as_frame(None), 431, {"Connection": "close"})
             await response(scope, receive, send)
         elif problem:
-            response = _json(BadRequest(problem).as_frame(None), 400, {"Connection": "close"})
+            response = as_json(BadRequest(problem).as_frame(None), 400, {"Connection": "close"})
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -115,15 +111,15 @@ Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
 def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies) -> ASGIApp:
     """Routes of the HTTP port."""
 
-    @_answered
+    @answered
     async def act(request: Request) -> Response:
         return await _perform(core, request, request.path_params["action"])
 
-    @_answered
+    @answered
     async def feed(request: Request) -> Response:
         return await _feed(core, serve, origins, proxies, request)
 
-    @_answered
+    @answered
     async def lag(request: Request) -> Response:
         return await _lag(core, request)
 
@@ -141,28 +137,6 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
     return _StrictFraming(Cors(app, origins))
 
 
-def _answered(
-    answer: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    """Turn the error of a request into an error response."""
-
-    async def answered(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except RequestError as error:
-            headers = {}
-            if isinstance(error, RateLimited):
-                headers["Retry-After"] = str(max(1, int(error.details.get("retry_after_ms", 1000)) // 1000))
-            return _json(error.as_frame(None), error.status, headers)
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody is there to read it
-        except Exception:
-            log.exception("request_failed", path=request.url.path)
-            return _json(Internal("something went wrong on the server").as_frame(None), 500)
-
-    return answered
-
-
 async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies, request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
     wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
@@ -176,10 +150,8 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
     principal = await deadline.bound(core.gatekeeper.authorize(wanted.auth_key))
     last_id = request.headers.get("Last-Event-ID", "")
     deadline.step = "Redis to say where the stream continues"
-    try:
-        cursor, topics = await deadline.bound(read_event_id(core.backend, last_id, wanted.topics))
-    except (RedisError, OSError):
-        raise Overloaded("Redis does not answer: connect again") from None
+    user = principal.user
+    cursor, topics = await deadline.bound(read_event_id(core.backend, user, last_id, wanted.topics))
     if problem := topics_problem(topics):
         raise BadRequest(problem)
     if request.method == "HEAD":
@@ -188,7 +160,7 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
         proxies.source(request.client.host if request.client else "", request.headers.getlist("X-Forwarded-For")),
         request.headers.get("User-Agent", ""),
         core.settings.limit_queued_bytes,
-        EventIds(core.backend),
+        EventIds(core.backend, user, core.settings.resume_window_s),
     )
     connection = Connection(core, peer, principal, deadline)
 
@@ -207,7 +179,7 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
         raise
     if (refused := connection.refused) is not None:
         # It is answered at once; its feeds are left in the background, which may take as long as Redis is silent.
-        response = _json(refused.as_frame(None), refused.status)
+        response = as_json(refused.as_frame(None), refused.status)
         response.background = BackgroundTask(asyncio.wait, {serving})
         return response
     return _Events(peer, serving)
@@ -227,7 +199,7 @@ class _Answer(Response):
 
 
 async def _perform(core: Core, request: Request, action: str) -> Response:
-    principal = await core.gatekeeper.authorize(_presented(request))
+    principal = await core.gatekeeper.authorize(handshake.presented(request.headers))
     frame, size_bytes = await _body(request, core.settings.limit_frame_bytes)
     if frame.setdefault("action", action) != action:
         raise BadRequest(f"the body says action {frame['action']!r}, the path {action!r}")
@@ -250,35 +222,17 @@ async def _perform(core: Core, request: Request, action: str) -> Response:
 
 async def _lag(core: Core, request: Request) -> Response:
     """How far each service is behind, over all partitions. Autoscalers ask for it."""
-    principal = await core.gatekeeper.authorize(_presented(request))
-    if principal.role != "service":
-        raise PermissionDenied("/v1/lag requires a service key")
+    principal = await core.gatekeeper.authorize(handshake.presented(request.headers))
+    require_service(principal, "/v1/lag")
     found = await asyncio.gather(*(total_lag(core.backend, group) for group in LAGGING))
-    return _json({group: one._asdict() for group, one in zip(LAGGING, found, strict=True)})
-
-
-def _presented(request: Request) -> str:
-    """The credential in the headers. Raises Unauthenticated."""
-    key = handshake.credential(request.headers, {})
-    if key is None:
-        raise Unauthenticated("a credential is needed: header auth_key, or Authorization: Bearer")
-    return key
+    return as_json({group: one._asdict() for group, one in zip(LAGGING, found, strict=True)})
 
 
 async def _body(request: Request, limit: int) -> tuple[dict[str, Any], int]:
-    """The JSON object of the body, and its bytes. Raises TooLarge before it has read more than the limit."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if limit and len(data) > limit:
-            message = f"the body has more than {limit} bytes (TIDEWIRE_LIMIT_FRAME_BYTES): send less at a time"
-            raise TooLarge(message, limit=limit)
+    """The JSON object of the body, and its bytes."""
+    data = await read_body(request, limit, " (TIDEWIRE_LIMIT_FRAME_BYTES)")
     try:
-        text = bytes(data or b"{}").decode()
+        text = (data or b"{}").decode()
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     return decode_frame(text, binary=False), len(data)
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

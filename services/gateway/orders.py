@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
-from tidewire.errors import NotFound, RequestError
+from tidewire.errors import NotFound, RequestError, UnsupportedAction
 from tidewire.model.records import JSON, GatewayOrder, Reply, unpack
 from tidewire.process.bus import Answers, Bus, Inbox
 from tidewire.process.registry import Registry, all_services
@@ -111,6 +111,8 @@ class Orders:
         if order.deadline < self._registry.now_ms():
             return  # the sender has given up
         try:
+            if order.action not in frozenset[str](OrderAction):  # of a later release
+                raise UnsupportedAction(f"this gateway does not know the order {order.action!r}")
             reply = Reply(order.number, self.obey(OrderAction(order.action), order.fields), None)
         except RequestError as error:
             reply = Reply(order.number, None, error.as_frame(None))

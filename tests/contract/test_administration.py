@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from tidewire.model.records import GatewayOrder, pack
 from tidewire.testing import Stage
 
 from .conftest import PATIENCE_S, Wire, as_user, wire
@@ -118,3 +120,16 @@ async def test_the_lag_of_each_group_is_told_to_service_keys(stage: Stage) -> No
     assert all(one.keys() == {"lag", "pending"} for one in found.values())
     assert (await ask(stage, head.format(await stage.key("alice")))).status == 403
     assert (await ask(stage, "GET /v1/lag HTTP/1.1")).status == 401
+
+
+async def test_an_order_of_a_later_release_is_refused_and_others_are_carried_out(stage: Stage) -> None:
+    service = await stage.key("backend", role="service")
+    async with wire(stage, key=await stage.key("alice")) as alice:
+        id_ = alice.welcome["connection"]
+        gateway = id_.rpartition("-")[0]
+        unknown = GatewayOrder("teleport", {}, int(time.time() * 1000) + 60_000, gateway, 1)
+        await stage.backend.commands.xadd(stage.backend.keys.orders(gateway), {"r": pack(unknown)})
+        known = GatewayOrder("deliver", {"connection": id_, "frame": {"type": "message"}}, unknown.deadline, gateway, 2)
+        await stage.backend.commands.xadd(stage.backend.keys.orders(gateway), {"r": pack(known)})
+        assert await alice.next(type="message")
+        assert (await call(stage, "GET", id_, service)).status == 200

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tidewire.client import Client
-from tidewire.errors import Conflict, NotFound, Unauthenticated
+from tidewire.errors import Conflict, NotFound, Overloaded, PermissionDenied, Unauthenticated
 from tidewire.testing import Stage
 
 from .conftest import PATIENCE_S, eventually
@@ -101,6 +101,18 @@ async def test_more_topics_than_an_address_holds_are_resumed(stage: Stage) -> No
         while (event := await alice.next_event(PATIENCE_S)).get("table") != "scores":
             assert event.get("table") != "tiles", "each comes once"
         assert set(alice.topics) >= set(names)
+
+
+async def test_a_topic_is_not_given_up_for_an_error_that_may_pass(stage: Stage) -> None:
+    alice, writer = await stage.client("alice"), await stage.client("writer")
+    await alice.follow("cell:1")
+    alice._received(Overloaded("the store is busy", topic="cell:1").as_frame(None))
+    assert "cell:1" in alice.topics
+    await writer.put("tiles", {"id": "t", "cell": 1})
+    while (await alice.next_event(PATIENCE_S)).get("table") != "tiles":
+        pass
+    alice._received(PermissionDenied("no more", topic="cell:1").as_frame(None))
+    assert "cell:1" not in alice.topics
 
 
 async def _has_waiting(client: Client, count: int) -> bool:

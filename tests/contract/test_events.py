@@ -135,8 +135,8 @@ async def test_ids_whose_cursors_redis_has_lost_begin_with_resets(stage: Stage) 
     key, topics = await stage.key("alice"), json.dumps(MANY)
     async with events(stage, auth_key=key, topics=topics) as reader:
         await reader.next()
-    name = json.loads(reader.last_id)["kept"]
-    assert await stage.backend.commands.delete(stage.backend.keys.event_cursors(name)) == 1
+    slot, _ = json.loads(reader.last_id)["kept"]
+    assert await stage.backend.commands.delete(stage.backend.keys.event_cursors("alice", slot)) == 1
     async with events(stage, {"Last-Event-ID": reader.last_id}, auth_key=key, topics=topics) as reader:
         await reader.next()
         reset: set[str] = set()

@@ -106,15 +106,19 @@ async def test_head_of_the_feed_ends_at_once(stage: Stage) -> None:
     assert (await ask(stage, "HEAD /v1/feed HTTP/1.1")).status == 401
 
 
-async def test_a_peer_that_leaves_within_its_body_is_no_fault(stage: Stage, capfd: pytest.CaptureFixture[str]) -> None:
-    key = await stage.key("alice")
+@pytest.mark.parametrize("path", ["/v1/put", "/@connections/g-1"])
+async def test_a_peer_that_leaves_within_its_body_is_no_fault(
+    stage: Stage, capfd: pytest.CaptureFixture[str], path: str
+) -> None:
+    key = await stage.key("backend", role="service")
     async with raw(stage) as (_, writer):
-        writer.write(f"POST /v1/put HTTP/1.1\r\nHost: x\r\nauth_key: {key}\r\nContent-Length: 100\r\n\r\n{{".encode())
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nauth_key: {key}\r\nContent-Length: 100\r\n\r\n{{".encode())
         await writer.drain()
         await asyncio.sleep(0.1)
     assert (await ask(stage, f"POST /v1/ping HTTP/1.1\nauth_key: {key}\nContent-Length: 0")).status == 200
     told = capfd.readouterr()
     assert "request_failed" not in told.out + told.err
+    assert "Traceback" not in told.out + told.err
     assert key not in told.out + told.err
 
 

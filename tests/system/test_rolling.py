@@ -218,7 +218,7 @@ async def load(admin: Client) -> AsyncIterator[list[str]]:
 
 
 async def unknown(backend: Backend) -> set[str]:
-    """Return the tables of which some partition has passed changes without knowing them."""
+    """Return the tables that a broadcaster did not know when it passed their changes."""
     keys: list[Any] = [backend.keys.partition(partition) for partition in range(PARTITIONS)]
     found = [await backend.commands.hget(key, PartitionField.UNKNOWN) for key in keys]
     return {name for raw in found if raw for name in unpack(raw)}

@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any, Self
 from urllib.parse import quote, urlencode
 
@@ -108,7 +108,7 @@ class Client:
         self._ended: Exception | None = None
         self._after_ms: float | None = None
         self._task: asyncio.Task[None] | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._following: set[asyncio.Task[None]] = set()
         self._lives: set[Live] = set()
 
     async def __aenter__(self) -> Self:
@@ -129,7 +129,7 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         ws = self._ws
-        await end([task for task in (self._following, self._task) if task], ask_again_s=CLOSING_S)
+        await end([*self._following, *([self._task] if self._task else [])], ask_again_s=CLOSING_S)
         if ws:
             # The peer's unread frames would block a closing handshake.
             ws.transport.abort()
@@ -414,7 +414,11 @@ class Client:
                 else:
                     future.set_exception(from_wire(frame))
             elif kind == "error" and "topic" in frame["details"]:
-                self._not_followed(frame["details"]["topic"], from_wire(frame))
+                error = from_wire(frame)
+                if error.retry:
+                    self._follow_soon([frame["details"]["topic"]], FIRST_PAUSE_S)
+                else:
+                    self._not_followed(frame["details"]["topic"], error)
         elif kind == "welcome":
             self._welcome(frame)
         elif kind == "reconnect":
@@ -435,13 +439,25 @@ class Client:
         self.topics = {topic: self.topics.get(topic, cursor) for topic, cursor in self._received_topics.items()}
         self._welcomed.set()
         assert self._ws
-        if self._beyond:
-            # Without an id, so that they are not repeated: a repeat would go back to an older place.
-            follows = [{"action": "follow", "topic": topic, "cursor": one} for topic, one in self._beyond.items()]
-            self._following = asyncio.create_task(_send_all(self._ws, follows))
+        self._follow_soon(self._beyond)
         for request, future in list(self._open.values()):
             if not future.done():
                 asyncio.ensure_future(_quietly(self._ws.send(json.dumps(request))))  # noqa: RUF006 - bounded by _open
+
+    def _follow_soon(self, topics: Iterable[str], after_s: float = 0.0) -> None:
+        """Follow topics from their cursors on this connection. The next one does so by itself."""
+
+        async def follow(ws: ClientConnection | None, names: list[str]) -> None:
+            await asyncio.sleep(after_s)
+            for topic in names:
+                cursor = self._received_topics.get(topic)
+                if ws is not None and cursor is not None:
+                    # Without an id, so that it is not repeated: a repeat would go back to an older place.
+                    await _quietly(ws.send(json.dumps({"action": "follow", "topic": topic, "cursor": cursor})))
+
+        task = asyncio.create_task(follow(self._ws, list(topics)), name="client_following")
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
 
     def _not_followed(self, topic: str, error: RequestError) -> None:
         """Forget a topic that the user may no longer follow."""
@@ -484,12 +500,6 @@ class Client:
 async def _quietly(sending: Any) -> None:
     with contextlib.suppress(websockets.ConnectionClosed):
         await sending
-
-
-async def _send_all(ws: ClientConnection, frames: list[Frame]) -> None:
-    with contextlib.suppress(websockets.ConnectionClosed):  # the next connection sends them
-        for frame in frames:
-            await ws.send(json.dumps(frame))
 
 
 def _said(response: Response) -> str:

@@ -13,8 +13,8 @@ from tidewire.redis.wire import Wire
 class WireClient(Redis):
     """redis-py's client, for rare commands of one node. Its commands take the wire instead of its own connections.
 
-    So they are repeated as all calls of a wire are, and go to the current master. redis-py's client of a cluster has an
-    idea of its own of which node has which slot, and asks a master that hangs for it.
+    So they are repeated as all calls of a wire are, and go to the current master. redis-py's own cluster
+    client keeps a separate map of the slots, and may ask a hung master for it.
     """
 
     def __init__(self, wire: Wire | ClusterWire, pool: ConnectionPool) -> None:

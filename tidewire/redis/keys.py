@@ -223,7 +223,7 @@ class Keys:
         return b"%s:%s" % (membership.encode(), name_of(group))
 
     def rechecks(self, partition: int) -> bytes:
-        """Channel: users who may have lost the right to follow topics, by a change of a membership in the partition."""
+        """Channel: users who may no longer be allowed to follow their topics, after a change of a membership."""
         return self._of(partition, b"rechecks")
 
     # ── feeds: the stream's key is its channel's name too, and its field in `Home.feeds` ────────────────────────────
@@ -278,9 +278,9 @@ class Keys:
         """Stream with a TTL: the answers for one gateway."""
         return self._global(b"g-" + gateway.encode(), b"replies")
 
-    def event_cursors(self, name: str) -> bytes:
-        """String with a TTL: the cursors that the ids of a stream of events refer to, by topic, packed."""
-        return self._global(b"e-" + name.encode(), b"cursors")
+    def event_cursors(self, user: str, slot: int) -> bytes:
+        """String with a TTL: the cursors that ids of a user's event streams refer to: their name and topics, packed."""
+        return self._of(self.partition_of(user), b"event-cursors:%d:%s" % (slot, user.encode()))
 
     def orders(self, gateway: str) -> bytes:
         """Stream with a TTL: what other gateways order one to do with its connections."""

@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 REPLACED = Counter("tidewire_redis_masters_total", "Masters that were replaced by another server.")
 
 LOOK_S = 1.0
-"""Seconds from a check of which servers are masters to the next one, about. It adds to the time of a failover."""
+"""Approximate interval, in seconds, between checks of which servers are masters. It adds to the time of a failover."""
 MAX_LOOK_S = 1.0
 """Maximum seconds for a node to answer a check before another one is asked."""
 
