@@ -121,6 +121,11 @@ async def test_a_process_paused_for_longer_than_its_lease_does_no_harm(new_up: A
         await asyncio.sleep(1)
         pid = await up.pid(kind)
         paused = next(service["id"] for service in (await up.status())["services"] if service["pid"] == pid)
+
+        async def owns_some() -> bool:
+            return any(one["owner"] == paused for one in (await up.status())["groups"][kind]["partitions"])
+
+        await wait_until(owns_some, f"the {kind} that is paused has a partition to lose")
         os.kill(pid, signal.SIGSTOP)
         try:
 
