@@ -62,6 +62,10 @@ class Recipients(NamedTuple):
 NO_RECIPIENTS = Recipients()
 
 
+SizeOf = Callable[[str, Scalar], int]
+"""Returns the number of members of a group, from its membership and its key."""
+
+
 class Audience:
     """The base of all audiences. `a | b` is the union, `a & b` the intersection."""
 
@@ -83,6 +87,10 @@ class Audience:
     def recipients(self, item: Item, known: Knowledge, only: str | None = None) -> Recipients:
         """Return all recipients. With `only`, return what concerns that user, for which fewer facts are needed."""
         raise NotImplementedError
+
+    def count(self, item: Item, size: SizeOf) -> int:
+        """Return about how many feeds a change of the item goes to; `size` returns the number of a group's members."""
+        return 1
 
     def parts(self) -> Iterator[Audience]:
         """Yield this audience and those that it is made of."""
@@ -151,6 +159,9 @@ class User(Audience):
         named = self._named(item)
         return Recipients(dict.fromkeys(named if only is None else named & {only}, True))
 
+    def count(self, item: Item, size: SizeOf) -> int:
+        return len(self._named(item))
+
 
 def _group(item: Item, attribute: str) -> Scalar | None:
     value = item.get(attribute)
@@ -182,6 +193,10 @@ class Members(Audience):
         members = known.members(self.membership, group)
         # A member is the name of a user, which is a string. The store refuses others.
         return Recipients({u: True for u, member in members.items() if isinstance(u, str) and self.counts(member)})
+
+    def count(self, item: Item, size: SizeOf) -> int:
+        group = _group(item, self.attribute)
+        return 0 if group is None else size(self.membership, group)
 
 
 @dataclass(frozen=True)
@@ -348,6 +363,9 @@ class Union(Audience):
             _merged(left.users, right.users), _merged(left.topics, right.topics), either(left.open, right.open)
         )
 
+    def count(self, item: Item, size: SizeOf) -> int:
+        return self.left.count(item, size) + self.right.count(item, size)
+
     def parts(self) -> Iterator[Audience]:
         yield self
         yield from self.left.parts()
@@ -377,6 +395,10 @@ class Intersection(Audience):
         topics = {name: both(condition, right.open) for name, condition in left.topics.items()}
         topics |= {name: both(condition, left.open) for name, condition in right.topics.items()}
         return Recipients(_possible(users), _possible(topics), both(left.open, right.open))
+
+    def count(self, item: Item, size: SizeOf) -> int:
+        # Both sides are computed, so the larger one tells the work.
+        return max(self.left.count(item, size), self.right.count(item, size))
 
     def parts(self) -> Iterator[Audience]:
         yield self

@@ -9,8 +9,8 @@ from tidewire.model.records import Position
 from tidewire.redis.functions import LARGE_BODY_BYTES, WHOLE, Append, Unit, body_id, feed_number, reference
 from tidewire.redis.keys import Home, Keys
 
-MAX_CALL_APPENDS = 2000
-MAX_CALL_BYTES = 1 << 20
+MAX_CALL_APPENDS = 500
+MAX_CALL_BYTES = 1 << 18
 """Maximum appends of one call, and maximum bytes that they write.
 
 A feed gets all of a transaction in one call, even if that exceeds them.
@@ -88,6 +88,10 @@ class AppendUnits(NamedTuple):
     """A call that appends units."""
 
     units: list[Unit]
+
+    @property
+    def appends(self) -> int:
+        return sum(len(append.feeds) for unit in self.units for append in unit.appends)
 
 
 LinkCall = StoreBodies | AppendUnits

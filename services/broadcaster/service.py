@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -39,6 +40,12 @@ Beyond it, the batch ends with its current change.
 """
 STEP_S = 0.002
 """Seconds of deciding after which other work of the process gets its turn."""
+LARGE_CALL_APPENDS = 100
+LARGE_CALLS = 2
+"""Maximum calls of more than so many appends that a node of Redis has before it at once, for each broadcaster.
+
+Other requests to the node wait for them. Two keep it busy.
+"""
 BODY_GRACE_MS = 60_000
 """How long, in ms, large bodies outlive the resume window."""
 SWEEP_S = 60.0
@@ -276,8 +283,13 @@ def build(service: Service, app: App) -> Worker:
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
     body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 
+    large_calls: defaultdict[object, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(LARGE_CALLS))
+
     async def link(to: Home, source: str, epoch: int, call: LinkCall | FeedReset) -> None:
         match call:
+            case AppendUnits(units) if call.appends > LARGE_CALL_APPENDS:
+                async with large_calls[backend.node_of(to.partition)]:
+                    await backend.functions.link_append(to, source, epoch, bounds, units)
             case AppendUnits(units):
                 await backend.functions.link_append(to, source, epoch, bounds, units)
             case StoreBodies(bodies):

@@ -31,6 +31,7 @@ from .expiries import Expiries
 from .indexer import IndexerTenure, is_needed
 from .memory import Memory
 from .reads import Read, Reads
+from .spread import Spread
 from .view import Situation
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,7 @@ class StoreTenure:
         *,
         memory: Memory | None = None,
         reads: Reads | None = None,
+        spread: Spread | None = None,
         versions: Versions | None = None,
     ) -> None:
         self._app = app
@@ -83,6 +85,7 @@ class StoreTenure:
         self._decision = Decision()
         self._memory = memory or Memory(backend)
         self._reads = reads or Reads(app, backend, settings, answers)
+        self._spread = spread or Spread(app, backend)
         self._limits = Limits.of(settings)
         self._situation: Situation | None = None
         self._begun_s = 0.0
@@ -158,7 +161,8 @@ class StoreTenure:
         CHANGES.inc(decision.changes)
         for code in decision.errors:
             ERRORS.labels(code).inc()
-        self._answers.send(decision.replies if confirmed else unconfirmed(decision))
+        replies = decision.replies if confirmed else unconfirmed(decision)
+        self._answers.send(self._spread.charged(replies, decision.written))
         for command, last in decision.detached:
             assert self._situation
             situation = replace(self._situation, last=last, keep_since=None, expire=False)
@@ -228,13 +232,23 @@ def build(service: Service, app: App) -> Worker:
     versions = Versions(app, backend, service.registry)
     service.run(versions.run)
     service.tell(versions.describe)
-    memory, reads = Memory(backend), Reads(app, backend, settings, answers)
+    memory, reads, spread = Memory(backend), Reads(app, backend, settings, answers), Spread(app, backend)
     service.run(memory.run)
+    service.run(spread.run)
     service.at_drain(reads.drain)
 
     def tenure(partition: int, owned: Owned) -> StoreTenure:
         return StoreTenure(
-            app, backend, settings, answers, partition, owned, memory=memory, reads=reads, versions=versions
+            app,
+            backend,
+            settings,
+            answers,
+            partition,
+            owned,
+            memory=memory,
+            reads=reads,
+            spread=spread,
+            versions=versions,
         )
 
     def indexer(partition: int, owned: Owned) -> IndexerTenure:

@@ -229,12 +229,12 @@ BREAKS = {
     ),
     "a call appends without a bound": Break(
         "services/broadcaster/route.py",
-        "MAX_CALL_APPENDS = 2000\n",
+        "MAX_CALL_APPENDS = 500\n",
         "MAX_CALL_APPENDS = 1 << 40\n",
         [],
         {"pause", "late"},
         attacked_by("rants", depth=1, mob=10_000),
-        also=(("services/broadcaster/route.py", "MAX_CALL_BYTES = 1 << 20\n", "MAX_CALL_BYTES = 1 << 40\n"),),
+        also=(("services/broadcaster/route.py", "MAX_CALL_BYTES = 1 << 18\n", "MAX_CALL_BYTES = 1 << 40\n"),),
         seconds=90.0,
     ),
     "answers that nobody reads are not bounded": Break(

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tidewire.app import App
 from tidewire.audiences import (
     NO_RECIPIENTS,
     Audience,
+    Peers,
     Reader,
     Recipients,
     Topic,
@@ -118,6 +119,13 @@ def test_narrowing_by_everyone_keeps_all_and_by_nobody_keeps_none(a: Audience, i
     assert (a & everyone).recipients(item, known) == a.recipients(item, known)
     assert (a & nobody).recipients(item, known) == NO_RECIPIENTS
     assert (a | nobody).recipients(item, known) == a.recipients(item, known)
+
+
+@given(EXPRESSIONS, ITEMS, KNOWN)
+def test_no_change_has_more_recipients_than_are_counted(audience: Audience, item: Item, known: Known) -> None:
+    assume(not any(isinstance(part, Peers) for part in audience.parts()))  # they are found by an index, and count one
+    counted = audience.count(item, lambda membership, group: len(known.members(membership, group)))
+    assert counted >= len(audience.recipients(item, known).users)
 
 
 @given(KNOWN, NAMES, st.sampled_from(GROUPS))
