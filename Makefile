@@ -17,7 +17,7 @@ SCRIPTS := .ci/can-install .ci/wheel-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install up test coverage test-long test-pythons breaks faults check format docs wheel-check lock clean
+.PHONY: help install up test coverage test-long test-pythons breaks faults fuzz check format docs wheel-check lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ test-pythons: ## the unit tests under each version of Python that is on this mac
 
 breaks: $(INSTALLED) ## take out one guard after another, and see that the checker of runs under faults notices
 	@TIDEWIRE_TEST_BREAKS=1 $(BIN)/python -m pytest -s tests/faults/test_faults.py -k missing_guard $(ARGS)
+
+fuzz: $(INSTALLED) ## send 100,000 random handshakes and frames to a gateway, and see that nothing breaks or stays behind
+	@TIDEWIRE_TEST_FUZZ=100000 $(BIN)/python -m pytest -s tests/contract/test_fuzz.py $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, spelling, import contracts
 	$(BIN)/ruff check . $(SCRIPTS)

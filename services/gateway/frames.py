@@ -1,9 +1,4 @@
-"""Frames of feeds: encoded once for all connections, and gathered into one buffer.
-
-Frames are written to the transport of a websocket, bypassing the library that serves it. This is safe: a frame is
-written whole, never within another message, because nothing here sends fragments; and none follows a close frame,
-because `peers.Websocket` looks at the state of the connection first (RFC 6455, sections 5.4 and 5.5.1).
-"""
+"""Frames of feeds: encoded once for all connections, and gathered into one buffer."""
 
 from __future__ import annotations
 

@@ -13,25 +13,18 @@ from typing import Any
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
-from websockets import http11
-from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
-from websockets.typing import Subprotocol
 
 from tidewire.app import App
 from tidewire.errors import BadRequest, RateLimited, RequestError, Unauthenticated, UnsupportedAction
 from tidewire.model.protocol import (
-    SUBPROTOCOL,
     Auth,
     decode_frame,
-    encode_json,
     parse_request,
     request_id,
 )
 from tidewire.model.records import JSON, Principal
-from tidewire.process.http import serve_http
+from tidewire.process.http import max_connections, serve_http
 from tidewire.process.lifecycle import Service
 
 from . import handshake, rechecks
@@ -41,9 +34,10 @@ from .deadline import Deadline
 from .http import http_app
 from .orders import OrderAction, no_connection
 from .origins import Origins
-from .peers import Websocket
 from .presence import Presence
 from .proxies import TrustedProxies
+from .upgrade import Refusal
+from .websocket import Websocket, Websockets
 
 log = structlog.get_logger(__name__)
 
@@ -53,14 +47,10 @@ HANDSHAKES = Counter(
 )
 CLOSE_BATCH = 200
 """Connections that a drain closes before other tasks get their turn."""
-VERSION = "13"
-"""The version of the websocket protocol (RFC 6455, section 4.1)."""
+WEBSOCKETS_SHARE = 2
+"""Websockets take at most this part of the process's file descriptors."""
 MAX_FIRST_FRAME_BYTES = 4096
 """Maximum size of a frame before the peer has presented a credential."""
-MAX_PONGS_BYTES = 1 << 20
-"""Bytes that may wait for a peer before the gateway reads no more from it, pings included."""
-PEER_HANDSHAKE_S = 5.0
-"""Seconds that a peer has for its part of a handshake, on top of the gateway's time for the welcome."""
 
 
 class Gateway:
@@ -80,56 +70,53 @@ class Gateway:
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def process_request(self, ws: ServerConnection, request: Request) -> Response | None:
-        """Decide on a handshake before the library accepts it. None accepts it."""
-        size_bytes = sum(len(name) + len(value) for name, value in request.headers.raw_items())
-        if size_bytes > handshake.MAX_HEADER_BYTES:
-            return self._refuse(ws, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, handshake.HEADERS_TOO_LARGE)
-        if request.headers.get_all("Sec-WebSocket-Version") not in ([], [VERSION]):
-            return _other_version()
+    async def _serve_websocket(self, ws: Websocket) -> None:
+        """Serve a websocket from its request to its end. Raises Refusal."""
         try:
-            wanted = handshake.read(request.path, request.headers, self.origins, self.settings.path_prefix)
+            wanted = handshake.read(ws.request.path, ws.request.headers, self.origins, self.settings.path_prefix)
         except RequestError as error:
-            return self._refuse(ws, HTTPStatus(error.status), error.message)
+            raise Refusal(HTTPStatus(error.status), error.message) from None
         if self.core.service.stopping.is_set():
-            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: connect again")
-        ws.opening = opening = _Opening(wanted, self.deadline())  # type: ignore[attr-defined]
-        if wanted.auth_key is None and self.settings.first_frame_auth_s > 0:
-            ws.protocol.max_message_size = MAX_FIRST_FRAME_BYTES
-            return None  # the credential comes in the first frame
-        return await self._admit(ws, opening)
-
-    async def _admit(self, ws: ServerConnection, opening: _Opening) -> Response | None:
-        """Authorize a handshake. A page never sees a status, so it gets a close code after the handshake instead."""
-        try:
-            if opening.handshake.auth_key is None:
-                raise Unauthenticated("a credential is needed in the handshake")
-            authorized = self.core.gatekeeper.authorize(opening.handshake.auth_key)
-            opening.principal = await opening.deadline.bound(authorized)
-        except Unauthenticated as error:
-            if not opening.handshake.browser:
-                return self._refuse(ws, HTTPStatus.UNAUTHORIZED, error.message)
-            opening.refused = (4401, handshake.close_reason(error.message))
-        except RequestError as error:
-            return self._refuse(ws, HTTPStatus.SERVICE_UNAVAILABLE, error.message)
-        return None
-
-    async def handle(self, ws: ServerConnection) -> None:
-        """Serve one accepted websocket to its end."""
-        opening: _Opening = ws.opening  # type: ignore[attr-defined]
-        if opening.refused:
-            HANDSHAKES.labels("refused").inc()
-            await ws.close(*opening.refused)
-            return
-        cursor, topics = opening.handshake.cursor, opening.handshake.topics
-        principal, deadline = opening.principal, opening.deadline
-        if principal is None:
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: connect again")
+        ws.source_ip = self.proxies.source(ws.address, ws.request.headers.get_all("X-Forwarded-For"))
+        cursor, topics, deadline = wanted.cursor, wanted.topics, self.deadline()
+        principal: Principal | None = None
+        max_message_bytes = self.settings.limit_frame_bytes or None
+        if wanted.auth_key is not None or self.settings.first_frame_auth_s <= 0:
+            try:
+                principal = await self._authorize(wanted, deadline)
+            except Unauthenticated as error:
+                await self._refuse(ws, wanted, error)
+                return
+            ws.accept(max_message_bytes)
+        else:
+            ws.accept(MAX_FIRST_FRAME_BYTES)
             first = await self._first_frame(ws)
             if first is None:
                 HANDSHAKES.labels("refused").inc()
                 return
             principal, cursor, topics, deadline = first
-        await self.serve(Connection(self.core, Websocket(ws, self._source(ws)), principal, deadline), cursor, topics)
+            ws.limit_messages(max_message_bytes)
+        await self.serve(Connection(self.core, ws, principal, deadline), cursor, topics)
+
+    async def _authorize(self, wanted: handshake.Handshake, deadline: Deadline) -> Principal:
+        """Authorize a handshake. Raises Unauthenticated and Refusal."""
+        if wanted.auth_key is None:
+            raise Unauthenticated("a credential is needed in the handshake")
+        try:
+            return await deadline.bound(self.core.gatekeeper.authorize(wanted.auth_key))
+        except Unauthenticated:
+            raise
+        except RequestError as error:
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.message) from None
+
+    async def _refuse(self, ws: Websocket, wanted: handshake.Handshake, error: Unauthenticated) -> None:
+        """Refuse a credential. A page never sees the status of a handshake, so it gets a close code after it."""
+        if not wanted.browser:
+            raise Refusal(HTTPStatus.UNAUTHORIZED, error.message)
+        HANDSHAKES.labels("refused").inc()
+        ws.accept(MAX_FIRST_FRAME_BYTES)
+        await ws.close(4401, handshake.close_reason(error.message))
 
     def deadline(self) -> Deadline:
         """Begin the deadline of a handshake."""
@@ -150,7 +137,7 @@ class Gateway:
             CONNECTED.dec()
             self.presence.disconnected(connection)
 
-    async def _first_frame(self, ws: ServerConnection) -> tuple[Principal, str | None, dict[str, str], Deadline] | None:
+    async def _first_frame(self, ws: Websocket) -> tuple[Principal, str | None, dict[str, str], Deadline] | None:
         """Authorize by the first frame.
 
         Returns principal, cursor, topics and deadline; None if the socket was closed.
@@ -159,13 +146,12 @@ class Gateway:
         try:
             async with asyncio.timeout(self.settings.first_frame_auth_s):
                 message = await ws.recv()
-            frame = decode_frame(message, binary=ws.subprotocol is not None)
+            frame = decode_frame(message, binary=ws.binary)
             request = parse_request(frame)
             if not isinstance(request, Auth):
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
             deadline = self.deadline()  # from here on, the peer waits for the gateway
             principal = await deadline.bound(self.core.gatekeeper.authorize(request.auth_key))
-            ws.protocol.max_message_size = self.settings.limit_frame_bytes or None
             return principal, request.cursor, request.topics, deadline
         except TimeoutError:
             await ws.close(4408, "no credential in time")
@@ -177,16 +163,6 @@ class Gateway:
         except ConnectionClosed:
             pass
         return None
-
-    def _refuse(self, ws: ServerConnection, status: HTTPStatus, message: str) -> Response:
-        HANDSHAKES.labels("refused").inc()
-        body = encode_json({"type": "error", "id": None, "code": _CODES.get(status, "bad_request"), "message": message})
-        headers = Headers({"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"})
-        return Response(status.value, status.phrase, headers, body)
-
-    def _source(self, ws: ServerConnection) -> str:
-        forwarded = ws.request.headers.get_all("X-Forwarded-For") if ws.request else []
-        return self.proxies.source(ws.remote_address[0] if ws.remote_address else "", forwarded)
 
     # ── orders ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -264,80 +240,20 @@ class Gateway:
                 await self.core.registry.leave()
 
     @contextlib.asynccontextmanager
-    async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[Server]:
+    async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[None]:
         """Accept connections until the block is left."""
         await self.core.gatekeeper.start()
+        websockets = Websockets(
+            self._serve_websocket,
+            refused=HANDSHAKES.labels("refused").inc,
+            max_connections=max_connections(WEBSOCKETS_SHARE),
+            max_queued_bytes=self.settings.limit_queued_bytes,
+        )
         async with (
-            serve(
-                self.handle,
-                sock=ws_listener,
-                process_request=self.process_request,
-                subprotocols=[Subprotocol(SUBPROTOCOL)],
-                # An unknown subprotocol is accepted without one: the frames are then JSON.
-                select_subprotocol=_select_subprotocol,
-                compression=None,
-                max_size=self.settings.limit_frame_bytes or None,
-                open_timeout=self.settings.welcome_timeout_s
-                + PEER_HANDSHAKE_S,  # our own deadline comes first, and answers
-                close_timeout=1,
-                server_header=None,
-                create_connection=_Connection,
-            ) as server,
+            websockets.listening(ws_listener),
             serve_http(http_app(self.core, self.serve, self.origins, self.proxies), http_listener),
         ):
-            yield server
-
-
-class _Connection(ServerConnection):
-    """Reads nothing more from a peer that takes no answers: the library answers every ping, whatever has queued up."""
-
-    _is_held = False
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.transport.get_write_buffer_size() > MAX_PONGS_BYTES and not self._is_held:
-            self._is_held = True
-            self.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._is_held:
-            self._is_held = False
-            self.transport.resume_reading()
-
-
-class _Opening:
-    """A handshake's state, from its request to the handler of the accepted socket."""
-
-    def __init__(self, request: handshake.Handshake, deadline: Deadline) -> None:
-        self.handshake = request
-        self.deadline = deadline
-        self.principal: Principal | None = None
-        self.refused: tuple[int, str] | None = None
-
-
-_CODES = {
-    HTTPStatus.UNAUTHORIZED: "unauthenticated",
-    HTTPStatus.FORBIDDEN: "forbidden",
-    HTTPStatus.NOT_FOUND: "not_found",
-    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded",
-    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "too_large",
-}
-
-# The library takes at most 8 KiB per line. It reads this limit from its environment, or from here.
-http11.MAX_LINE_LENGTH = handshake.MAX_HEADER_BYTES
-
-
-def _other_version() -> Response:
-    """Refuse a handshake of another version, and name ours (RFC 6455, section 4.4)."""
-    body = b"websockets of version 13 are served here\n"
-    headers = Headers({"Sec-WebSocket-Version": VERSION, "Content-Length": str(len(body)), "Connection": "close"})
-    status = HTTPStatus.UPGRADE_REQUIRED
-    return Response(status.value, status.phrase, headers, body)
-
-
-def _select_subprotocol(_: ServerConnection, offered: Any) -> Subprotocol | None:
-    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
+            yield
 
 
 def build(service: Service, app: App) -> Gateway:

@@ -211,7 +211,7 @@ async def test_beyond_the_bound_connections_are_closed_and_the_others_live(
     async with raw(stage) as (reader, writer):
         writer.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await read(reader)).status == 404
-        monkeypatch.setattr(http, "max_connections", lambda: 1)
+        monkeypatch.setattr(http, "max_connections", lambda share: 1)
         async with raw(stage) as (refused, _), asyncio.timeout(PATIENCE_S):
             with contextlib.suppress(ConnectionResetError):
                 assert await refused.read(1) == b""

@@ -25,7 +25,7 @@ IDLE_S = 5
 """Maximum seconds between two requests of a connection."""
 MAX_HEAD_BYTES = 65_536
 """Maximum bytes of a request line and headers that are read."""
-DESCRIPTORS_SHARE = 4
+HTTP_SHARE = 4
 """A server takes at most this part of the process's file descriptors, so that a flood leaves the rest to others."""
 
 
@@ -36,7 +36,7 @@ class _Protocol(H11Protocol):
     _within = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) >= max_connections():
+        if len(self.connections) >= max_connections(HTTP_SHARE):
             REFUSED.labels("full").inc()
             transport.abort()
             return
@@ -79,9 +79,9 @@ class _Protocol(H11Protocol):
         self.transport.abort()
 
 
-def max_connections() -> int:
-    """Return the maximum connections of one server."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_SHARE
+def max_connections(share: int) -> int:
+    """Return the maximum connections of a server that may take this part of the process's file descriptors."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // share
 
 
 class _Server(uvicorn.Server):
