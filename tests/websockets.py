@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
-from tidewire.services.gateway.websocket import Serve, Websocket, Websockets
+from tidewire.services.gateway.opening import Opening, Serve, Websockets
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 WAIT_S = 15.0
@@ -90,9 +90,9 @@ class RawClient:
         return found
 
 
-async def echo(websocket: Websocket) -> None:
+async def echo(opening: Opening) -> None:
     """Send each message back, as text or binary."""
-    websocket.accept(MAX_BYTES)
+    websocket = opening.accept("127.0.0.1", MAX_BYTES)
     while True:
         message = await websocket.recv()
         websocket.binary = isinstance(message, bytes)

@@ -32,12 +32,13 @@ from .connection import Connection
 from .core import Core
 from .deadline import Deadline
 from .http import http_app
+from .opening import Opening, Websockets
 from .orders import OrderAction, no_connection
 from .origins import Origins
 from .presence import Presence
 from .proxies import TrustedProxies
 from .upgrade import Refusal
-from .websocket import Websocket, Websockets
+from .websocket import Websocket
 
 log = structlog.get_logger(__name__)
 
@@ -70,27 +71,32 @@ class Gateway:
 
     # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _serve_websocket(self, ws: Websocket) -> None:
-        """Serve a websocket from its request to its end. Raises Refusal."""
+    async def _open(self, opening: Opening) -> None:
+        """Serve a connection of the websocket port from its request to its end. Raises Refusal."""
+        request = opening.request
         try:
-            wanted = handshake.read(ws.request.path, ws.request.headers, self.origins, self.settings.path_prefix)
+            wanted = handshake.read(request.path, request.headers, self.origins, self.settings.path_prefix)
         except RequestError as error:
             raise Refusal(HTTPStatus(error.status), error.message) from None
         if self.core.service.stopping.is_set():
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: connect again")
-        ws.source_ip = self.proxies.source(ws.address, ws.request.headers.get_all("X-Forwarded-For"))
+        source_ip = self.proxies.source(opening.address, request.headers.get_all("X-Forwarded-For"))
         cursor, topics, deadline = wanted.cursor, wanted.topics, self.deadline()
-        principal: Principal | None = None
         max_message_bytes = self.settings.limit_frame_bytes or None
         if wanted.auth_key is not None or self.settings.first_frame_auth_s <= 0:
             try:
                 principal = await self._authorize(wanted, deadline)
             except Unauthenticated as error:
-                await self._refuse(ws, wanted, error)
+                if not wanted.browser:
+                    raise Refusal(HTTPStatus.UNAUTHORIZED, error.message) from None
+                # A page never sees the status of a handshake. So it gets a close code after it.
+                HANDSHAKES.labels("refused").inc()
+                ws = opening.accept(source_ip, MAX_FIRST_FRAME_BYTES)
+                await ws.close(4401, handshake.close_reason(error.message))
                 return
-            ws.accept(max_message_bytes)
+            ws = opening.accept(source_ip, max_message_bytes)
         else:
-            ws.accept(MAX_FIRST_FRAME_BYTES)
+            ws = opening.accept(source_ip, MAX_FIRST_FRAME_BYTES)
             first = await self._first_frame(ws)
             if first is None:
                 HANDSHAKES.labels("refused").inc()
@@ -109,14 +115,6 @@ class Gateway:
             raise
         except RequestError as error:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.message) from None
-
-    async def _refuse(self, ws: Websocket, wanted: handshake.Handshake, error: Unauthenticated) -> None:
-        """Refuse a credential. A page never sees the status of a handshake, so it gets a close code after it."""
-        if not wanted.browser:
-            raise Refusal(HTTPStatus.UNAUTHORIZED, error.message)
-        HANDSHAKES.labels("refused").inc()
-        ws.accept(MAX_FIRST_FRAME_BYTES)
-        await ws.close(4401, handshake.close_reason(error.message))
 
     def deadline(self) -> Deadline:
         """Begin the deadline of a handshake."""
@@ -244,7 +242,7 @@ class Gateway:
         """Accept connections until the block is left."""
         await self.core.gatekeeper.start()
         websockets = Websockets(
-            self._serve_websocket,
+            self._open,
             refused=HANDSHAKES.labels("refused").inc,
             max_connections=max_connections(WEBSOCKETS_SHARE),
             max_queued_bytes=self.settings.limit_queued_bytes,

@@ -26,7 +26,8 @@ from tests.websockets import (
     frame,
     listening,
 )
-from tidewire.services.gateway import websocket
+from tidewire.services.gateway import opening, websocket
+from tidewire.services.gateway.opening import Opening
 from tidewire.services.gateway.upgrade import MAX_HEAD_BYTES, Refusal
 from tidewire.services.gateway.websocket import CLOSED, MAX_MESSAGES, MAX_PONGS, Websocket
 from tidewire.tasks import end
@@ -52,7 +53,7 @@ async def ended(client: RawClient) -> None:
 
 @pytest.mark.parametrize("begin", [b"", b"GET /v1 HTTP/1.1\r\nHost: x\r\n"])
 async def test_a_handshake_that_does_not_come_is_ended(monkeypatch: pytest.MonkeyPatch, begin: bytes) -> None:
-    monkeypatch.setattr(websocket, "HEAD_S", 0.1)
+    monkeypatch.setattr(opening, "HEAD_S", 0.1)
     before = count("slow_handshake")
     async with listening() as server:
         client = await server.raw()
@@ -93,8 +94,8 @@ async def test_a_peer_that_reads_nothing_is_closed_also_if_it_sends(monkeypatch:
     monkeypatch.setattr(websocket, "UNREAD_S", 0.3)
     before = count("unread")
 
-    async def talk(ws: Websocket) -> None:
-        ws.accept(None)
+    async def talk(opening: Opening) -> None:
+        ws = opening.accept("", None)
         while True:
             await ws.send(b"x" * 100_000)
 
@@ -113,9 +114,8 @@ async def test_a_peer_that_reads_slowly_is_not_closed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(websocket, "UNREAD_S", 0.5)
     payload = b"x" * 20_000_000
 
-    async def talk(ws: Websocket) -> None:
-        ws.binary = True
-        ws.accept(None)
+    async def talk(opening: Opening) -> None:
+        ws = opening.accept("", None)
         ws.binary = True
         await ws.send(payload)
         await ws.send(b"end")
@@ -151,10 +151,11 @@ async def test_of_many_pings_the_last_are_answered() -> None:
 async def test_nothing_is_read_from_a_peer_whose_messages_wait() -> None:
     begin = asyncio.Event()
     taken = 0
+    ws: Websocket
 
-    async def serve(ws: Websocket) -> None:
-        nonlocal taken
-        ws.accept(None)
+    async def serve(opening: Opening) -> None:
+        nonlocal taken, ws
+        ws = opening.accept("", None)
         await begin.wait()
         while True:
             await ws.recv()
@@ -162,7 +163,6 @@ async def test_nothing_is_read_from_a_peer_whose_messages_wait() -> None:
 
     async with listening(serve) as server:
         client = await server.client()
-        (ws,) = server.websockets
         sent = 0
         message = frame(BINARY, b"x" * 10_000)
         while client.writer.transport.get_write_buffer_size() < 1 << 20:
@@ -272,11 +272,11 @@ async def test_a_handshake_may_come_in_pieces_and_frames_with_it(size: int) -> N
 async def test_frames_wait_while_the_handshake_is_decided_and_a_refusal_is_told() -> None:
     decided = asyncio.Event()
 
-    async def serve(ws: Websocket) -> None:
+    async def serve(opening: Opening) -> None:
         await decided.wait()
-        if "refused" in ws.request.path:
+        if "refused" in opening.request.path:
             raise Refusal(HTTPStatus.FORBIDDEN, "not you")
-        await echo(ws)
+        await echo(opening)
 
     async with listening(serve) as server:
         client, other = await server.raw(), await server.raw()
@@ -294,7 +294,7 @@ async def test_frames_wait_while_the_handshake_is_decided_and_a_refusal_is_told(
 async def test_a_peer_that_leaves_before_the_decision_is_not_served() -> None:
     asked, told = asyncio.Event(), list[str]()
 
-    async def serve(ws: Websocket) -> None:
+    async def serve(opening: Opening) -> None:
         asked.set()
         try:
             await asyncio.sleep(WAIT_S)
@@ -311,8 +311,8 @@ async def test_a_peer_that_leaves_before_the_decision_is_not_served() -> None:
 
 
 async def test_a_fault_of_the_handler_closes_with_1011_and_its_end_with_1000() -> None:
-    async def serve(ws: Websocket) -> None:
-        ws.accept(None)
+    async def serve(opening: Opening) -> None:
+        ws = opening.accept("", None)
         if await ws.recv() == "fail":
             raise ValueError("a fault")
 
@@ -328,8 +328,8 @@ async def test_a_fault_of_the_handler_closes_with_1011_and_its_end_with_1000() -
 async def test_what_is_sent_after_the_close_frame_of_the_server_is_not_begun() -> None:
     served = list[str | bytes]()
 
-    async def serve(ws: Websocket) -> None:
-        ws.accept(None)
+    async def serve(opening: Opening) -> None:
+        ws = opening.accept("", None)
         served.append(await ws.recv())
         closing = asyncio.create_task(ws.close(1012, "leaving"))
         with contextlib.suppress(ConnectionClosed):
