@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import cast
 
 import structlog
 from websockets.exceptions import ConnectionClosed
@@ -83,8 +84,7 @@ class Opening(asyncio.Protocol):
     # ── the transport's events ──────────────────────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # that of uvloop is one by its methods alone
         if self._websockets.add(self):
             self._timer = self._loop.call_later(HEAD_S, self._late)
         else:
