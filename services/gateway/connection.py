@@ -71,7 +71,13 @@ class Connection:
         self.subscriptions = Subscriptions(core, self, deadline)
         self._deadline = deadline
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unanswered = asyncio.Semaphore(MAX_UNANSWERED)
+        self._unanswered = 0
+        self._may_begin = asyncio.Event()
+        """Set while fewer than MAX_UNANSWERED requests are unanswered."""
+        self._may_begin.set()
+        self.answered = asyncio.Event()
+        """Set while no request is unanswered."""
+        self.answered.set()
         self._expiry: asyncio.Task[None] | None = None
 
     async def run(self, cursor: str | None, topics: dict[str, str]) -> None:
@@ -191,7 +197,8 @@ class Connection:
         self.active_at = self.core.now_ms()
         while self.full():  # noqa: ASYNC110 - the transport has no event for it
             await asyncio.sleep(0.02)  # a peer that does not read is not read from
-        await self._unanswered.acquire()
+        await self._may_begin.wait()
+        self._count(1)
         frame: dict[str, JSON] = {}
         admission: Admission | None = None
         try:
@@ -204,7 +211,7 @@ class Connection:
                 raise ConnectionClosed(None, None)  # nobody would read the answer. A write is still done
             result = self._begin_request(request, admission.work)
         except (RequestError, ConnectionClosed) as error:
-            self._unanswered.release()
+            self._count(-1)
             if admission:
                 admission.cancel()
             if isinstance(error, RequestError):
@@ -216,6 +223,18 @@ class Connection:
             task.add_done_callback(lambda _: admission.close())
         else:
             admission.close()
+
+    def _count(self, by: int) -> None:
+        """Add to the number of unanswered requests."""
+        self._unanswered += by
+        for event, is_set in (
+            (self._may_begin, self._unanswered < MAX_UNANSWERED),
+            (self.answered, not self._unanswered),
+        ):
+            if is_set:
+                event.set()
+            else:
+                event.clear()
 
     def _begin_request(self, request: Request, work: Work) -> Awaitable[JSON]:
         """Start on a request, and return its result to await.
@@ -249,7 +268,7 @@ class Connection:
                     room.resize(len(data))
                     await self.peer.send(data)
         finally:
-            self._unanswered.release()
+            self._count(-1)
 
     # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
 

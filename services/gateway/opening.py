@@ -88,7 +88,7 @@ class Opening(asyncio.Protocol):
         if self._websockets.add(self):
             self._timer = self._loop.call_later(HEAD_S, self._late)
         else:
-            transport.abort()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():
@@ -183,6 +183,7 @@ class Websockets:
         self.refused = refused
         self.max_queued_bytes = max_queued_bytes
         self._max_connections = max_connections
+        self._accepting: asyncio.Server | None = None
         self._open: set[Opening] = set()
         self._is_full = False
 
@@ -209,10 +210,17 @@ class Websockets:
         if len(self._open) < 0.9 * self._max_connections:
             self._is_full = False
 
+    def stop_accepting(self) -> None:
+        """Accept no further connections. Other gateways on the same port get them."""
+        if self._accepting:
+            self._accepting.close()
+
     @contextlib.asynccontextmanager
     async def listening(self, listener: socket.socket) -> AsyncIterator[None]:
         """Accept connections on a bound socket while the block runs. At its end, close all with 1001."""
-        accepting = await self.loop.create_server(lambda: Opening(self), sock=listener, backlog=BACKLOG)
+        self._accepting = accepting = await self.loop.create_server(
+            lambda: Opening(self), sock=listener, backlog=BACKLOG
+        )
         try:
             yield
         finally:

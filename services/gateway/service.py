@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from http import HTTPStatus
 from typing import Any
 
@@ -38,7 +38,7 @@ from .origins import Origins
 from .presence import Presence
 from .proxies import TrustedProxies
 from .upgrade import Refusal
-from .websocket import Websocket
+from .websocket import CLOSE_S, Websocket
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +46,16 @@ CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams o
 HANDSHAKES = Counter(
     "tidewire_gateway_handshakes_total", "Handshakes by the outcome of their authorization.", ["outcome"]
 )
-CLOSE_BATCH = 200
-"""Connections that a drain closes before other tasks get their turn."""
+LEAVING_PER_S = 500.0
+"""Connections that a drain asks to leave each second, if they are not so many that it needs more."""
+LEAVING_PART = 0.7
+"""Part of the drain in which all connections are asked to leave."""
+LEAVING_BATCH = 25
+"""Connections that are asked to leave at once."""
+RECONNECT_WITHIN_MS = 1000
+"""Maximum ms that a peer is asked to wait before it reconnects."""
+ANSWERING_S = 5.0
+"""Maximum seconds that a connection stays open for the answers to its requests. At most a fourth of the drain."""
 WEBSOCKETS_SHARE = 2
 """Websockets take at most this part of the process's file descriptors."""
 MAX_FIRST_FRAME_BYTES = 4096
@@ -64,6 +72,7 @@ class Gateway:
         self.connections: dict[str, Connection] = {}
         self.origins = Origins(self.settings.origins)
         self.proxies = TrustedProxies(self.settings.trusted_proxies)
+        self._websockets: Websockets | None = None
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.orders.obey = self._obey
@@ -125,12 +134,16 @@ class Gateway:
         HANDSHAKES.labels("accepted").inc()
         self.connections[connection.id] = connection
         CONNECTED.inc()
+        age_s = self.settings.max_connection_s * random.uniform(0.9, 1.1)
+        ageing = asyncio.get_running_loop().call_later(age_s, self._end_of_age, connection) if age_s else None
         connection.subscriptions.on_reset = lambda: self.presence.restore([connection])
         self.presence.connected(connection)
         try:
             await connection.run(cursor, topics)
         finally:
             connection.open = False
+            if ageing:
+                ageing.cancel()
             self.connections.pop(connection.id, None)
             CONNECTED.dec()
             self.presence.disconnected(connection)
@@ -200,7 +213,10 @@ class Gateway:
                 self._close_soon(connection, 4401, "the auth_key has been revoked")
 
     def _close_soon(self, connection: Connection, code: int, reason: str) -> None:
-        task = asyncio.create_task(connection.close(code, reason))
+        self._spawn(connection.close(code, reason))
+
+    def _spawn(self, closing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(closing)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -218,24 +234,38 @@ class Gateway:
         self.presence.restore(self.connections.values())
 
     async def drain(self) -> None:
-        """Ask all peers to reconnect elsewhere, in batches, and delete the items of their connections."""
-        everyone_here = list(self.connections.values())
-        rounds = max(1, len(everyone_here) // CLOSE_BATCH)
-        pause_s = min(0.05, self.settings.drain_seconds / 2 / rounds)
-        for start in range(0, len(everyone_here), CLOSE_BATCH):
-            for connection in everyone_here[start : start + CLOSE_BATCH]:
-                if not connection.full():
-                    frame = {"type": "reconnect", "after_ms": random.randint(0, 1000)}
-                    connection.write(connection.encode(frame))
-                self._close_soon(connection, 1012, "this server is shutting down")
-            await asyncio.sleep(pause_s)
+        """Accept no more websockets, and ask all peers to reconnect elsewhere, a few at a time."""
+        if self._websockets:
+            self._websockets.stop_accepting()
+        drain_s = self.settings.drain_seconds
+        asked: set[Connection] = set()
+        while rest := [connection for connection in self.connections.values() if connection not in asked]:
+            asked.update(rest)
+            random.shuffle(rest)
+            per_s = max(LEAVING_PER_S, len(rest) / (LEAVING_PART * drain_s))
+            for start in range(0, len(rest), LEAVING_BATCH):
+                for connection in rest[start : start + LEAVING_BATCH]:
+                    self._spawn(self._leave(connection))
+                await asyncio.sleep(LEAVING_BATCH / per_s)
         if self._closing:
-            await asyncio.wait(self._closing, timeout=min(2.0, self.settings.drain_seconds))
+            await asyncio.wait(self._closing, timeout=min(ANSWERING_S + CLOSE_S, drain_s))
         await asyncio.sleep(0)  # lets the handlers see that their connections are closed
-        await self.presence.settle(min(2.0, self.settings.drain_seconds))
+        await self.presence.settle(min(2.0, drain_s))
         with contextlib.suppress(RedisError, OSError):
             if not self.connections:
                 await self.core.registry.leave()
+
+    async def _leave(self, connection: Connection) -> None:
+        """Ask a peer to reconnect elsewhere, and close its connection once its requests are answered."""
+        if not connection.full():
+            connection.write(connection.encode({"type": "reconnect", "after_ms": random.randint(0, RECONNECT_WITHIN_MS)}))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(ANSWERING_S, self.settings.drain_seconds / 4)):
+                await connection.answered.wait()
+        await connection.close(1012, "this server is shutting down")
+
+    def _end_of_age(self, connection: Connection) -> None:
+        self._spawn(self._leave(connection))
 
     @contextlib.asynccontextmanager
     async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[None]:
@@ -247,6 +277,7 @@ class Gateway:
             max_connections=max_connections(WEBSOCKETS_SHARE),
             max_queued_bytes=self.settings.limit_queued_bytes,
         )
+        self._websockets = websockets
         async with (
             websockets.listening(ws_listener),
             serve_http(http_app(self.core, self.serve, self.origins, self.proxies), http_listener),

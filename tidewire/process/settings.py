@@ -30,6 +30,7 @@ _LEAST = {
     "commands_bytes": 1,
     "limit_answer_bytes": 0,
     "limit_work_ms_per_s": 0,
+    "max_connection_s": 0,
 }
 
 _ONE_OF = {
@@ -86,6 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     resume_bytes: int = 4194304
     auth_cache_s: float = 5.0
     first_frame_auth_s: float = 5.0
+    max_connection_s: float = 0.0
     welcome_timeout_s: float = 10.0
     limit_frame_bytes: int = 1048576
     limit_item_bytes: int = 262144
