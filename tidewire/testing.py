@@ -84,7 +84,8 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
     Args:
         app: the application.
         backend: a real server instead of fakeredis.
-        settings: settings by name, such as `partitions=2`. docs/operations.md lists them without their prefix.
+        settings: settings by name, such as `partitions=2`. docs/operations.md lists them without their prefix. A user's
+            requests a second are not limited unless `limit_requests_per_s` is given.
 
     Unless the test has configured structlog, only warnings are logged.
 
@@ -97,7 +98,8 @@ async def run(app: App, *, backend: Backend | None = None, **settings: Any) -> A
         raise ConfigurationError(f"there is no setting {', '.join(sorted(unknown))}; there are {known}")
     if not structlog.is_configured():
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    chosen = Settings(**settings)
+    # Tests make requests faster than people do.
+    chosen = Settings(**{"limit_requests_per_s": 0, **settings})
     keys = Keys(chosen.stage, chosen.partitions)
     server = fakeredis.FakeServer()
     async with contextlib.AsyncExitStack() as stack:

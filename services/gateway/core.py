@@ -33,11 +33,13 @@ from tidewire.model.records import JSON, Command, Principal
 from tidewire.model.values import Scalar
 from tidewire.process.bus import Bus
 from tidewire.process.lifecycle import Service
+from tidewire.redis.keys import ServiceKind
 
 from .budget import AnswerBudget, Room, max_bytes
 from .feeds import Feeds
 from .gatekeeper import Gatekeeper
 from .orders import OrderAction, Orders
+from .quotas import ConnectionQuota, RequestQuota
 from .topics import Topics
 from .work import FREE, MAX_HTTP_WAIT_S, Work, WorkBudget
 
@@ -92,6 +94,9 @@ class Core:
         self.orders = Orders(self.backend, self.bus, self.registry)
         self.answers = AnswerBudget(self.settings.limit_answer_bytes)
         self.work = WorkBudget(self.settings.limit_work_ms_per_s)
+        name, live = lambda: self.id, lambda: self.registry.live(ServiceKind.GATEWAY)
+        self.connections = ConnectionQuota(self.backend, name, live, self.settings.limit_connections)
+        self.requests = RequestQuota(self.backend, name, live, self.settings.limit_requests_per_s)
 
     @property
     def id(self) -> str:
@@ -114,9 +119,12 @@ class Core:
 
         Raises:
             Overloaded: too many bytes of answers were in flight for a while. Nothing was done.
-            RateLimited: the user's requests cost too much, and this one came over HTTP. Nothing was done.
+            RateLimited: the user makes too many requests, or they cost too much and this one came over HTTP. Nothing
+                was done.
         """
         user = principal.user if principal.role != "service" else None
+        if user is not None:
+            self.requests.take(user)
         answer_bytes = max_bytes(request, self.settings.limit_item_bytes)
         max_wait_s = MAX_HTTP_WAIT_S if connection is None else None
         work = await self.work.admit(user, request.action, request_bytes, answer_bytes, gone, max_wait_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidewire.errors import (
     BadRequest,
     Overloaded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
 )
@@ -37,8 +37,8 @@ from .connection import Connection
 from .core import Admission, Core, require_service
 from .deadline import Deadline
 from .event_stream import EventIds, EventStream, read_event_id
-from .origins import Cors, Origins
-from .proxies import TrustedProxies
+from .origins import Cors
+from .reception import Reception, Serve
 
 log = structlog.get_logger(__name__)
 
@@ -104,11 +104,7 @@ class _Events(StreamingResponse):
             await end([self._serving])
 
 
-Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
-"""Serves a connection from the cursors of its feed and its topics, until it ends."""
-
-
-def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies) -> ASGIApp:
+def http_app(core: Core, serve: Serve, reception: Reception) -> ASGIApp:
     """Routes of the HTTP port."""
 
     @answered
@@ -117,7 +113,7 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
 
     @answered
     async def feed(request: Request) -> Response:
-        return await _feed(core, serve, origins, proxies, request)
+        return await _feed(core, serve, reception, request)
 
     @answered
     async def lag(request: Request) -> Response:
@@ -134,12 +130,12 @@ def http_app(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies
     prefix = core.settings.path_prefix
     app = Starlette(routes=[Mount(prefix, routes=routes)] if prefix else routes)
     app.router.redirect_slashes = False
-    return _StrictFraming(Cors(app, origins))
+    return _StrictFraming(Cors(app, reception.origins))
 
 
-async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProxies, request: Request) -> Response:
+async def _feed(core: Core, serve: Serve, reception: Reception, request: Request) -> Response:
     """The feed as server-sent events. It begins where Last-Event-ID says, or the query as for websockets."""
-    wanted = handshake.read(f"/v1?{request.url.query}", request.headers, origins)
+    wanted = handshake.read(f"/v1?{request.url.query}", request.headers, reception.origins)
     if core.service.stopping.is_set():
         raise Overloaded("this server is shutting down: connect again")
     if wanted.auth_key is None:
@@ -157,7 +153,9 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
     if request.method == "HEAD":
         return Response(headers=EVENT_HEADERS, media_type=EVENTS)
     peer = EventStream(
-        proxies.source(request.client.host if request.client else "", request.headers.getlist("X-Forwarded-For")),
+        reception.proxies.source(
+            request.client.host if request.client else "", request.headers.getlist("X-Forwarded-For")
+        ),
         request.headers.get("User-Agent", ""),
         core.settings.limit_queued_bytes,
         EventIds(core.backend, user, core.settings.resume_window_s),
@@ -166,7 +164,10 @@ async def _feed(core: Core, serve: Serve, origins: Origins, proxies: TrustedProx
 
     async def serve_it() -> None:
         try:
-            await serve(connection, cursor or wanted.cursor, topics)
+            async with reception.admitted(principal):
+                await serve(connection, cursor or wanted.cursor, topics)
+        except RateLimited as error:
+            connection.refused = error
         finally:
             peer.end()
             connection.begun.set()

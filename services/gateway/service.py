@@ -7,45 +7,31 @@ import contextlib
 import random
 import socket
 from collections.abc import AsyncIterator, Coroutine
-from http import HTTPStatus
 from typing import Any
 
 import structlog
-from prometheus_client import Counter, Gauge
+from prometheus_client import Gauge
 from redis.exceptions import RedisError
-from websockets.exceptions import ConnectionClosed
 
 from tidewire.app import App
-from tidewire.errors import BadRequest, RateLimited, RequestError, Unauthenticated, UnsupportedAction
-from tidewire.model.protocol import (
-    Auth,
-    decode_frame,
-    parse_request,
-    request_id,
-)
-from tidewire.model.records import JSON, Principal
+from tidewire.errors import RateLimited
+from tidewire.model.records import JSON
 from tidewire.process.http import max_connections, serve_http
 from tidewire.process.lifecycle import Service
 
-from . import handshake, rechecks
+from . import rechecks
 from .connection import Connection
 from .core import Core
-from .deadline import Deadline
 from .http import http_app
-from .opening import Opening, Websockets
+from .opening import Websockets
 from .orders import OrderAction, no_connection
-from .origins import Origins
 from .presence import Presence
-from .proxies import TrustedProxies
-from .upgrade import Refusal
-from .websocket import CLOSE_S, Websocket
+from .reception import HANDSHAKES, Reception
+from .websocket import CLOSE_S
 
 log = structlog.get_logger(__name__)
 
 CONNECTED = Gauge("tidewire_gateway_connections", "Open websockets and streams of events.")
-HANDSHAKES = Counter(
-    "tidewire_gateway_handshakes_total", "Handshakes by the outcome of their authorization.", ["outcome"]
-)
 LEAVING_PER_S = 500.0
 """Connections that a drain asks to leave each second, if they are not so many that it needs more."""
 LEAVING_PART = 0.7
@@ -58,8 +44,6 @@ ANSWERING_S = 5.0
 """Maximum seconds that a connection stays open for the answers to its requests. At most a fourth of the drain."""
 WEBSOCKETS_SHARE = 2
 """Websockets take at most this part of the process's file descriptors."""
-MAX_FIRST_FRAME_BYTES = 4096
-"""Maximum size of a frame before the peer has presented a credential."""
 
 
 class Gateway:
@@ -70,64 +54,14 @@ class Gateway:
         self.settings = core.settings
         self.presence = Presence(core)
         self.connections: dict[str, Connection] = {}
-        self.origins = Origins(self.settings.origins)
-        self.proxies = TrustedProxies(self.settings.trusted_proxies)
+        self.reception = Reception(core, self.serve)
         self._websockets: Websockets | None = None
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
         core.orders.obey = self._obey
         core.registry.on_swept, core.registry.on_doubt = self._on_swept, self._on_registry_back
 
-    # ── websockets ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _open(self, opening: Opening) -> None:
-        """Serve a connection of the websocket port from its request to its end. Raises Refusal."""
-        request = opening.request
-        try:
-            wanted = handshake.read(request.path, request.headers, self.origins, self.settings.path_prefix)
-        except RequestError as error:
-            raise Refusal(HTTPStatus(error.status), error.message) from None
-        if self.core.service.stopping.is_set():
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: connect again")
-        source_ip = self.proxies.source(opening.address, request.headers.get_all("X-Forwarded-For"))
-        cursor, topics, deadline = wanted.cursor, wanted.topics, self.deadline()
-        max_message_bytes = self.settings.limit_frame_bytes or None
-        if wanted.auth_key is not None or self.settings.first_frame_auth_s <= 0:
-            try:
-                principal = await self._authorize(wanted, deadline)
-            except Unauthenticated as error:
-                if not wanted.browser:
-                    raise Refusal(HTTPStatus.UNAUTHORIZED, error.message) from None
-                # A page never sees the status of a handshake. So it gets a close code after it.
-                HANDSHAKES.labels("refused").inc()
-                ws = opening.accept(source_ip, MAX_FIRST_FRAME_BYTES)
-                await ws.close(4401, handshake.close_reason(error.message))
-                return
-            ws = opening.accept(source_ip, max_message_bytes)
-        else:
-            ws = opening.accept(source_ip, MAX_FIRST_FRAME_BYTES)
-            first = await self._first_frame(ws)
-            if first is None:
-                HANDSHAKES.labels("refused").inc()
-                return
-            principal, cursor, topics, deadline = first
-            ws.limit_messages(max_message_bytes)
-        await self.serve(Connection(self.core, ws, principal, deadline), cursor, topics)
-
-    async def _authorize(self, wanted: handshake.Handshake, deadline: Deadline) -> Principal:
-        """Authorize a handshake. Raises Unauthenticated and Refusal."""
-        if wanted.auth_key is None:
-            raise Unauthenticated("a credential is needed in the handshake")
-        try:
-            return await deadline.bound(self.core.gatekeeper.authorize(wanted.auth_key))
-        except Unauthenticated:
-            raise
-        except RequestError as error:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.message) from None
-
-    def deadline(self) -> Deadline:
-        """Begin the deadline of a handshake."""
-        return Deadline(self.settings.welcome_timeout_s)
+    # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def serve(self, connection: Connection, cursor: str | None, topics: dict[str, str]) -> None:
         """Serve one authorized connection to its end."""
@@ -147,33 +81,6 @@ class Gateway:
             self.connections.pop(connection.id, None)
             CONNECTED.dec()
             self.presence.disconnected(connection)
-
-    async def _first_frame(self, ws: Websocket) -> tuple[Principal, str | None, dict[str, str], Deadline] | None:
-        """Authorize by the first frame.
-
-        Returns principal, cursor, topics and deadline; None if the socket was closed.
-        """
-        frame: dict[str, Any] = {}
-        try:
-            async with asyncio.timeout(self.settings.first_frame_auth_s):
-                message = await ws.recv()
-            frame = decode_frame(message, binary=ws.binary)
-            request = parse_request(frame)
-            if not isinstance(request, Auth):
-                raise Unauthenticated("the first frame must be auth, with an auth_key")
-            deadline = self.deadline()  # from here on, the peer waits for the gateway
-            principal = await deadline.bound(self.core.gatekeeper.authorize(request.auth_key))
-            return principal, request.cursor, request.topics, deadline
-        except TimeoutError:
-            await ws.close(4408, "no credential in time")
-        except (BadRequest, UnsupportedAction, Unauthenticated) as error:
-            await ws.close(4401, handshake.close_reason(error.message))
-        except RequestError as error:
-            log.warning("not_authorized", error=error.message, id=request_id(frame))
-            await ws.close(1013, "try again later")
-        except ConnectionClosed:
-            pass
-        return None
 
     # ── orders ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -258,7 +165,9 @@ class Gateway:
     async def _leave(self, connection: Connection) -> None:
         """Ask a peer to reconnect elsewhere, and close its connection once its requests are answered."""
         if not connection.full():
-            connection.write(connection.encode({"type": "reconnect", "after_ms": random.randint(0, RECONNECT_WITHIN_MS)}))
+            connection.write(
+                connection.encode({"type": "reconnect", "after_ms": random.randint(0, RECONNECT_WITHIN_MS)})
+            )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(ANSWERING_S, self.settings.drain_seconds / 4)):
                 await connection.answered.wait()
@@ -272,15 +181,15 @@ class Gateway:
         """Accept connections until the block is left."""
         await self.core.gatekeeper.start()
         websockets = Websockets(
-            self._open,
-            refused=HANDSHAKES.labels("refused").inc,
+            self.reception.open,
+            refused=self.reception.refused,
             max_connections=max_connections(WEBSOCKETS_SHARE),
             max_queued_bytes=self.settings.limit_queued_bytes,
         )
         self._websockets = websockets
         async with (
             websockets.listening(ws_listener),
-            serve_http(http_app(self.core, self.serve, self.origins, self.proxies), http_listener),
+            serve_http(http_app(self.core, self.serve, self.reception), http_listener),
         ):
             yield
 
@@ -295,6 +204,7 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.orders.receive)
     service.run(core.feeds.receive)
     service.run(core.feeds.check)
+    service.run(core.requests.run)
     if rechecks.is_needed(app):
         service.run(rechecks.Rechecks(core.backend, core.feeds).run)
     service.run(gateway.presence.run)

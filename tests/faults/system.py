@@ -335,16 +335,21 @@ class System:
             self._proxies.setdefault(service, []).append(proxy)
             url = url.replace(f":{self.redis.port}", f":{proxy.port}")
         self._admin_ports[service, number] = free_port()
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join((str(self._code), str(ROOT))),
-            "TIDEWIRE_REDIS": url,
-            "TIDEWIRE_WS_PORT": str(self.ws_port),
-            "TIDEWIRE_HTTP_PORT": str(self.http_port),
-            "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[service, number]),
-            "TIDEWIRE_DRAIN_SECONDS": "2",
-            "TIDEWIRE_PARTITIONS": str(self._partitions),
-            "TIDEWIRE_LOG_LEVEL": "warning",
-        }
+        # One client does its worst, which nothing but the budgets of work and bytes shall contain.
+        environment = (
+            {"TIDEWIRE_LIMIT_REQUESTS_PER_S": "0"}
+            | os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join((str(self._code), str(ROOT))),
+                "TIDEWIRE_REDIS": url,
+                "TIDEWIRE_WS_PORT": str(self.ws_port),
+                "TIDEWIRE_HTTP_PORT": str(self.http_port),
+                "TIDEWIRE_ADMIN_PORT": str(self._admin_ports[service, number]),
+                "TIDEWIRE_DRAIN_SECONDS": "2",
+                "TIDEWIRE_PARTITIONS": str(self._partitions),
+                "TIDEWIRE_LOG_LEVEL": "warning",
+            }
+        )
         process = Process(
             _command(service, "roll_back"), environment, self.folder / f"{service}-{number}.log", self._code
         )

@@ -212,7 +212,8 @@ class Client:
                     except RequestError as error:
                         if not error.retry:
                             raise
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+                        after_s = error.details.get("retry_after_ms", 0) / 1000
+                    await asyncio.sleep(max(pause_s * random.uniform(0.5, 1), after_s))
                     pause_s = min(2 * pause_s, MAX_PAUSE_S)
         except TimeoutError:
             raise Timeout(f"{action}: no answer within {self._timeout_s} s") from None

@@ -29,6 +29,11 @@ _LEAST = {
     "welcome_timeout_s": 0.1,
     "commands_bytes": 1,
     "limit_answer_bytes": 0,
+    "limit_connections": 0,
+    "limit_requests_per_s": 0,
+    "limit_handshakes_per_s": 0,
+    "limit_unauthenticated": 0,
+    "limit_address_connections": 0,
     "limit_work_ms_per_s": 0,
     "max_connection_s": 0,
 }
@@ -93,6 +98,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit_item_bytes: int = 262144
     limit_queued_bytes: int = 1048576
     limit_answer_bytes: int = 4194304
+    limit_connections: int = 20
+    limit_requests_per_s: int = 100
+    limit_handshakes_per_s: int = 0
+    limit_unauthenticated: int = 2000
+    limit_address_connections: int = 0
     limit_work_ms_per_s: int = 250
 
     def __post_init__(self) -> None:

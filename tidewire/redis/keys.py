@@ -282,6 +282,14 @@ class Keys:
         """String with a TTL: the cursors that ids of a user's event streams refer to: their name and topics, packed."""
         return self._of(self.partition_of(user), b"event-cursors:%d:%s" % (slot, user.encode()))
 
+    def user_connections(self, user: str) -> bytes:
+        """Hash with a TTL: gateway to the number of a user's connections there."""
+        return self._of(self.partition_of(user), b"user-connections:" + user.encode())
+
+    def user_requests(self, user: str) -> bytes:
+        """Hash with a TTL: gateway to the number of a busy user's requests there in the last second."""
+        return self._of(self.partition_of(user), b"user-requests:" + user.encode())
+
     def orders(self, gateway: str) -> bytes:
         """Stream with a TTL: what other gateways order one to do with its connections."""
         return self._global(b"g-" + gateway.encode(), b"orders")
