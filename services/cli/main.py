@@ -46,6 +46,8 @@ from .options import (
     ServiceRedisOption,
     StageOption,
     TableArgument,
+    TlsCertOption,
+    TlsKeyOption,
     TrustedProxiesOption,
     UrlOption,
     WsPortOption,
@@ -128,6 +130,8 @@ def up(
     origins: OriginsOption = None,
     trusted_proxies: TrustedProxiesOption = None,
     path_prefix: PathPrefixOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
     durability: DurabilityOption = None,
     drain_seconds: DrainSecondsOption = None,
     log_format: LogFormatOption = None,
@@ -150,6 +154,8 @@ def up(
         origins=origins,
         trusted_proxies=trusted_proxies,
         path_prefix=path_prefix,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         durability=durability,
         drain_seconds=drain_seconds,
         log_format=log_format,
@@ -160,6 +166,8 @@ EDGE_OPTIONS = {
     "origins": OriginsOption,
     "trusted_proxies": TrustedProxiesOption,
     "path_prefix": PathPrefixOption,
+    "tls_cert": TlsCertOption,
+    "tls_key": TlsKeyOption,
 }
 """Options of a service that listens, beside its ports."""
 

@@ -45,6 +45,10 @@ TrustedProxiesOption = Annotated[
 PathPrefixOption = Annotated[
     str | None, option("--path-prefix", "Path under which everything is served, such as /live.", shown="none")
 ]
+TlsCertOption = Annotated[
+    str | None, option("--tls-cert", "Certificate chain of both ports, as a PEM file.", shown="no TLS")
+]
+TlsKeyOption = Annotated[str | None, option("--tls-key", "Key of --tls-cert, as a PEM file.", shown="no TLS")]
 DurabilityOption = Annotated[
     str | None,
     option("--durability", "When a write is answered: memory, fsync (on disk) or replicated.", shown="memory"),

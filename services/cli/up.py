@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 import urllib.error
@@ -200,6 +201,8 @@ class _Up:
             "TIDEWIRE_ORIGINS": self.settings.origins,
             "TIDEWIRE_TRUSTED_PROXIES": self.settings.trusted_proxies,
             "TIDEWIRE_PATH_PREFIX": self.settings.path_prefix,
+            "TIDEWIRE_TLS_CERT": self.settings.tls_cert,
+            "TIDEWIRE_TLS_KEY": self.settings.tls_key,
             "TIDEWIRE_DURABILITY": self.settings.durability,
             "TIDEWIRE_DRAIN_SECONDS": str(self.settings.drain_seconds),
             "TIDEWIRE_LOG_FORMAT": self.settings.log_format,
@@ -267,8 +270,9 @@ class _Up:
 
     async def _ready(self) -> None:
         host, prefix = _shown(self.settings.host), self.settings.path_prefix
-        ws = f"ws://{host}:{self.settings.ws_port}{prefix}/"
-        http = f"http://{host}:{self.settings.http_port}{prefix}/"
+        secure = "s" if self.settings.tls_cert else ""
+        ws = f"ws{secure}://{host}:{self.settings.ws_port}{prefix}/"
+        http = f"http{secure}://{host}:{self.settings.http_port}{prefix}/"
         announce(self.data, {"pid": os.getpid(), "redis": self.redis, "stage": self.settings.stage, "http": http})
         async with await connect(self.redis, Keys(self.settings.stage, self.settings.partitions)) as backend:
             deadline = time.monotonic() + READY_S
@@ -281,7 +285,7 @@ class _Up:
                 await asyncio.sleep(0.05)
             keys = await demo_keys(backend, self.data)
         rooms = self.reference.split(":")[0].endswith("examples.chat.app") and await asyncio.to_thread(
-            first_room, http, keys
+            first_room, http, keys, self.settings.tls_cert
         )
         typer.echo(f"ready  {http}  {ws}")
         if rooms:
@@ -331,15 +335,20 @@ async def demo_keys(backend: Backend, data: Path) -> dict[str, str]:
     return kept
 
 
-def first_room(http: str, keys: dict[str, str]) -> bool:
-    """Write a room with both sample users, for the chat example."""
+def first_room(http: str, keys: dict[str, str], tls_cert: str = "") -> bool:
+    """Write a room with both sample users, for the chat example. With TLS, the certificate is that of `tls_cert`."""
+    context = ssl.create_default_context(cafile=tls_cert) if tls_cert else None
+    if context:
+        context.check_hostname = False  # it names the host that clients know
     for user, role in zip(DEMO_USERS, ("owner", "member"), strict=True):
         item = {"room": "lobby", "user": user, "role": role, "title": "Lobby"}
         # Only if the room is missing: a user who left it, or renamed it, meant to.
         body = json.dumps({"table": "members", "item": item, "if": {"absent": True}}).encode()
         headers = {"auth_key": keys[DEMO_USERS[0]], "Content-Type": "application/json"}
         try:
-            urllib.request.urlopen(urllib.request.Request(f"{http}v1/put", body, headers), timeout=10).close()
+            urllib.request.urlopen(
+                urllib.request.Request(f"{http}v1/put", body, headers), timeout=10, context=context
+            ).close()
         except urllib.error.HTTPError as error:
             if error.code not in (403, 409):
                 raise ConfigurationError(f"the first room could not be made: {error.read().decode()}") from None

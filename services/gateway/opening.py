@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import cast
 
@@ -216,10 +217,10 @@ class Websockets:
             self._accepting.close()
 
     @contextlib.asynccontextmanager
-    async def listening(self, listener: socket.socket) -> AsyncIterator[None]:
+    async def listening(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
         """Accept connections on a bound socket while the block runs. At its end, close all with 1001."""
         self._accepting = accepting = await self.loop.create_server(
-            lambda: Opening(self), sock=listener, backlog=BACKLOG
+            lambda: Opening(self), sock=listener, backlog=BACKLOG, ssl=tls
         )
         try:
             yield

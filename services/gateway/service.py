@@ -18,6 +18,7 @@ from tidewire.errors import RateLimited
 from tidewire.model.records import JSON
 from tidewire.process.http import max_connections, serve_http
 from tidewire.process.lifecycle import Service
+from tidewire.process.tls import certificate
 
 from . import rechecks
 from .connection import Connection
@@ -55,6 +56,7 @@ class Gateway:
         self.presence = Presence(core)
         self.connections: dict[str, Connection] = {}
         self.reception = Reception(core, self.serve)
+        self.certificate = certificate(self.settings.tls_cert, self.settings.tls_key)
         self._websockets: Websockets | None = None
         self._closing: set[asyncio.Task[None]] = set()
         core.gatekeeper.on_revoked = self._on_revoked
@@ -187,9 +189,10 @@ class Gateway:
             max_queued_bytes=self.settings.limit_queued_bytes,
         )
         self._websockets = websockets
+        tls = self.certificate.context if self.certificate else None
         async with (
-            websockets.listening(ws_listener),
-            serve_http(http_app(self.core, self.serve, self.reception), http_listener),
+            websockets.listening(ws_listener, tls),
+            serve_http(http_app(self.core, self.serve, self.reception), http_listener, tls),
         ):
             yield
 
@@ -208,6 +211,8 @@ def build(service: Service, app: App) -> Gateway:
     if rechecks.is_needed(app):
         service.run(rechecks.Rechecks(core.backend, core.feeds).run)
     service.run(gateway.presence.run)
+    if gateway.certificate:
+        service.run(gateway.certificate.run)
     service.at_drain(gateway.drain)
     service.tell(
         lambda: {

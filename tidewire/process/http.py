@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import resource
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -108,7 +109,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
+async def serve_http(app: Any, listener: Any, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
     """Serve an ASGI application on a bound socket while the block runs."""
     config = uvicorn.Config(
         app,
@@ -123,6 +124,8 @@ async def serve_http(app: Any, listener: Any) -> AsyncIterator[None]:
         server_header=False,
         proxy_headers=False,  # anybody could name another address
     )
+    config.load()
+    config.ssl = tls  # our own, because its certificate is loaded again when it changes
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     try:

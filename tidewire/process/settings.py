@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     origins: str = ""
     trusted_proxies: str = ""
     path_prefix: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
     drain_seconds: float = 20.0
     log_format: str = "console"
     log_level: str = "info"
