@@ -13,11 +13,12 @@ from urllib.parse import urlsplit
 import pytest
 import websockets
 
+from tests.helpers import wait_until
 from tidewire import App, everyone
 from tidewire.process import http
 from tidewire.testing import Stage
 
-from .conftest import PATIENCE_S, Open, eventually, make_app, wire
+from .conftest import PATIENCE_S, Open, as_user, eventually, make_app, wire
 
 ORIGIN = "https://app.example.com"
 PINGS_BYTES = 64 << 20
@@ -189,6 +190,27 @@ async def test_a_peer_that_does_not_go_on_is_closed(stage: Stage, monkeypatch: p
             with contextlib.suppress(ConnectionResetError):
                 while await reader.read(1000):
                     pass
+
+
+async def test_a_reader_of_events_that_has_stopped_is_no_connection(
+    stage: Stage, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "UNREAD_S", 0.3)
+    job = await as_user(stage, stack, "job", role="service")
+
+    async def listed() -> int:
+        return len((await job.do("query", table="connections", key="alice"))["items"])
+
+    async with raw(stage) as (reader, writer):
+        writer.write(f"GET /v1/feed?auth_key={await stage.key('alice')} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await reader.readuntil(b"welcome")
+        await wait_until(listed, "the reader is listed")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        before = http.REFUSED.labels("unread")._value.get()
+        async with asyncio.timeout(PATIENCE_S):
+            while await listed():
+                await job.do("send", user="alice", body="x" * 200_000)
+        assert http.REFUSED.labels("unread")._value.get() == before + 1
 
 
 async def test_a_slow_reader_of_events_is_not_late(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

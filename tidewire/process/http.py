@@ -24,6 +24,8 @@ BODY_S = 30.0
 """Maximum seconds from the end of the headers to the end of the body."""
 IDLE_S = 5
 """Maximum seconds between two requests of a connection."""
+UNREAD_S = 60.0
+"""Maximum seconds that a peer takes too little of a response for more to be sent."""
 MAX_HEAD_BYTES = 65_536
 """Maximum bytes of a request line and headers that are read."""
 HTTP_SHARE = 4
@@ -35,6 +37,7 @@ class _Protocol(H11Protocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _within = ""
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= max_connections(HTTP_SHARE):
@@ -55,8 +58,19 @@ class _Protocol(H11Protocol):
         elif self._within != "head":
             self._expect("head", HEAD_S)  # a further request has begun
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_S, self._abort_unread)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread:
+            self._unread.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        if self._unread:
+            self._unread.cancel()
         if self.transport is not None:
             super().connection_lost(exc)
 
@@ -74,6 +88,10 @@ class _Protocol(H11Protocol):
         if self._deadline:
             self._deadline.cancel()
             self._deadline = None
+
+    def _abort_unread(self) -> None:
+        REFUSED.labels("unread").inc()
+        self.transport.abort()
 
     def _late(self) -> None:
         REFUSED.labels(f"slow_{self._within}").inc()
