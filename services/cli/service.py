@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 CONNECT_PATIENCE_S = 10.0
 """Seconds after which a starting service gives up to connect to Redis. A failover takes a few."""
 CONNECT_PAUSE_S = 0.5
+CLAIM_PATIENCE_S = 10.0
+"""Seconds that a gateway waits for the one that has its ports to register. Both may start on a busy machine."""
 
 
 def import_app(reference: str) -> App:
@@ -111,7 +113,7 @@ async def claim_ports(backend: Backend, settings: Settings) -> None:
         ConfigurationError: another program listens on one of the ports.
     """
     ports = {"ws": settings.ws_port, "http": settings.http_port}
-    deadline = time.monotonic() + 3  # a gateway that starts at the same time may listen before it is registered
+    deadline = time.monotonic() + CLAIM_PATIENCE_S
     while True:
         taken = {what: port for what, port in ports.items() if port and lifecycle.port_is_taken(settings.host, port)}
         if not taken:
