@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
-from tidewire.services.gateway.opening import Opening, Serve, Websockets
+from tidewire.services.gateway.opening import Handler, OpeningHandshake, Websockets
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 WAIT_S = 15.0
@@ -90,7 +90,7 @@ class RawClient:
         return found
 
 
-async def echo(opening: Opening) -> None:
+async def echo(opening: OpeningHandshake) -> None:
     """Send each message back, as text or binary."""
     websocket = opening.accept("127.0.0.1", MAX_BYTES)
     while True:
@@ -130,7 +130,7 @@ class Listening:
 
 
 @contextlib.asynccontextmanager
-async def listening(serve: Serve = echo, *, max_connections: int = 1000) -> AsyncIterator[Listening]:
+async def listening(serve: Handler = echo, *, max_connections: int = 1000) -> AsyncIterator[Listening]:
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     websockets = Websockets(serve, refused=lambda: None, max_connections=max_connections)

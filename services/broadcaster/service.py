@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Generator
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import structlog
 from msgspec import Struct
@@ -283,15 +283,19 @@ def build(service: Service, app: App) -> Worker:
     bounds = FeedBounds(service.settings.resume_entries, service.settings.resume_bytes)
     body_ttl_ms = int(1000 * service.settings.resume_window_s) + BODY_GRACE_MS
 
-    large_calls: defaultdict[object, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(LARGE_CALLS))
+    large_calls: WeakKeyDictionary[object, asyncio.Semaphore] = WeakKeyDictionary()
+
+    def turn(to: Home, call: AppendUnits) -> contextlib.AbstractAsyncContextManager[None]:
+        """The turn of a call at the node of its destination. Small ones need none."""
+        if call.appends <= LARGE_CALL_APPENDS:
+            return contextlib.nullcontext()
+        return large_calls.setdefault(backend.node_of(to.partition), asyncio.Semaphore(LARGE_CALLS))
 
     async def link(to: Home, source: str, epoch: int, call: LinkCall | FeedReset) -> None:
         match call:
-            case AppendUnits(units) if call.appends > LARGE_CALL_APPENDS:
-                async with large_calls[backend.node_of(to.partition)]:
-                    await backend.functions.link_append(to, source, epoch, bounds, units)
             case AppendUnits(units):
-                await backend.functions.link_append(to, source, epoch, bounds, units)
+                async with turn(to, call):
+                    await backend.functions.link_append(to, source, epoch, bounds, units)
             case StoreBodies(bodies):
                 await backend.functions.body_put(to, body_ttl_ms, bodies)
             case FeedReset(position=position):

@@ -227,14 +227,8 @@ class Connection:
     def _count(self, by: int) -> None:
         """Add to the number of unanswered requests."""
         self._unanswered += by
-        for event, is_set in (
-            (self._may_begin, self._unanswered < MAX_UNANSWERED),
-            (self.answered, not self._unanswered),
-        ):
-            if is_set:
-                event.set()
-            else:
-                event.clear()
+        (self._may_begin.set if self._unanswered < MAX_UNANSWERED else self._may_begin.clear)()
+        (self.answered.clear if self._unanswered else self.answered.set)()
 
     def _begin_request(self, request: Request, work: Work) -> Awaitable[JSON]:
         """Start on a request, and return its result to await.

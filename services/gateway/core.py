@@ -95,8 +95,8 @@ class Core:
         self.answers = AnswerBudget(self.settings.limit_answer_bytes)
         self.work = WorkBudget(self.settings.limit_work_ms_per_s)
         name, live = lambda: self.id, lambda: self.registry.live(ServiceKind.GATEWAY)
-        self.connections = ConnectionQuota(self.backend, name, live, self.settings.limit_connections)
-        self.requests = RequestQuota(self.backend, name, live, self.settings.limit_requests_per_s)
+        self.connection_quota = ConnectionQuota(self.backend, name, live, self.settings.limit_connections)
+        self.request_quota = RequestQuota(self.backend, name, live, self.settings.limit_requests_per_s)
 
     @property
     def id(self) -> str:
@@ -124,7 +124,7 @@ class Core:
         """
         user = principal.user if principal.role != "service" else None
         if user is not None:
-            self.requests.take(user)
+            self.request_quota.take(user)
         answer_bytes = max_bytes(request, self.settings.limit_item_bytes)
         max_wait_s = MAX_HTTP_WAIT_S if connection is None else None
         work = await self.work.admit(user, request.action, request_bytes, answer_bytes, gone, max_wait_s)

@@ -164,9 +164,10 @@ async def _feed(core: Core, serve: Serve, reception: Reception, request: Request
 
     async def serve_it() -> None:
         try:
-            async with reception.admitted(principal):
+            with contextlib.ExitStack() as counted:
+                await reception.count(principal, deadline, counted)
                 await serve(connection, cursor or wanted.cursor, topics)
-        except RateLimited as error:
+        except (RateLimited, Overloaded) as error:
             connection.refused = error
         finally:
             peer.end()

@@ -32,7 +32,7 @@ BACKLOG = 1024
 """Connections that the kernel accepts before the gateway does."""
 
 
-class Opening(asyncio.Protocol):
+class OpeningHandshake(asyncio.Protocol):
     """A connection from its first byte until it is accepted as a websocket, or refused."""
 
     request: UpgradeRequest
@@ -161,7 +161,7 @@ class Opening(asyncio.Protocol):
         self._transport.abort()
 
 
-Serve = Callable[[Opening], Awaitable[None]]
+Handler = Callable[[OpeningHandshake], Awaitable[None]]
 """Decides on a handshake, accepts it, and serves the websocket to its end. Raises Refusal."""
 
 
@@ -176,7 +176,7 @@ class Websockets:
     """
 
     def __init__(
-        self, serve: Serve, *, refused: Callable[[], None], max_connections: int, max_queued_bytes: int = 0
+        self, serve: Handler, *, refused: Callable[[], None], max_connections: int, max_queued_bytes: int = 0
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.turns = Turns()
@@ -185,16 +185,16 @@ class Websockets:
         self.max_queued_bytes = max_queued_bytes
         self._max_connections = max_connections
         self._accepting: asyncio.Server | None = None
-        self._open: set[Opening] = set()
+        self._open: set[OpeningHandshake] = set()
         self._is_full = False
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self) -> Iterator[Opening]:
+    def __iter__(self) -> Iterator[OpeningHandshake]:
         return iter(list(self._open))
 
-    def add(self, opening: Opening) -> bool:
+    def add(self, opening: OpeningHandshake) -> bool:
         """Take a connection. False if there are too many."""
         if len(self._open) >= self._max_connections:
             CLOSED.labels("full").inc()
@@ -205,7 +205,7 @@ class Websockets:
         self._open.add(opening)
         return True
 
-    def discard(self, opening: Opening) -> None:
+    def discard(self, opening: OpeningHandshake) -> None:
         """Forget a connection that has ended."""
         self._open.discard(opening)
         if len(self._open) < 0.9 * self._max_connections:
@@ -220,7 +220,7 @@ class Websockets:
     async def listening(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
         """Accept connections on a bound socket while the block runs. At its end, close all with 1001."""
         self._accepting = accepting = await self.loop.create_server(
-            lambda: Opening(self), sock=listener, backlog=BACKLOG, ssl=tls
+            lambda: OpeningHandshake(self), sock=listener, backlog=BACKLOG, ssl=tls
         )
         try:
             yield

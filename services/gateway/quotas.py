@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 KEPT_S = 86_400
 """Seconds that the numbers of a user are kept after the last one was written."""
 SHARE_S = 1.0
-"""Seconds between two looks at what the other gateways' share of a user's requests is."""
+"""Seconds between two looks at how many requests a user makes through the other gateways."""
 SHARED_PART = 8
 """A user who makes less than this part of the requests that are allowed, through one gateway, is not looked up."""
 
@@ -88,12 +88,29 @@ class ConnectionQuota:
             log.warning("connections_not_counted", error=str(error))
 
 
-class _Bucket:
+class TokenBucket:
+    """Tokens that come at a rate. A full bucket has those of a second, and at least one."""
+
+    def __init__(self, per_s: float, now: float) -> None:
+        self.at = now
+        """When a token was last asked for, in seconds."""
+        self._tokens = per_s
+
+    def take(self, per_s: float, now: float) -> float:
+        """Take a token. Returns 0, or the seconds until there is one. `per_s` is the rate, which may change."""
+        self._tokens = min(self._tokens + per_s * (now - self.at), max(per_s, 1.0))
+        self.at = now
+        if self._tokens < 1:
+            return (1 - self._tokens) / per_s
+        self._tokens -= 1
+        return 0.0
+
+
+class _UserBucket(TokenBucket):
     """The tokens of one user here."""
 
-    def __init__(self, tokens: float, at: float) -> None:
-        self.tokens = tokens
-        self.at = at
+    def __init__(self, per_s: float, now: float) -> None:
+        super().__init__(per_s, now)
         self.share = 1.0
         """Part of the user's requests that may be made here."""
         self.used = 0
@@ -116,29 +133,26 @@ class RequestQuota:
         self._live = live
         self._per_s = per_s
         self._clock = clock
-        self._users: dict[str, _Bucket] = {}
+        self._users: dict[str, _UserBucket] = {}
 
     def __len__(self) -> int:
         return len(self._users)
 
     def take(self, user: str) -> None:
-        """Count a request. Raises RateLimited if there are too many. Then it does not count."""
+        """Count a request. Raises RateLimited if there are too many."""
         if not self._per_s:
             return
         now, bucket = self._clock(), self._users.get(user)
         if bucket is None:
-            bucket = self._users[user] = _Bucket(self._per_s, now)
-        rate = self._per_s * bucket.share
-        bucket.tokens = min(bucket.tokens + rate * (now - bucket.at), max(rate, 1.0))
-        bucket.at = now
+            bucket = self._users[user] = _UserBucket(self._per_s, now)
         bucket.used += 1
-        if bucket.tokens < 1:
+        wait_s = bucket.take(self._per_s * bucket.share, now)
+        if wait_s:
             raise RateLimited(
                 f"this user makes more than {self._per_s} requests a second (TIDEWIRE_LIMIT_REQUESTS_PER_S): "
                 "send fewer",
-                retry_after_ms=int(1000 * (1 - bucket.tokens) / rate) + 1,
+                retry_after_ms=int(1000 * wait_s) + 1,
             )
-        bucket.tokens -= 1
 
     async def run(self) -> None:
         """Share the requests of busy users with the other gateways, until cancelled."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import Counter as Metric
 from websockets.exceptions import ConnectionClosed
 
-from tidewire.errors import Overloaded, RateLimited, RequestError, Unauthenticated, UnsupportedAction
+from tidewire.errors import Overloaded, RateLimited, RequestError, Unauthenticated
 from tidewire.model.protocol import Auth, decode_frame, parse_request
 from tidewire.model.records import Principal
 
@@ -23,9 +23,10 @@ from .connection import Connection
 from .core import Core
 from .deadline import Deadline
 from .handshake import Handshake
-from .opening import Opening
+from .opening import OpeningHandshake
 from .origins import Origins
 from .proxies import TrustedProxies
+from .quotas import TokenBucket
 from .upgrade import Refusal
 from .websocket import Websocket
 
@@ -36,38 +37,14 @@ HANDSHAKES = Metric(
 )
 MAX_FIRST_FRAME_BYTES = 4096
 """Maximum size of a frame before the peer has presented a credential."""
-LOG_S = 1.0
-"""Seconds between two lines about refused handshakes."""
 
 _CLOSE_CODES = {400: 4401, 401: 4401, 403: 4403, 429: 4429}
-"""Close code after an accepted handshake, by the status of the error. Others are closed with 1013, to come again."""
+"""Close codes by the status of an error. A websocket with another error is closed with 1013: try again later."""
 _TOLD = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
-"""Errors of which the page of a browser learns by a close code, because it never sees the status of a handshake."""
+"""Statuses that a browser gets as a close code. It hides the status of a handshake from its page."""
 
 Serve = Callable[[Connection, str | None, dict[str, str]], Awaitable[None]]
 """Serves a connection from the cursors of its feed and its topics, until it ends."""
-
-
-class Rate:
-    """A rate of events; `per_s` of 0 allows any."""
-
-    def __init__(self, per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_s = per_s
-        self._clock = clock
-        self._tokens = float(per_s)
-        self._at = clock()
-
-    def take(self) -> bool:
-        """Count an event. False if there are too many."""
-        if not self._per_s:
-            return True
-        now = self._clock()
-        self._tokens = min(self._tokens + self._per_s * (now - self._at), self._per_s)
-        self._at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
 
 
 class Entry(NamedTuple):
@@ -89,22 +66,18 @@ class Reception:
         self._serve = serve
         self.origins = Origins(self._settings.origins)
         self.proxies = TrustedProxies(self._settings.trusted_proxies)
-        self._rate = Rate(self._settings.limit_handshakes_per_s)
+        self._handshakes = TokenBucket(self._settings.limit_handshakes_per_s, time.monotonic())
         self._addresses: Counter[str] = Counter()
         self._unauthenticated = 0
-
-    def deadline(self) -> Deadline:
-        """Begin the deadline of a handshake."""
-        return Deadline(self._settings.welcome_timeout_s)
 
     def refused(self) -> None:
         """Count a refused handshake."""
         HANDSHAKES.labels("refused").inc()
 
-    async def open(self, opening: Opening) -> None:
+    async def open(self, opening: OpeningHandshake) -> None:
         """Serve a connection of the websocket port from its request to its end. Raises Refusal."""
         wanted, source_ip = self._read(opening)
-        async with contextlib.AsyncExitStack() as counted:
+        with contextlib.ExitStack() as counted:
             counted.enter_context(self._from_address(source_ip))
             with self._unauthenticated_one():
                 entry = await self._authorized(opening, wanted, source_ip, counted)
@@ -114,27 +87,26 @@ class Reception:
             else:
                 self.refused()
 
-    @contextlib.asynccontextmanager
-    async def admitted(self, principal: Principal) -> AsyncIterator[None]:
-        """Count a connection of its user. Raises RateLimited if there are too many."""
-        counted, quota = principal.role != "service", self._core.connections
-        if counted and not await quota.enter(principal.user):
+    async def count(self, principal: Principal, deadline: Deadline, counted: contextlib.ExitStack) -> None:
+        """Count a connection of its user, until `counted` is closed. Raises RateLimited, and Overloaded in the end."""
+        quota = self._core.connection_quota
+        if principal.role == "service":
+            return
+        deadline.step = "Redis to count the connections of the user"
+        if not await deadline.bound(quota.enter(principal.user)):
             raise RateLimited(
                 f"this user has {self._settings.limit_connections} connections (TIDEWIRE_LIMIT_CONNECTIONS): close one",
                 retry_after_ms=1000,
             )
-        try:
-            yield
-        finally:
-            if counted:
-                quota.leave(principal.user)
+        counted.callback(quota.leave, principal.user)
 
     # ── the steps ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _read(self, opening: Opening) -> tuple[Handshake, str]:
+    def _read(self, opening: OpeningHandshake) -> tuple[Handshake, str]:
         """Return what a request wants, and the address that it comes from. Raises Refusal."""
         request = opening.request
-        if not self._rate.take():
+        per_s = self._settings.limit_handshakes_per_s
+        if per_s and self._handshakes.take(per_s, time.monotonic()):
             raise _refusal(Overloaded("this server is asked for too many connections a second: try again"))
         try:
             wanted = handshake.read(request.path, request.headers, self.origins, self._settings.path_prefix)
@@ -172,7 +144,7 @@ class Reception:
             self._unauthenticated -= 1
 
     async def _authorized(
-        self, opening: Opening, wanted: Handshake, source_ip: str, counted: contextlib.AsyncExitStack
+        self, opening: OpeningHandshake, wanted: Handshake, source_ip: str, counted: contextlib.ExitStack
     ) -> Entry | None:
         """Authorize by the request or the first frame, and count the connection of the user.
 
@@ -180,12 +152,12 @@ class Reception:
         """
         if wanted.auth_key is None and self._settings.first_frame_auth_s > 0:
             return await self._first_frame(opening.accept(source_ip, MAX_FIRST_FRAME_BYTES), counted)
-        deadline = self.deadline()
+        deadline = Deadline(self._settings.welcome_timeout_s)
         try:
             if wanted.auth_key is None:
                 raise Unauthenticated("a credential is needed in the handshake")
             principal = await deadline.bound(self._core.gatekeeper.authorize(wanted.auth_key))
-            await counted.enter_async_context(self.admitted(principal))
+            await self.count(principal, deadline, counted)
         except RequestError as error:
             refusal = _refusal(error)
             if not wanted.browser or refusal.status not in _TOLD:
@@ -195,7 +167,7 @@ class Reception:
         websocket = opening.accept(source_ip, self._settings.limit_frame_bytes or None)
         return Entry(websocket, principal, wanted.cursor, wanted.topics, deadline)
 
-    async def _first_frame(self, websocket: Websocket, counted: contextlib.AsyncExitStack) -> Entry | None:
+    async def _first_frame(self, websocket: Websocket, counted: contextlib.ExitStack) -> Entry | None:
         """Do the same by the first frame."""
         try:
             async with asyncio.timeout(self._settings.first_frame_auth_s):
@@ -203,9 +175,9 @@ class Reception:
             request = parse_request(decode_frame(message, binary=websocket.binary))
             if not isinstance(request, Auth):
                 raise Unauthenticated("the first frame must be auth, with an auth_key")
-            deadline = self.deadline()  # from here on, the peer waits for the gateway
+            deadline = Deadline(self._settings.welcome_timeout_s)  # from here on, the peer waits for the gateway
             principal = await deadline.bound(self._core.gatekeeper.authorize(request.auth_key))
-            await counted.enter_async_context(self.admitted(principal))
+            await self.count(principal, deadline, counted)
         except TimeoutError:
             await websocket.close(4408, "no credential in time")
         except RequestError as error:
@@ -226,9 +198,8 @@ def _refusal(error: RequestError) -> Refusal:
 
 async def _close(websocket: Websocket, error: RequestError) -> None:
     """Close a websocket whose credential is refused, or cannot be checked."""
-    if isinstance(error, UnsupportedAction) or error.status in _CLOSE_CODES:
-        code = 4401 if isinstance(error, UnsupportedAction) else _CLOSE_CODES[error.status]
+    if code := _CLOSE_CODES.get(error.status):
         await websocket.close(code, handshake.close_reason(error.message))
-        return
-    log.warning("not_authorized", error=error.message)
-    await websocket.close(1013, "try again later")
+    else:
+        log.warning("not_authorized", error=error.message)
+        await websocket.close(1013, "try again later")

@@ -151,11 +151,11 @@ class Gateway:
         while rest := [connection for connection in self.connections.values() if connection not in asked]:
             asked.update(rest)
             random.shuffle(rest)
-            per_s = max(LEAVING_PER_S, len(rest) / (LEAVING_PART * drain_s))
+            pause_s = LEAVING_BATCH * min(1 / LEAVING_PER_S, LEAVING_PART * drain_s / len(rest))
             for start in range(0, len(rest), LEAVING_BATCH):
                 for connection in rest[start : start + LEAVING_BATCH]:
-                    self._spawn(self._leave(connection))
-                await asyncio.sleep(LEAVING_BATCH / per_s)
+                    self._spawn(self._leave(connection, "this server is shutting down"))
+                await asyncio.sleep(pause_s)
         if self._closing:
             await asyncio.wait(self._closing, timeout=min(ANSWERING_S + CLOSE_S, drain_s))
         await asyncio.sleep(0)  # lets the handlers see that their connections are closed
@@ -164,7 +164,7 @@ class Gateway:
             if not self.connections:
                 await self.core.registry.leave()
 
-    async def _leave(self, connection: Connection) -> None:
+    async def _leave(self, connection: Connection, why: str) -> None:
         """Ask a peer to reconnect elsewhere, and close its connection once its requests are answered."""
         if not connection.full():
             connection.write(
@@ -173,10 +173,10 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(ANSWERING_S, self.settings.drain_seconds / 4)):
                 await connection.answered.wait()
-        await connection.close(1012, "this server is shutting down")
+        await connection.close(1012, why)
 
     def _end_of_age(self, connection: Connection) -> None:
-        self._spawn(self._leave(connection))
+        self._spawn(self._leave(connection, "this connection has reached its maximum age"))
 
     @contextlib.asynccontextmanager
     async def listening(self, ws_listener: socket.socket, http_listener: socket.socket) -> AsyncIterator[None]:
@@ -207,7 +207,7 @@ def build(service: Service, app: App) -> Gateway:
     service.run(core.orders.receive)
     service.run(core.feeds.receive)
     service.run(core.feeds.check)
-    service.run(core.requests.run)
+    service.run(core.request_quota.run)
     if rechecks.is_needed(app):
         service.run(rechecks.Rechecks(core.backend, core.feeds).run)
     service.run(gateway.presence.run)

@@ -36,7 +36,8 @@ PARSE_S = 0.002
 PARSE_BYTES = 2048
 """Bytes of a connection that are parsed at once. The rest waits for its next turn."""
 MAX_MESSAGES = 16
-"""Messages of a peer that wait to be handled. At this number nothing more is read from it."""
+MAX_MESSAGES_BYTES = 1 << 20
+"""Messages of a peer that wait to be handled, and their bytes. At one of them nothing more is read from it."""
 MAX_PONGS = 16
 """Pings of a peer that are answered at once. Of more, only the last ones are answered (RFC 6455, section 5.5.3)."""
 MAX_QUEUED_BYTES = 1 << 20
@@ -123,9 +124,12 @@ class Websocket(asyncio.Protocol):
         self._input: deque[memoryview] = deque()
         self._waits_for_turn = False
         self._is_reading = True
-        self._fragments: list[bytes | bytearray | memoryview] = []
+        self._partial = bytearray()
+        """The fragments of a message so far. They are joined at once: a peer may send any number of tiny ones."""
         self._is_text = False
-        self._messages: deque[str | bytes] = deque()
+        self._messages: deque[tuple[str | bytes, int]] = deque()
+        """Messages that wait to be handled, each with its size in bytes."""
+        self._messages_bytes = 0
         self._arrived: asyncio.Future[None] | None = None
         self._must_drain = False
         self._drained: list[asyncio.Future[None]] = []
@@ -182,7 +186,8 @@ class Websocket(asyncio.Protocol):
                 raise ConnectionClosed(None, None)
             self._arrived = self._loop.create_future()
             await self._arrived
-        message = self._messages.popleft()
+        message, size_bytes = self._messages.popleft()
+        self._messages_bytes -= size_bytes
         self._read_or_not()
         return message
 
@@ -263,23 +268,25 @@ class Websocket(asyncio.Protocol):
         """Add a frame to its message."""
         if frame.opcode is not Opcode.CONT:
             self._is_text = frame.opcode is Opcode.TEXT
-        self._fragments.append(frame.data)
-        if not frame.fin:
-            return
-        data = self._fragments[0] if len(self._fragments) == 1 else b"".join(self._fragments)
-        self._fragments = []
+        if self._partial or not frame.fin:
+            self._partial += frame.data
+            if not frame.fin:
+                return
+        data, self._partial = self._partial or frame.data, bytearray()
         try:
-            self._messages.append(str(data, "utf-8") if self._is_text else bytes(data))
+            self._messages.append((str(data, "utf-8") if self._is_text else bytes(data), len(data)))
         except UnicodeDecodeError as error:
             self._protocol.fail(1007, f"{error.reason} at position {error.start}")
             return
+        self._messages_bytes += len(data)
         self._wake_reader()
 
     def _read_or_not(self) -> None:
         """Go on with what has arrived, or pause or resume reading."""
         if self._transport.is_closing():
             return
-        goes_on = len(self._messages) < MAX_MESSAGES and self.queued_bytes() <= self._max_queued_bytes
+        takes_more = len(self._messages) < MAX_MESSAGES and self._messages_bytes < MAX_MESSAGES_BYTES
+        goes_on = takes_more and self.queued_bytes() <= self._max_queued_bytes
         if self._input and goes_on and not self._waits_for_turn:
             self._waits_for_turn = True
             self._turns.add(self._parse)

@@ -69,7 +69,7 @@ class Decision:
     size_bytes: int = 0
     changes: int = 0
     writes: set[tuple[str, int]] = field(default_factory=set)  # (gateway, number) of replies that tell of a write
-    written: dict[tuple[str, int], list[Change]] = field(default_factory=dict)  # by the same: by users' commands
+    changes_of: dict[tuple[str, int], list[Change]] = field(default_factory=dict)  # by the same; of users' commands
     lost: dict[str, int] = field(default_factory=dict)  # by group: changes that were trimmed unread
     more_to_expire: bool = False
     more_to_forget: bool = False
@@ -240,7 +240,7 @@ class _DecisionBuilder:
             self.decision.writes.add((command.reply_to, command.number))
         self.keep(effects, transaction=command.action == "transact")
         if effects.changes and command.role != "service":
-            self.decision.written[command.reply_to, command.number] = [change for _, change in effects.changes]
+            self.decision.changes_of[command.reply_to, command.number] = [change for _, change in effects.changes]
         if repeat:
             first = self.answered[repeat] = FirstReply(reply.result, reply.error, digest)
             key = self.keys.request(self.situation.partition, repeat.user, repeat.request)

@@ -162,7 +162,7 @@ class StoreTenure:
         for code in decision.errors:
             ERRORS.labels(code).inc()
         replies = decision.replies if confirmed else unconfirmed(decision)
-        self._answers.send(self._spread.charged(replies, decision.written))
+        self._answers.send(self._spread.charged(replies, decision.changes_of))
         for command, last in decision.detached:
             assert self._situation
             situation = replace(self._situation, last=last, keep_since=None, expire=False)

@@ -1,7 +1,7 @@
 """About how many feeds a change is appended to, so that its writer is charged for that work.
 
 The broadcaster appends a change to the feed of each user in its audience, after the write was answered. The store
-counts named users exactly. It learns the size of a group after the first change to it, and looks again every second.
+counts named users exactly. It learns the size of a group after the first change to it, and looks again after others.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from redis.exceptions import RedisError
 
@@ -18,7 +19,10 @@ from tidewire.model.records import Change, Reply
 from tidewire.model.values import Scalar
 from tidewire.redis.backend import Backend
 
-LOOK_S = 1.0
+LOOK_S = 0.25
+"""Seconds between two looks at the sizes of the groups that were written to."""
+LOOK_BATCH = 500
+"""Groups that are looked up in one round trip."""
 MAX_GROUPS_SIZED = 10_000
 """Maximum groups whose size is remembered. Beyond it, the one written to least recently is forgotten."""
 APPENDS_PER_MS = 50
@@ -41,7 +45,8 @@ class Spread:
     def size(self, membership: str, group: Scalar) -> int:
         """Return the number of members of a group, as far as it is known."""
         key = (membership, group)
-        self._wanted.add(key)
+        if len(self._wanted) < MAX_GROUPS_SIZED:
+            self._wanted.add(key)
         if key not in self._sizes:
             return 0
         self._sizes.move_to_end(key)
@@ -64,18 +69,21 @@ class Spread:
         self, replies: Mapping[str, list[Reply]], written: Mapping[tuple[str, int], list[Change]]
     ) -> Mapping[str, list[Reply]]:
         """Return the replies, by gateway, with the cost of appending the changes that each command wrote."""
-        for (gateway, number), changes in written.items():
-            appends = sum(max(self.recipients(change) - FREE_APPENDS, 0) for change in changes)
-            if appends:
-                some = replies[gateway]
-                at = next(at for at, reply in enumerate(some) if reply.number == number)
-                some[at] = some[at]._replace(cost_ms=some[at].cost_ms + appends / APPENDS_PER_MS)
-        return replies
+        return {
+            gateway: [
+                reply._replace(cost_ms=reply.cost_ms + self._cost_ms(written.get((gateway, reply.number), ())))
+                for reply in some
+            ]
+            for gateway, some in replies.items()
+        }
+
+    def _cost_ms(self, changes: Iterable[Change]) -> float:
+        return sum(max(self.recipients(change) - FREE_APPENDS, 0) for change in changes) / APPENDS_PER_MS
 
     async def run(self) -> None:
         """Look up the sizes of the groups that are written to, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S if self._sizes else LOOK_S / 10)
+            await asyncio.sleep(LOOK_S)
             wanted, self._wanted = self._wanted, set()
             try:
                 await self.look(wanted)
@@ -84,9 +92,10 @@ class Spread:
 
     async def look(self, groups: Iterable[Group]) -> None:
         """Look up the sizes of these groups."""
-        some = list(groups)
-        orders = [("ZCARD", self._backend.keys.order(membership, group)) for membership, group in some]
-        for key, size in zip(some, await self._backend.calls(orders) if orders else (), strict=True):
-            self._sizes[key] = int(size)
+        left = iter(groups)
+        while some := list(islice(left, LOOK_BATCH)):
+            orders = [("ZCARD", self._backend.keys.order(membership, group)) for membership, group in some]
+            for key, size in zip(some, await self._backend.calls(orders), strict=True):
+                self._sizes[key] = int(size)
         while len(self._sizes) > MAX_GROUPS_SIZED:
             self._sizes.popitem(last=False)

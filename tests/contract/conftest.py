@@ -25,8 +25,12 @@ from websockets.typing import Subprotocol
 from tests import locales, topologies
 from tests.helpers import LONG, free_port
 from tidewire import App, Write, claim, everyone, testing, user
+from tidewire.process.lifecycle import Service, listen
+from tidewire.process.settings import Settings
 from tidewire.redis.connect import connect
 from tidewire.redis.keys import Keys
+from tidewire.services.gateway.service import Gateway
+from tidewire.services.gateway.service import build as build_gateway
 from tidewire.testing import Stage
 
 Frame = dict[str, Any]
@@ -173,6 +177,22 @@ async def as_user(stage: Stage, stack: contextlib.AsyncExitStack, name: str, **o
     role = options.pop("role", "client")
     key = await stage.key(name, role=role)
     return await stack.enter_async_context(wire(stage, key, **options))
+
+
+@contextlib.asynccontextmanager
+async def another_gateway(stage: Stage, **options: Any) -> AsyncIterator[tuple[Gateway, Stage]]:
+    """A second gateway of a stage, and the stage by way of it."""
+    keys = stage.backend.keys
+    options = {"lease_ms": 1000, "drain_seconds": 0.1} | options
+    settings = Settings(stage=keys.stage, partitions=keys.partitions, **options)
+    service = Service("gateway", stage.backend, settings)
+    ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
+    gateway = build_gateway(service, make_app())
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(gateway.listening(ws, http))
+        await stack.enter_async_context(service.running())
+        addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (ws, http)]
+        yield gateway, Stage(stage.backend, f"ws://{addresses[0]}", f"http://{addresses[1]}", stack)
 
 
 async def eventually(check: Callable[[], Awaitable[Any]]) -> Any:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack
 from unittest.mock import ANY
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.helpers import wait_until
-from tidewire.process.lifecycle import Service, listen
-from tidewire.process.settings import Settings
-from tidewire.services.gateway.service import Gateway, build
 from tidewire.testing import Stage
 
-from .conftest import Open, Wire, as_user, make_app
+from .conftest import Open, Wire, another_gateway, as_user, make_app
 
 
 async def left(wire: Wire) -> tuple[int, list[dict[str, object]]]:
@@ -40,24 +35,10 @@ async def test_a_connection_of_some_age_is_asked_to_reconnect(open_stage: Open, 
         assert time.monotonic() - begun > 0.4
         assert code == 1012
         assert [frame["type"] for frame in frames] == ["reconnect"]
+        assert alice.ws.close_reason == "this connection has reached its maximum age"
         assert 0 <= int(str(frames[0]["after_ms"])) <= 1000
         again = await as_user(stage, stack, "alice", cursor=alice.welcome["cursor"])
         assert again.welcome["resumed"] is True
-
-
-@asynccontextmanager
-async def another_gateway(stage: Stage, **options: Any) -> AsyncIterator[tuple[Gateway, Stage]]:
-    """A second gateway of a stage, and the stage by way of it."""
-    keys = stage.backend.keys
-    settings = Settings(stage=keys.stage, partitions=keys.partitions, lease_ms=1000, **options)
-    service = Service("gateway", stage.backend, settings)
-    ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
-    gateway = build(service, make_app())
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(gateway.listening(ws, http))
-        await stack.enter_async_context(service.running())
-        addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (ws, http)]
-        yield gateway, Stage(stage.backend, f"ws://{addresses[0]}", f"http://{addresses[1]}", stack)
 
 
 async def test_a_drain_lets_requests_under_way_be_answered(
@@ -89,8 +70,9 @@ async def test_a_drain_lets_requests_under_way_be_answered(
         assert not gateway.connections
 
 
-async def test_a_drain_does_not_wait_for_ever(stage: Stage, stack: AsyncExitStack) -> None:
-    async with another_gateway(stage, drain_seconds=0.4) as (gateway, there):
+@pytest.mark.parametrize("drain_seconds", [0.4, 0.0])
+async def test_a_drain_does_not_wait_for_ever(stage: Stage, stack: AsyncExitStack, drain_seconds: float) -> None:
+    async with another_gateway(stage, drain_seconds=drain_seconds) as (gateway, there):
         alice = await as_user(there, stack, "alice")
         (connection,) = gateway.connections.values()
         connection.answered.clear()

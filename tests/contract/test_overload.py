@@ -11,15 +11,12 @@ import pytest
 from prometheus_client import generate_latest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tidewire.process.lifecycle import Service, listen
-from tidewire.process.settings import Settings
-from tidewire.services.gateway.service import build as build_gateway
 from tidewire.services.store.indexer import LAG
 from tidewire.services.store.service import StoreTenure
 from tidewire.tasks import end
 from tidewire.testing import Stage
 
-from .conftest import PATIENCE_S, Open, as_user, eventually, make_app, post
+from .conftest import PATIENCE_S, Open, another_gateway, as_user, eventually, post
 
 LEASE_MS = 1200
 
@@ -111,24 +108,8 @@ async def test_a_full_stream_is_overloaded_and_expired_commands_are_not_done(ope
         assert [frame["key"].get("id") for frame in changes] == ["before", "s", None], "nothing of what was refused"
 
 
-@asynccontextmanager
-async def second_gateway(stage: Stage) -> AsyncIterator[Stage]:
-    """The same system by way of another gateway."""
-    keys = stage.backend.keys
-    settings = Settings(stage=keys.stage, partitions=keys.partitions, lease_ms=1000, drain_seconds=0.1)
-    service = Service("gateway", stage.backend, settings)
-    ws, http = (listen("127.0.0.1", 0, what) for what in ("ws", "http"))
-    gateway = build_gateway(service, make_app())
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(gateway.listening(ws, http))
-        await stack.enter_async_context(service.running())
-        addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (ws, http)]
-        clients = await stack.enter_async_context(AsyncExitStack())
-        yield Stage(stage.backend, f"ws://{addresses[0]}", f"http://{addresses[1]}", clients)
-
-
 async def test_one_request_through_two_gateways_is_done_once_and_for_each_user(stage: Stage) -> None:
-    async with second_gateway(stage) as other, AsyncExitStack() as inner:
+    async with another_gateway(stage) as (_, other), AsyncExitStack() as inner:
         here, there = await as_user(stage, inner, "alice"), await as_user(other, inner, "alice")
         bob = await as_user(other, inner, "bob")
         await here.do("put", table="scores", item={"id": "s"})

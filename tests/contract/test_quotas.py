@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,10 +13,11 @@ from websockets.exceptions import InvalidStatus
 
 from tests.helpers import wait_until
 from tidewire.redis.keys import ServiceKind
+from tidewire.services.gateway.quotas import ConnectionQuota
 from tidewire.services.gateway.service import Gateway
+from tidewire.testing import Stage
 
-from .conftest import Open, as_user, make_app, post, wire
-from .test_draining import another_gateway
+from .conftest import PATIENCE_S, Open, another_gateway, as_user, make_app, post, wire
 
 
 async def known(gateway: Gateway) -> None:
@@ -71,6 +74,48 @@ async def test_the_connections_of_a_dead_gateway_do_not_count(open_stage: Open, 
             await stack.enter_async_context(wire(stage, key))
         with pytest.raises(InvalidStatus):
             await stack.enter_async_context(wire(stage, key))
+
+
+async def test_a_handshake_does_not_wait_longer_than_its_time_to_be_counted(
+    stage: Stage, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with another_gateway(stage, welcome_timeout_s=0.3) as (gateway, there):
+        key = await stage.key("alice")
+        hangs = True
+
+        async def tell(quota: ConnectionQuota, user: str) -> dict[str, int]:
+            if hangs:
+                await asyncio.sleep(PATIENCE_S)
+            return {}
+
+        monkeypatch.setattr(ConnectionQuota, "_tell", tell)
+        with pytest.raises(InvalidStatus) as refused:
+            await stack.enter_async_context(wire(there, key))
+        assert refused.value.response.status_code == 503
+        headers = {"Authorization": f"Bearer {key}"}
+        assert (await feed_status(there, headers)) == 503
+        hangs = False
+        await wait_until(lambda: not gateway.core.connection_quota._here["alice"], "it does not count")
+        await stack.enter_async_context(wire(there, key))
+
+
+async def feed_status(stage: Stage, headers: dict[str, str]) -> int:
+    """The status of an event stream that is refused."""
+    request = urllib.request.Request(f"{stage.http_url}/v1/feed", headers=headers)
+    try:
+        response = await asyncio.to_thread(urllib.request.urlopen, request, timeout=PATIENCE_S)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    with response:
+        return int(response.status)
+
+
+async def test_event_streams_are_connections_of_their_user(open_stage: Open, stack: AsyncExitStack) -> None:
+    async with open_stage(make_app(), limit_connections=1) as stage:
+        key = await stage.key("alice")
+        await stack.enter_async_context(wire(stage, key))
+        assert await feed_status(stage, {"Authorization": f"Bearer {key}"}) == 429
 
 
 async def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(

@@ -20,8 +20,7 @@ from structlog.testing import capture_logs
 from tidewire.errors import ConfigurationError
 from tidewire.process.tls import Certificate, certificate
 
-from .conftest import Open, make_app
-from .test_draining import another_gateway
+from .conftest import Open, another_gateway, make_app
 
 Made = tuple[Path, Path]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import tracemalloc
 from http import HTTPStatus
 
 import pytest
@@ -14,6 +15,7 @@ from tests.helpers import wait_until
 from tests.websockets import (
     BINARY,
     CLOSE,
+    CONT,
     HANDSHAKE,
     PING,
     PONG,
@@ -27,7 +29,7 @@ from tests.websockets import (
     listening,
 )
 from tidewire.services.gateway import opening, websocket
-from tidewire.services.gateway.opening import Opening
+from tidewire.services.gateway.opening import OpeningHandshake
 from tidewire.services.gateway.upgrade import MAX_HEAD_BYTES, Refusal
 from tidewire.services.gateway.websocket import CLOSED, MAX_MESSAGES, MAX_PONGS, Websocket
 from tidewire.tasks import end
@@ -94,7 +96,7 @@ async def test_a_peer_that_reads_nothing_is_closed_also_if_it_sends(monkeypatch:
     monkeypatch.setattr(websocket, "UNREAD_S", 0.3)
     before = count("unread")
 
-    async def talk(opening: Opening) -> None:
+    async def talk(opening: OpeningHandshake) -> None:
         ws = opening.accept("", None)
         while True:
             await ws.send(b"x" * 100_000)
@@ -114,7 +116,7 @@ async def test_a_peer_that_reads_slowly_is_not_closed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(websocket, "UNREAD_S", 0.5)
     payload = b"x" * 20_000_000
 
-    async def talk(opening: Opening) -> None:
+    async def talk(opening: OpeningHandshake) -> None:
         ws = opening.accept("", None)
         ws.binary = True
         await ws.send(payload)
@@ -153,7 +155,7 @@ async def test_nothing_is_read_from_a_peer_whose_messages_wait() -> None:
     taken = 0
     ws: Websocket
 
-    async def serve(opening: Opening) -> None:
+    async def serve(opening: OpeningHandshake) -> None:
         nonlocal taken, ws
         ws = opening.accept("", None)
         await begin.wait()
@@ -170,9 +172,49 @@ async def test_nothing_is_read_from_a_peer_whose_messages_wait() -> None:
             sent += 1
             await asyncio.sleep(0)
         await asyncio.sleep(0.2)
-        assert len(ws._messages) == MAX_MESSAGES
+        assert len(ws._messages) == MAX_MESSAGES, "10,000 bytes each"
         begin.set()
         await wait_until(lambda: taken == sent, "all messages are taken")
+        client.writer.close()
+
+
+async def test_large_messages_that_wait_are_bounded_in_bytes() -> None:
+    ws: Websocket
+
+    async def serve(opening: OpeningHandshake) -> None:
+        nonlocal ws
+        ws = opening.accept("", None)
+        await asyncio.sleep(WAIT_S)
+
+    async with listening(serve) as server:
+        client = await server.client()
+        client.send(*(frame(BINARY, b"x" * 400_000) for _ in range(10)))
+        await wait_until(lambda: len(ws._messages) >= 3, "some have arrived")
+        await asyncio.sleep(0.2)
+        assert len(ws._messages) == 3, "the third one exceeds 1 MiB"
+        client.writer.transport.abort()
+
+
+async def test_tiny_fragments_take_no_more_than_their_bytes() -> None:
+    ws: Websocket
+
+    async def serve(opening: OpeningHandshake) -> None:
+        nonlocal ws
+        ws = opening.accept("", None)
+        await ws.send((await ws.recv()).encode())  # type: ignore[union-attr]
+
+    async with listening(serve) as server:
+        client = await server.client()
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        client.send(frame(TEXT, b"a", fin=False), *(frame(CONT, fin=False) for _ in range(50_000)))
+        client.send(frame(PING, b"read"))
+        assert (await client.next()).payload == b"read"
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert after - before < 2_000_000, "50,000 fragments are held as one byte"
+        client.send(frame(CONT, b"b"))
+        assert (await client.next()).payload == b"ab"
         client.writer.close()
 
 
@@ -272,7 +314,7 @@ async def test_a_handshake_may_come_in_pieces_and_frames_with_it(size: int) -> N
 async def test_frames_wait_while_the_handshake_is_decided_and_a_refusal_is_told() -> None:
     decided = asyncio.Event()
 
-    async def serve(opening: Opening) -> None:
+    async def serve(opening: OpeningHandshake) -> None:
         await decided.wait()
         if "refused" in opening.request.path:
             raise Refusal(HTTPStatus.FORBIDDEN, "not you")
@@ -294,7 +336,7 @@ async def test_frames_wait_while_the_handshake_is_decided_and_a_refusal_is_told(
 async def test_a_peer_that_leaves_before_the_decision_is_not_served() -> None:
     asked, told = asyncio.Event(), list[str]()
 
-    async def serve(opening: Opening) -> None:
+    async def serve(opening: OpeningHandshake) -> None:
         asked.set()
         try:
             await asyncio.sleep(WAIT_S)
@@ -311,7 +353,7 @@ async def test_a_peer_that_leaves_before_the_decision_is_not_served() -> None:
 
 
 async def test_a_fault_of_the_handler_closes_with_1011_and_its_end_with_1000() -> None:
-    async def serve(opening: Opening) -> None:
+    async def serve(opening: OpeningHandshake) -> None:
         ws = opening.accept("", None)
         if await ws.recv() == "fail":
             raise ValueError("a fault")
@@ -328,7 +370,7 @@ async def test_a_fault_of_the_handler_closes_with_1011_and_its_end_with_1000() -
 async def test_what_is_sent_after_the_close_frame_of_the_server_is_not_begun() -> None:
     served = list[str | bytes]()
 
-    async def serve(opening: Opening) -> None:
+    async def serve(opening: OpeningHandshake) -> None:
         ws = opening.accept("", None)
         served.append(await ws.recv())
         closing = asyncio.create_task(ws.close(1012, "leaving"))
