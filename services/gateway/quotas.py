@@ -17,11 +17,14 @@ from redis.exceptions import RedisError
 from tidewire.errors import RateLimited
 from tidewire.model.records import text
 from tidewire.redis.backend import Backend
+from tidewire.tasks import end
 
 log = structlog.get_logger(__name__)
 
 KEPT_S = 86_400
 """Seconds that the numbers of a user are kept after the last one was written."""
+CLOSING_S = 1.0
+"""Seconds that a gateway that ends takes to tell its last numbers."""
 SHARE_S = 1.0
 """Seconds between two looks at how many requests a user makes through the other gateways."""
 SHARED_PART = 8
@@ -68,6 +71,12 @@ class ConnectionQuota:
         task = asyncio.create_task(self._tell_quietly(user), name="quota")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+
+    async def close(self) -> None:
+        """Let the others learn of the last connections that have ended. Call it while Redis is still connected."""
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=CLOSING_S)
+        await end(self._telling)
 
     async def _tell(self, user: str) -> dict[str, int]:
         """Tell the number of connections here, and return those of the other live gateways."""

@@ -190,11 +190,14 @@ class Gateway:
         )
         self._websockets = websockets
         tls = self.certificate.context if self.certificate else None
-        async with (
-            websockets.listening(ws_listener, tls),
-            serve_http(http_app(self.core, self.serve, self.reception), http_listener, tls),
-        ):
-            yield
+        try:
+            async with (
+                websockets.listening(ws_listener, tls),
+                serve_http(http_app(self.core, self.serve, self.reception), http_listener, tls),
+            ):
+                yield
+        finally:
+            await self.core.connection_quota.close()
 
 
 def build(service: Service, app: App) -> Gateway:

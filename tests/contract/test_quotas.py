@@ -118,6 +118,17 @@ async def test_event_streams_are_connections_of_their_user(open_stage: Open, sta
         assert await feed_status(stage, {"Authorization": f"Bearer {key}"}) == 429
 
 
+async def test_a_gateway_that_ends_leaves_no_number_behind(stage: Stage) -> None:
+    key = await stage.key("alice")
+    counted = stage.backend.keys.user_connections("alice")
+    async with another_gateway(stage) as (_, there), AsyncExitStack() as stack:
+        await stack.enter_async_context(wire(there, key))
+        assert await stage.backend.commands.hlen(counted) == 1
+        clients = stack.pop_all()  # they do not leave: their gateway ends
+    assert await stage.backend.commands.hlen(counted) == 0
+    await clients.aclose()
+
+
 async def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(
     open_stage: Open, stack: AsyncExitStack
 ) -> None:
