@@ -118,8 +118,14 @@ async def test_event_streams_are_connections_of_their_user(open_stage: Open, sta
         assert await feed_status(stage, {"Authorization": f"Bearer {key}"}) == 429
 
 
-async def test_a_gateway_that_ends_leaves_no_number_behind(stage: Stage) -> None:
-    key = await stage.key("alice")
+async def test_a_gateway_that_ends_leaves_no_number_behind(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, tell = await stage.key("alice"), ConnectionQuota._tell
+
+    async def slow(quota: ConnectionQuota, user: str) -> dict[str, int]:
+        await asyncio.sleep(0.2)
+        return await tell(quota, user)
+
+    monkeypatch.setattr(ConnectionQuota, "_tell", slow)
     counted = stage.backend.keys.user_connections("alice")
     async with another_gateway(stage) as (_, there), AsyncExitStack() as stack:
         await stack.enter_async_context(wire(there, key))
